@@ -1,0 +1,238 @@
+"""The run directory: where it is, its log, and its checkpoints.
+
+out/<run>/ holds log.jsonl, tokenizer.json, loss.png, copies of the source, and checkpoints
+step-00001000/ with model.safetensors, optimizer.safetensors and state.json. A checkpoint is written
+under another name and renamed when it is whole. docs/formats.md has the details.
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from core import tokenizer as tokenizers
+from core.settings import stop
+from model import GPTConfig, build_model
+
+# ---------------------------------------------------------------------------------------------
+# The directory and the log
+
+
+def choose_run(base: Path, identity: dict) -> tuple[Path, dict | None]:
+    """Where a run with this identity goes: (directory, state of the checkpoint to resume from).
+
+    An unfinished run of the same identity under `base`, `base`-2, ... is resumed; otherwise the
+    first free name begins a new one (state None).
+    """
+    number = 1
+    while True:
+        folder = base if number == 1 else base.with_name(f'{base.name}-{number}')
+        if not (folder / 'log.jsonl').exists():
+            return folder, None
+        found = steps(folder)
+        if found and not is_finished(folder):
+            state = read_state(folder, found[-1])
+            if state['identity'] == identity:
+                return folder, state
+        number += 1
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Names of the fields in which two identities differ."""
+    return [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run's log ends with its end."""
+    with open(folder / 'log.jsonl', encoding='utf-8') as f:
+        return any('"event": "end"' in line for line in f)
+
+
+class Log:
+    """Appends events to log.jsonl, one JSON object a line; does nothing when `folder` is None.
+
+    The numbers of an event that has a step also go to `others`, functions of (step, numbers).
+    """
+
+    def __init__(self, folder: Path | None, others=()):
+        self.file = open(folder / 'log.jsonl', 'a', encoding='utf-8') if folder else None
+        self.others = others
+
+    def write(self, event: str, **fields) -> None:
+        if not self.file:
+            return
+        self.file.write(json.dumps({'event': event, **fields}) + '\n')
+        self.file.flush()
+        numbers = {name: x for name, x in fields.items() if type(x) in (int, float)}
+        if step := numbers.pop('step', None):
+            for other in self.others:
+                other(step, numbers)
+
+
+def read_log(folder, event: str) -> list[dict]:
+    """All events of one kind in a run's log, in order."""
+    with open(Path(folder) / 'log.jsonl', encoding='utf-8') as f:
+        return [found for found in map(json.loads, f) if found['event'] == event]
+
+
+def service_loggers(run: Path, settings: dict, wandb: bool, tensorboard: bool) -> list:
+    """Functions (step, {name: number}) that send a run's numbers to the services asked for.
+
+    Stops if one of them is not installed.
+    """
+    loggers = []
+    try:
+        if wandb:
+            import wandb as service
+            service.init(project='scratchgpt', name=run.name, dir=run, config=settings)
+            loggers.append(lambda step, numbers: service.log(numbers, step=step))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(run)
+            loggers.append(lambda step, numbers: [writer.add_scalar(name, x, step)
+                                                  for name, x in numbers.items()])
+    except ImportError as e:
+        stop(f'{e.name} is asked for but not installed: pip install {e.name}')
+    return loggers
+
+
+def plot_losses(run: Path) -> bool:
+    """Draw loss.png from log.jsonl; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for event, key, style in (('step', 'train_loss', '-'), ('eval', 'val_loss', 'o-')):
+        found = read_log(run, event)
+        axes.plot([e['step'] for e in found], [e[key] for e in found], style,
+                  label=key.replace('_', ' '))
+    axes.set(xlabel='step', ylabel='nats per token', title=run.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run / 'loss.png', dpi=120)
+    return True
+
+
+def git_hash() -> str:
+    """The commit of the source that runs, with a + if it was edited; '' outside a repository."""
+    try:
+        here = Path(__file__).parent
+        git = lambda *words: subprocess.run(['git', *words], cwd=here, check=True, text=True,
+                                            capture_output=True).stdout.strip()
+        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return ''
+
+
+def source_hash(path) -> str:
+    """First 16 hex digits of the SHA-256 of a source file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def step_folder(folder, step: int) -> Path:
+    return Path(folder) / f'step-{step:08d}'
+
+
+def steps(folder) -> list[int]:
+    """The steps of a run's checkpoints, ascending."""
+    names = [path.name for path in Path(folder).glob('step-*')]
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r'step-\d{8}', name))
+
+
+def read_state(folder, step: int) -> dict:
+    """The state.json of one checkpoint."""
+    return json.loads((step_folder(folder, step) / 'state.json').read_text(encoding='utf-8'))
+
+
+def save(folder: Path, step: int, model, optimizers, state: dict) -> None:
+    """Write the checkpoint of `step`, then delete older ones except the best and the last two."""
+    final = step_folder(folder, step)
+    tmp = final.with_name(f'.tmp-{final.name}')
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    safetensors.torch.save_file(unique_tensors(model), tmp / 'model.safetensors')
+    safetensors.torch.save_file(optimizer_tensors(model, optimizers), tmp / 'optimizer.safetensors')
+    (tmp / 'state.json').write_text(json.dumps(state, indent=1) + '\n', encoding='utf-8')
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(tmp, final)
+    keep = {state['best_step'], *steps(folder)[-2:]}
+    for old in set(steps(folder)) - keep:
+        shutil.rmtree(step_folder(folder, old))
+
+
+def unique_tensors(model) -> dict[str, torch.Tensor]:
+    """The model's parameters by name; a shared one only under its first name."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters()}
+
+
+def optimizer_tensors(model, optimizers) -> dict[str, torch.Tensor]:
+    """Optimizer state as '<parameter name>/<state name>' -> tensor."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f'{names[p]}/{key}': value.contiguous() for optimizer in optimizers
+            for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_weights(model, folder, step: int) -> None:
+    """Fill the model's parameters from a checkpoint. Stops if names or shapes differ."""
+    path = step_folder(folder, step) / 'model.safetensors'
+    tensors = safetensors.torch.load_file(path)
+    params = dict(model.named_parameters())
+    if params.keys() != tensors.keys():
+        wrong = sorted(params.keys() ^ tensors.keys())
+        stop(f'{path}: holds other parameters than this model ({", ".join(wrong[:3])}, ...)')
+    with torch.no_grad():
+        for name, p in params.items():
+            if p.shape != tensors[name].shape:
+                stop(f'{path}: {name} has shape {list(tensors[name].shape)}, '
+                     f'this model needs {list(p.shape)}')
+            p.copy_(tensors[name])
+
+
+def load_optimizers(model, optimizers, folder, step: int) -> None:
+    """Fill the state of the optimizers from a checkpoint."""
+    params = dict(model.named_parameters())
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group['params']}
+    path = step_folder(folder, step) / 'optimizer.safetensors'
+    for name, tensor in safetensors.torch.load_file(path).items():
+        parameter, key = name.rsplit('/', 1)
+        p = params[parameter]
+        owner[p].state[p][key] = tensor.to(p.device)
+
+
+def load_run(run_dir: str, step: int = 0, device: str = 'cpu'):
+    """Model (in eval mode), tokenizer and state.json of a run: of its best step, or of `step`.
+
+    Stops if the directory is no run, or has no checkpoint of that step.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        runs = ', '.join(sorted(str(path.parent) for path in Path('out').glob('*/log.jsonl')))
+        stop(f'run_dir={run_dir!r}: no such directory; '
+             + (f'there are {runs}' if runs else 'train first: python train.py'))
+    found = steps(folder)
+    if not found:
+        stop(f'{folder}: holds no checkpoint (step-*)')
+    if step and step not in found:
+        stop(f'step={step}: {folder} has checkpoints of steps {", ".join(map(str, found))} only')
+    best = read_state(folder, found[-1])['best_step']
+    step = step or (best if best in found else found[-1])
+    state = read_state(folder, step)
+    tokenizer = tokenizers.load(folder / 'tokenizer.json')
+    config = GPTConfig(**state['config'])
+    if config.vocab_size < len(tokenizer):
+        stop(f'{folder}: its model has vocab_size={config.vocab_size}, its tokenizer.json '
+             f'{len(tokenizer)} tokens; they do not belong together')
+    model = build_model(config, device=device)
+    load_weights(model, folder, step)
+    return model.eval(), tokenizer, state

@@ -1,0 +1,320 @@
+"""Getting and reading data: downloads, token shards, and the order in which windows are read.
+
+A dataset is a folder: shards `train-00000.bin ...` and `val-00000.bin ...`, `tokenizer.json` and
+`meta.json`. docs/formats.md writes down every byte.
+"""
+import hashlib
+import os
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+from tqdm import tqdm
+
+from core.settings import stop
+
+# ---------------------------------------------------------------------------------------------
+# Downloads
+
+
+class NoNetwork(Exception):
+    """The file is not on this machine and could not be reached; the message says what was tried."""
+
+
+def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0) -> Path:
+    """The path of the file `name`: from the mirror directory, an earlier download, or `url`.
+
+    DATA_MIRROR=<dir>, if set, is looked at first and used in place. A download goes to `folder`,
+    appears under its final name only when whole and right, and leaves its hash beside it in
+    `<name>.sha256`; `sha256` (64 hex digits) and `size` (bytes) are checked when given, otherwise
+    the hash of the first download is what later ones must have.
+    Raises NoNetwork if no server can be reached. Stops on an answer that is not the file.
+    """
+    mirror = os.environ.get('DATA_MIRROR')
+    if mirror:
+        if not Path(mirror).is_dir():
+            stop(f'DATA_MIRROR={mirror}: no such directory; correct it or unset it')
+        if (Path(mirror) / name).is_file():
+            return verify(Path(mirror) / name, sha256, size)
+    path = Path(folder) / name
+    record = Path(folder) / f'{name}.sha256'
+    if not sha256 and record.is_file():
+        sha256 = record.read_text().split()[0]
+    if not path.is_file():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        part = Path(folder) / f'{name}.part'
+        download(url, part, size)
+        verify(part, sha256, size, delete=True, shown=url)
+        record.write_text(f'{file_hash(part)}  {name}\n')  # the format of sha256sum -c
+        os.replace(part, path)
+    return verify(path, sha256, size)
+
+
+def file_hash(path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with open(path, 'rb') as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(path: Path, sha256: str, size: int, delete: bool = False, shown: str = '') -> Path:
+    """`path`, if its size and hash are as given ('' and 0: any); otherwise stops, naming it."""
+    found_size = path.stat().st_size
+    wrong = ''
+    if size and found_size != size:
+        wrong = f'{found_size:,} bytes, should be {size:,}'
+    elif sha256 and (found := file_hash(path)) != sha256:
+        wrong = f'sha256 is {found}, should be {sha256}'
+    if wrong:
+        if delete:
+            path.unlink()
+        stop(f'{shown or path}: {wrong}; '
+             + ('nothing was kept: try again later' if delete else 'delete the file and try again'))
+    return path
+
+
+def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10, 60)) -> None:
+    """Stream `url` into the file `part`, going on where an earlier try stopped.
+
+    Retries dropped connections, stalls and 5xx answers `attempts` times in all, waiting 1, 2, 4 s.
+    An interrupted part is continued only if the server confirms (If-Range) that the file is still
+    the same one. Raises NoNetwork when no connection could be made, stops on any other failure.
+    """
+    validator_file = part.with_name(part.name + '.etag')
+    reached, problem = False, ''
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(2 ** (attempt - 1))
+        try:
+            headers = {'Accept-Encoding': 'identity'}
+            done = part.stat().st_size if part.exists() and validator_file.exists() else 0
+            if done:
+                headers |= {'Range': f'bytes={done}-', 'If-Range': validator_file.read_text()}
+            with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+                reached = True
+                if answer.status_code == 416:  # the part is longer than the file now is
+                    part.unlink()
+                    problem = 'the file changed on the server'
+                    continue
+                if answer.status_code >= 500:
+                    problem = f'HTTP status {answer.status_code}'
+                    continue
+                if answer.status_code not in (200, 206):
+                    stop(f'{url}: HTTP status {answer.status_code} {answer.reason}; '
+                         'check the address, or put the file into DATA_MIRROR')
+                start = done if answer.status_code == 206 else 0
+                given = answer.headers.get('Content-Range', '')
+                if start and not given.startswith(f'bytes {start}-'):
+                    part.unlink()
+                    problem = 'the server continued at the wrong byte'
+                    continue
+                length = answer.headers.get('Content-Length')
+                total = start + int(length) if length else size
+                if validator := answer.headers.get('ETag', answer.headers.get('Last-Modified')):
+                    validator_file.write_text(validator)
+                write_body(answer, part, start, total, url)
+        except (requests.exceptions.ConnectionError, requests.exceptions.Timeout,
+                requests.exceptions.ChunkedEncodingError) as e:
+            problem = f'{type(e).__name__}'
+            continue
+        if not total or part.stat().st_size == total:
+            validator_file.unlink(missing_ok=True)
+            return
+        problem = f'the body ended after {part.stat().st_size:,} of {total:,} bytes'
+    if not reached:
+        raise NoNetwork(f'{url} cannot be reached ({problem})')
+    stop(f'{url}: {problem}, after {attempts} tries; run the same command again to go on, '
+         'or put the file into DATA_MIRROR')
+
+
+def write_body(answer, part: Path, start: int, total: int, url: str) -> None:
+    """Append the body of an HTTP answer to `part` from byte `start` on, with a progress bar."""
+    name = part.name.removesuffix('.part')
+    with (open(part, 'ab' if start else 'wb') as f,
+          tqdm(total=total or None, initial=start, unit='B', unit_scale=True, desc=name) as bar):
+        for block in answer.iter_content(1 << 20):
+            head = block[:200].lstrip().lower()
+            if start == 0 and f.tell() == 0 and head.startswith((b'<!doctype html', b'<html')) \
+                    and not name.endswith(('.html', '.htm')):
+                f.close()
+                part.unlink()
+                stop(f'{url}: the server sent an HTML page instead of {name} (an error or login '
+                     'page?); check the address, or put the file into DATA_MIRROR')
+            f.write(block)
+            bar.update(len(block))
+
+
+# ---------------------------------------------------------------------------------------------
+# Token shards
+
+MAGIC, VERSION = b'SCRATGPT', 1
+HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes per id (2 or 4), number of ids; 32 bytes
+
+
+class ShardWriter:
+    """Writes ids to `<folder>/<split>-00000.bin` and on, at most `shard_tokens` in each."""
+
+    def __init__(self, folder, split: str, vocab_size: int, shard_tokens: int = 100_000_000):
+        self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
+        self.dtype = np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')
+        self.n_tokens, self.max_id, self.pending, self.paths = 0, -1, [], []
+
+    def write(self, ids) -> None:
+        """Append a sequence of ids."""
+        ids = np.asarray(ids, dtype=self.dtype)
+        self.max_id = max(self.max_id, int(ids.max(initial=0)))
+        self.n_tokens += len(ids)
+        while len(ids):
+            room = self.shard_tokens - sum(map(len, self.pending))
+            self.pending.append(ids[:room])
+            ids = ids[room:]
+            if len(self.pending[-1]) == room:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as one shard, even an empty one if there is none yet."""
+        if not self.pending and self.paths:
+            return
+        ids = np.concatenate(self.pending) if self.pending else np.empty(0, self.dtype)
+        path = self.folder / f'{self.split}-{len(self.paths):05d}.bin'
+        with open(path, 'wb') as f:
+            f.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, len(ids)))
+            f.write(ids.tobytes())
+        self.paths.append(path)
+        self.pending = []
+
+
+class Tokens:
+    """The ids of one split, read from its shards as if they were a single array."""
+
+    def __init__(self, folder, split: str):
+        self.folder, self.split = Path(folder), split
+        paths = sorted(self.folder.glob(f'{split}-*.bin'))
+        if not paths:
+            stop(f'{self.folder}: no {split}-*.bin in it; make the dataset with prepare.py')
+        self.shards = [open_shard(path) for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """(n,) int64 ids from position `start` on; fewer at the end of the split."""
+        parts = []
+        stop_at = min(start + n, len(self))
+        while start < stop_at:
+            i = int(np.searchsorted(self.ends, start, side='right'))
+            begin = self.ends[i] - len(self.shards[i])
+            parts.append(self.shards[i][start - begin:stop_at - begin])
+            start = min(stop_at, int(self.ends[i]))
+        return np.concatenate(parts or [np.empty(0)]).astype(np.int64)
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The ids of one shard file as a memory map. Stops if header or size are wrong."""
+    size = path.stat().st_size
+    with open(path, 'rb') as f:
+        head = f.read(HEADER.size)
+    remedy = 'delete its folder and run prepare.py again'
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        stop(f'{path}: not a token shard (wrong header); {remedy}')
+    _, version, itemsize, n = HEADER.unpack(head)
+    if version != VERSION or itemsize not in (2, 4):
+        stop(f'{path}: shard version {version} with {itemsize}-byte ids; this code reads '
+             f'version {VERSION} with 2 or 4; {remedy}')
+    if size != HEADER.size + n * itemsize:
+        stop(f'{path}: {size:,} bytes, but its header promises '
+             f'{HEADER.size + n * itemsize:,}; {remedy}')
+    if n == 0:
+        return np.empty(0, f'<u{itemsize}')
+    return np.memmap(path, dtype=f'<u{itemsize}', mode='r', offset=HEADER.size, shape=(n,))
+
+
+# ---------------------------------------------------------------------------------------------
+# The order of windows
+
+PADDING = -1      # the sample number of a padding row
+IGNORE = -100     # the target of a position that does not count
+
+
+class Windows:
+    """Cuts a split into windows of `block_size` inputs with their next tokens as targets.
+
+    Sample number g lies in epoch g // len(self). Every epoch covers each target exactly once: the
+    split is read as a ring, cut from a random position on, and its windows are shuffled. Both are
+    pure functions of (seed, epoch). With shuffle=False there is one order, from the beginning: for
+    evaluation.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True):
+        self.tokens, self.block_size, self.seed, self.shuffle = tokens, block_size, seed, shuffle
+        self.n_targets = len(tokens) - 1
+        self.epoch, self.offset, self.order = None, 0, None
+
+    def __len__(self) -> int:
+        return (self.n_targets + self.block_size - 1) // self.block_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Work out where epoch number `epoch` starts and the order of its windows."""
+        self.epoch = epoch
+        # Philox's raw words, unlike numpy's shuffles, are the same in every version of numpy.
+        words = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self) + 1)
+        self.offset = int(words[-1] % self.n_targets)
+        self.order = np.argsort(words[:-1], kind='stable')
+
+    def window(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of a sample, (block_size,) int64 each; PADDING gives an empty one."""
+        x = np.zeros(self.block_size, np.int64)
+        y = np.full(self.block_size, IGNORE, np.int64)
+        if sample == PADDING:
+            return x, y
+        epoch, i = divmod(sample, len(self))
+        if self.shuffle:
+            if epoch != self.epoch:
+                self.set_epoch(epoch)
+            i = int(self.order[i])
+        n = min(self.block_size, self.n_targets - i * self.block_size)
+        start = (self.offset + i * self.block_size) % self.n_targets
+        ids = self.tokens.read(start, n + 1)
+        m = len(ids) - 1                # fewer than n where the window passes the end of the ring
+        x[:m], y[:m] = ids[:-1], ids[1:]
+        if m < n:
+            ids = self.tokens.read(0, n - m + 1)
+            x[m:n], y[m:n] = ids[:-1], ids[1:]
+        return x, y
+
+    def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) of a list of sample numbers, T = block_size."""
+        xs, ys = zip(*(self.window(int(sample)) for sample in samples))
+        return torch.from_numpy(np.stack(xs)), torch.from_numpy(np.stack(ys))
+
+
+def share(first: int, n: int, rank: int, world: int, micro_batch_size: int) -> list[list[int]]:
+    """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches.
+
+    Every rank gets the same number of equally large micro-batches; uneven shares are filled up
+    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]].
+    """
+    per_rank = -(-n // world)
+    padded = -(-per_rank // micro_batch_size) * micro_batch_size
+    mine = list(range(first + rank * per_rank, first + min(n, (rank + 1) * per_rank)))
+    mine += [PADDING] * (padded - len(mine))
+    return [mine[i:i + micro_batch_size] for i in range(0, padded, micro_batch_size)]
+
+
+def load_split(folder, split: str, block_size: int, seed: int = 0, shuffle: bool = True) -> Windows:
+    """The windows of one split. Stops if it is too short to fill a single window."""
+    tokens = Tokens(folder, split)
+    if len(tokens) < block_size + 1 and split == 'train':
+        stop(f'{folder}: its training split has {len(tokens):,} tokens, a window of '
+             f'block_size={block_size} needs {block_size + 1:,}; use more text or a smaller '
+             'block_size')
+    if len(tokens) < 2:
+        stop(f'{folder}: its {split} split has {len(tokens)} tokens, nothing to evaluate on; '
+             'use more text or a larger val_fraction in prepare.py')
+    return Windows(tokens, block_size, seed, shuffle)

@@ -1,0 +1,165 @@
+"""The printed choice of device, dtype, compile and threads; this hardware's peak FLOP/s."""
+import contextlib
+import math
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+
+import torch
+
+from core.settings import stop
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# Dense bf16 / fp16 tensor-core peaks in TFLOP/s, from the makers' data sheets.
+PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'GH200': 989, 'A100': 312,
+               'A6000': 155, 'A10G': 70, 'L40S': 362, 'L4': 121, 'RTX 5090': 210, 'RTX 4090': 165,
+               'RTX 3090': 71, 'V100': 125, 'T4': 65}
+
+
+@dataclass
+class Device:
+    """What was chosen, and why."""
+    name: str               # as torch knows it: cuda:0, mps, cpu
+    kind: str               # cuda, mps or cpu
+    dtype: str              # of the matrix products; weights are always fp32 masters
+    compile: bool
+    peak_flops: float       # per second, of matrix products in dtype
+    why: list[str]          # a line for each choice
+
+    def autocast(self):
+        """The context in which the forward pass runs."""
+        if self.dtype == 'float32':
+            return contextlib.nullcontext()
+        return torch.autocast(self.kind, DTYPES[self.dtype])
+
+    def scaler(self):
+        """Keeps fp16 gradients from underflowing; does nothing for other dtypes."""
+        return torch.amp.GradScaler(self.kind, enabled=self.dtype == 'float16')
+
+    def synchronize(self) -> None:
+        """Wait for the device, before the clock is read."""
+        if self.kind != 'cpu':
+            getattr(torch, self.kind).synchronize()
+
+
+def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int = 0,
+           local_rank: int = 0, local_world: int = 1) -> Device:
+    """Decide what the settings leave open ('' or 0), and check what they ask for.
+
+    Stops if a device or dtype is asked for that this machine does not have.
+    """
+    kind, name, why = choose_device(device, local_rank)
+    if kind == 'cpu':
+        threads = threads or (torch.get_num_threads() if local_world == 1
+                              else max(1, (os.cpu_count() or 1) // local_world))
+        torch.set_num_threads(threads)
+        why += f', {threads} threads'
+    if kind == 'cuda':
+        torch.cuda.set_device(name)
+        torch.set_float32_matmul_precision('high')  # TF32 where fp32 products remain
+    dtype, dtype_why = choose_dtype(kind, dtype)
+    compile, compile_why = choose_compile(kind, compile)
+    peak, peak_why = peak_flops(kind, name, dtype)
+    return Device(name, kind, dtype, compile, peak,
+                  [f'device {name} ({why})', f'dtype {dtype} ({dtype_why})',
+                   f'compile {"on" if compile else "off"} ({compile_why})',
+                   f'peak {peak / 1e12:.3g} TFLOP/s ({peak_why})'])
+
+
+def choose_device(device: str, local_rank: int) -> tuple[str, str, str]:
+    """Kind, full name and reason."""
+    has_mps = torch.backends.mps.is_available()
+    if not device:
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+        why = 'the best there is'
+    else:
+        why = 'as asked'
+    kind, _, index = device.partition(':')
+    if kind not in ('cuda', 'mps', 'cpu') or (index and not index.isdigit()):
+        stop(f'device={device}: must be cuda, cuda:<number>, mps or cpu')
+    if kind == 'cuda':
+        if not torch.cuda.is_available():
+            stop(f'device={device}: this machine, or its torch {torch.__version__}, has no CUDA '
+                 'GPU; use --device=cpu, or install a CUDA build of torch')
+        number = int(index or local_rank)
+        if number >= torch.cuda.device_count():
+            stop(f'device={device}: there is no GPU {number}, only {torch.cuda.device_count()}')
+        return kind, f'cuda:{number}', f'{torch.cuda.get_device_name(number)}, {why}'
+    if kind == 'mps' and not has_mps:
+        stop(f'device={device}: this machine has no Apple GPU; use --device=cpu')
+    return kind, kind, f'{cpu_name()}, {why}'
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker writes it."""
+    try:
+        with open('/proc/cpuinfo') as f:
+            return next(line.split(':', 1)[1].strip() for line in f if 'model name' in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def choose_dtype(kind: str, dtype: str) -> tuple[str, str]:
+    """Name and reason."""
+    if dtype and dtype not in DTYPES:
+        stop(f'dtype={dtype}: must be one of {", ".join(DTYPES)}')
+    if dtype:
+        if dtype == 'float16' and kind == 'cpu':
+            stop('dtype=float16: a CPU computes it slower than float32; use float32 or bfloat16')
+        return dtype, 'as asked'
+    if kind == 'cuda':
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return 'bfloat16', 'this GPU computes it'
+        return 'float16', 'this GPU has no bfloat16; gradients are scaled'
+    if kind == 'mps':
+        return 'float32', 'mixed precision gains little on Apple GPUs'
+    return 'float32', 'exact, and at small sizes the fastest on a CPU'
+
+
+def choose_compile(kind: str, compile: bool) -> tuple[bool, str]:
+    """Whether torch.compile is used, and why."""
+    if not compile:
+        return False, 'as asked'
+    if kind == 'mps':
+        return False, 'not dependable on Apple GPUs yet'
+    if kind == 'cpu' and not any(map(shutil.which, ('c++', 'g++', 'clang++'))):
+        return False, 'it needs a C++ compiler, and none is installed'
+    if kind == 'cuda' and not torch.utils._triton.has_triton():
+        return False, 'it needs triton, which is not installed'
+    return True, 'the first step takes a while'
+
+
+def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int, n_embd: int,
+                    local_world: int = 1) -> int:
+    """Rows per forward pass: what fits half of this process's memory, at most 32,768 tokens.
+
+    Activations take about 73 bytes per token, layer and channel in fp32, 40 with 16-bit products.
+    The micro-batches of a step are made equally large.
+    """
+    if device.kind == 'cuda':
+        memory = torch.cuda.get_device_properties(device.name).total_memory
+    else:
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_world
+    per_row = block_size * n_layer * n_embd * (73 if device.dtype == 'float32' else 40)
+    most = max(1, min(memory // 2 // per_row, 32_768 // block_size))
+    return math.ceil(per_rank / math.ceil(per_rank / most))
+
+
+def peak_flops(kind: str, name: str, dtype: str) -> tuple[float, str]:
+    """Peak FLOP/s of matrix products: from the data sheet, or measured where none is known."""
+    if kind == 'cuda' and dtype != 'float32':
+        full = torch.cuda.get_device_name(name)
+        for key, tflops in PEAK_TFLOPS.items():
+            if key in full:
+                return tflops * 1e12, 'data sheet'
+    size = 1024 if kind == 'cpu' else 4096
+    a = torch.ones(size, size, device=name, dtype=DTYPES[dtype])
+    best = float('inf')
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best, 'measured'

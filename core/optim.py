@@ -1,0 +1,119 @@
+"""AdamW groups, Muon, and the learning-rate schedules."""
+import math
+
+import torch
+from torch import nn
+
+SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
+
+
+def schedule(step: int, max_steps: int, kind: str, warmup_steps: int = 0,
+             decay_fraction: float = 0.5, min_lr_fraction: float = 0.0) -> float:
+    """The factor on every learning rate at `step` (0 .. max_steps - 1): a pure function.
+
+    All kinds rise linearly over warmup_steps. Then 'cosine' falls along half a cosine
+    (Loshchilov & Hutter 2017), 'linear' along a line, 'wsd' (warmup-stable-decay, Hu et al. 2024)
+    stays at 1 and falls along a line over the last decay_fraction of all steps; each ends at
+    min_lr_fraction. 'constant' stays at 1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if kind == 'constant':
+        return 1.0
+    begin = warmup_steps
+    if kind == 'wsd':
+        begin = max(begin, round((1 - decay_fraction) * max_steps))
+    progress = min(1.0, max(0.0, (step - begin) / max(1, max_steps - begin)))
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if kind == 'cosine' else 1 - progress
+    return min_lr_fraction + (1 - min_lr_fraction) * height
+
+
+def newton_schulz(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Push the singular values of each matrix in g (n, rows, cols) towards 1.
+
+    A quintic iteration x -> a x + (b A + c A^2) x with A = x x^T, from the matrix divided by its
+    Frobenius norm (Jordan et al. 2024, "Muon"). It ends near, not at, 1: about 0.7 to 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if tall := x.size(1) > x.size(2):
+        x = x.mT
+    for _ in range(steps):
+        A = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized: for the hidden matrices (Jordan et al. 2024).
+
+    The step of a matrix is its Nesterov momentum with all singular values set to about 1, times
+    lr * sqrt(max(1, rows / cols)); weight decay is decoupled. Matrices of one shape are stacked, so
+    that a step takes a few batched products.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      ns_steps=ns_steps))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list] = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                self.step_stacked(params, group, max(1, shape[0] / shape[1]) ** 0.5)
+
+    def step_stacked(self, params, group, scale: float) -> None:
+        """One step for matrices of one shape."""
+        for p in params:
+            if 'momentum' not in self.state[p]:
+                self.state[p]['momentum'] = torch.zeros_like(p)
+        grads = [p.grad for p in params]
+        momenta = [self.state[p]['momentum'] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
+        ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
+        update = newton_schulz(torch.stack(ahead), group['ns_steps']).unbind()
+        if group['weight_decay']:
+            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_add_(params, update, alpha=-group['lr'] * scale)
+
+
+def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weight_decay: float,
+                    beta1: float = 0.9, beta2: float = 0.95, muon_learning_rate: float = 0.02,
+                    muon_weight_decay: float = 0.0, muon_momentum: float = 0.95,
+                    ns_steps: int = 5, embed_learning_rate: float = 0.0) -> list:
+    """The optimizers of a model; every group remembers its peak rate as `base_lr`.
+
+    'adamw': AdamW for everything, decay on matrices only. 'muon': Muon for the matrices inside the
+    blocks, AdamW for embeddings, head, norms and biases. The embedding has a rate of its own if
+    embed_learning_rate is not 0.
+    """
+    named = dict(model.named_parameters())
+    hidden = [p for name, p in named.items() if p.ndim == 2 and name.startswith(('h.', 'lstm.'))]
+    embedding = [p for name, p in named.items() if name in ('wte.weight', 'wpe.weight')]
+    apart = {id(p) for p in embedding} if embed_learning_rate else set()
+    if optimizer == 'muon':
+        apart |= {id(p) for p in hidden}
+    rest = [p for p in named.values() if id(p) not in apart]
+    groups = [{'params': [p for p in rest if p.ndim >= 2], 'weight_decay': weight_decay},
+              {'params': [p for p in rest if p.ndim < 2], 'weight_decay': 0.0}]
+    if embed_learning_rate:
+        groups.append({'params': embedding, 'weight_decay': weight_decay,
+                       'lr': embed_learning_rate})
+    optimizers = [torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate,
+                                    betas=(beta1, beta2), fused=True)]
+    if optimizer == 'muon':
+        optimizers.append(Muon(hidden, muon_learning_rate, muon_momentum, muon_weight_decay,
+                               ns_steps))
+    for group in (group for o in optimizers for group in o.param_groups):
+        group['base_lr'] = group['lr']
+    return optimizers
+
+
+def set_learning_rate(optimizers, factor: float) -> None:
+    """Set every group's rate to `factor` times its peak."""
+    for group in (group for o in optimizers for group in o.param_groups):
+        group['lr'] = group['base_lr'] * factor

@@ -1,0 +1,620 @@
+"""The whole GPT: configuration, attention, MLP, norms, positions, KV cache, loss, init, generate.
+
+Two settings of GPTConfig are exact public architectures: GPT-2 (layernorm, learned positions, gelu,
+bias, tied) and Qwen3 / Llama (rmsnorm, rope, swiglu, grouped queries, qk_norm or not). At the end
+stands the LSTM language model that they replaced, behind the same interface.
+
+Shapes: B rows, T positions, C = n_embd channels, H heads of D = head_dim channels, V = vocab_size.
+Nothing here knows of processes: core/parallel.py wraps the model from outside. It may cut heads out
+of the projections, take blocks out of `h`, and set `wte`, `ln_f` or `lm_head` to None.
+"""
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+CHOICES = {'arch': ('gpt', 'lstm'),
+           'norm': ('rmsnorm', 'layernorm'),
+           'position': ('rope', 'learned', 'sinusoidal', 'none'),
+           'mlp': ('swiglu', 'gelu', 'relu2')}
+
+
+@dataclass
+class GPTConfig:
+    arch: str = 'gpt'           # gpt or lstm
+    block_size: int = 1024      # longest context in tokens
+    vocab_size: int = 50304     # ids; the tokenizer may use fewer
+    n_layer: int = 12
+    n_head: int = 12            # query heads
+    n_kv_head: int = 0          # key and value heads; 0: n_head; 1: multi-query attention
+    n_embd: int = 768
+    head_dim: int = 0           # 0: n_embd / n_head
+    n_hidden: int = 0           # channels inside the MLP; 0: 4 n_embd, swiglu 8/3 n_embd
+    norm: str = 'layernorm'     # layernorm or rmsnorm
+    norm_eps: float = 1e-5
+    position: str = 'learned'   # learned, rope, sinusoidal or none
+    rope_theta: float = 10000.0
+    mlp: str = 'gelu'           # gelu, swiglu or relu2
+    qk_norm: bool = False       # RMSNorm of queries and keys, per head
+    window: int = 0             # attention reaches this many positions back; 0: all
+    tied: bool = True           # the head shares the embedding's matrix
+    dropout: float = 0.0
+    bias: bool = True           # in linear layers and layernorms
+
+    def __post_init__(self):
+        """Derive what is 0. Raises ValueError, naming the setting, for what cannot be."""
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f'{name}={value}: must be one of {", ".join(allowed)}')
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        if not self.head_dim:
+            if self.n_embd % self.n_head:
+                raise ValueError(f'n_embd={self.n_embd}: must be divisible by n_head={self.n_head} '
+                                 '(or set head_dim)')
+            self.head_dim = self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}')
+        if self.position == 'rope' and self.head_dim % 2:
+            raise ValueError(f'head_dim={self.head_dim}: must be even for position=rope')
+        if self.position == 'sinusoidal' and self.n_embd % 2:
+            raise ValueError(f'n_embd={self.n_embd}: must be even for position=sinusoidal')
+        if not self.n_hidden:  # 8/3, so that swiglu's three matrices weigh as much as two of 4
+            self.n_hidden = 8 * round(self.n_embd / 3) if self.mlp == 'swiglu' else 4 * self.n_embd
+
+
+# ---------------------------------------------------------------------------------------------
+# Layers
+
+
+def norm_layer(config: GPTConfig, size: int) -> nn.Module:
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+def rope_tables(position: torch.Tensor, head_dim: int, theta: float):
+    """cos and sin of the angles position * theta^(-2i / D), i < D/2 (Su et al. 2021, section 3.2).
+
+    position (T,) gives tables (T, D/2); position (B, T) gives (B, 1, T, D/2).
+    """
+    i = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
+    angle = position[..., None].float() * theta ** (-i / head_dim)
+    if position.ndim == 2:
+        angle = angle[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, H, T, D) by its positions; channel i pairs with i + D/2, as in Hugging Face."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+def sinusoid(position: torch.Tensor, n_embd: int) -> torch.Tensor:
+    """(..., C) sine and cosine position codes (Vaswani et al. 2017, section 3.5)."""
+    i = torch.arange(0, n_embd, 2, device=position.device, dtype=torch.float32)
+    angle = position[..., None].float() * 10000.0 ** (-i / n_embd)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries (Ainslie et al. 2023)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        n_query, n_key = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, n_query, bias=config.bias)
+        self.k_proj = nn.Linear(config.n_embd, n_key, bias=config.bias)
+        self.v_proj = nn.Linear(config.n_embd, n_key, bias=config.bias)
+        self.o_proj = nn.Linear(n_query, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
+        B, T = x.shape[:2]
+        # The number of heads is inferred: tensor parallelism leaves each rank a part of them.
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q, k, v, mask, dropout: float):
+    """softmax(q k^T / sqrt(D)) v; mask is None (causal), boolean (.., T, S), or a BlockMask."""
+    gqa = q.size(1) != k.size(1)
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
+    # is_causal aligns the first query with the first key: right only if both are equally many.
+    causal = mask is None and q.size(2) == k.size(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                          is_causal=causal, enable_gqa=gqa)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a nonlinearity, or SwiGLU's three (Shazeer 2020)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.kind = config.mlp
+        self.gate_proj = (nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+                          if config.mlp == 'swiglu' else None)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=config.bias)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        up = self.up_proj(x)
+        if self.kind == 'swiglu':
+            up = F.silu(self.gate_proj(x)) * up
+        elif self.kind == 'relu2':
+            up = F.relu(up).square()
+        else:
+            up = F.gelu(up, approximate='tanh')
+        return self.down_proj(up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = norm_layer(config, config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = norm_layer(config, config.n_embd)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0):
+        x = x + self.drop(self.attn(self.ln_1(x), rope, mask, cache, layer))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Documents, masks and the cache
+
+
+def document_positions(doc: torch.Tensor) -> torch.Tensor:
+    """(B, T) position of each token in its document: [[7, 7, 8, 8, 8]] gives [[0, 1, 0, 1, 2]]."""
+    index = torch.arange(doc.size(1), device=doc.device).expand_as(doc)
+    new = torch.zeros_like(doc, dtype=torch.bool)
+    new[:, 1:] = doc[:, 1:] != doc[:, :-1]
+    return index - torch.where(new, index, 0).cummax(dim=1).values
+
+
+def causal_mask(T: int, doc, window: int, device) -> torch.Tensor | None:
+    """Boolean (T, T) or (B, 1, T, T), True where a query sees a key; None for plain causal."""
+    if doc is None and not 0 < window < T:
+        return None
+    q, k = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)[None, :]
+    mask = k <= q
+    if window:
+        mask = mask & (k > q - window)
+    if doc is not None:
+        mask = mask & (doc[:, None, :, None] == doc[:, None, None, :])
+    return mask
+
+
+def flex_mask(T: int, doc, window: int, device):
+    """The same as a BlockMask: flex-attention skips the blocks that nobody sees."""
+    if doc is None and not 0 < window < T:
+        return None
+
+    def sees(b, h, q, k):
+        seen = k <= q
+        if window:
+            seen = seen & (k > q - window)
+        return seen if doc is None else seen & (doc[b, q] == doc[b, k])
+
+    return create_block_mask(sees, None if doc is None else doc.size(0), None, T, T, device=device)
+
+
+class KVCache:
+    """Keys and values of B rows, which may be of different lengths, for up to `size` positions.
+
+    Tensors are made at the first use, in the shape of the keys that come: (B, heads, size, D).
+    """
+
+    def __init__(self, batch_size: int, size: int, device=None):
+        self.size, self.device = size, device
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.longest = 0      # the largest of lengths, known without asking the device
+        self.even = True      # whether all rows are equally long
+        self.k, self.v = {}, {}
+
+    def room(self) -> int:
+        """How many more tokens the longest row can take."""
+        return self.size - self.longest
+
+    def positions(self, T: int) -> torch.Tensor:
+        """(B, T) the positions that the next T tokens of each row will have; (T,) if all agree."""
+        new = torch.arange(T, device=self.device)
+        return self.longest + new if self.even else self.lengths[:, None] + new
+
+    def mask(self, T: int, window: int) -> torch.Tensor | None:
+        """Boolean mask of T new queries over the cached and new keys; None where all is seen."""
+        if self.even and not window and (T == 1 or self.longest == 0):
+            return None
+        q = self.positions(T)[..., None]
+        k = torch.arange(self.longest + T, device=self.device)
+        mask = k <= q
+        if window:
+            mask = mask & (k > q - window)
+        return mask if self.even else mask[:, None]
+
+    def update(self, layer: int, k, v):
+        """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
+        T, end = k.size(2), self.longest + k.size(2)
+        if layer not in self.k:
+            shape = (k.size(0), k.size(1), self.size, k.size(3))
+            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        for new, stored in ((k, self.k[layer]), (v, self.v[layer])):
+            if self.even:
+                stored[:, :, self.longest:end] = new
+            else:
+                at = self.positions(T)[:, None, :, None].expand_as(new)
+                stored.scatter_(2, at, new)
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+    def advance(self, T: int, n_new=None) -> None:
+        """Count T tokens as stored; of row b only the first n_new[b], if the rest was padding."""
+        if n_new is None:
+            self.lengths += T
+            self.longest += T
+        else:
+            self.lengths += n_new
+            self.longest = int(self.lengths.max())
+            self.even = bool((self.lengths == self.longest).all())
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of x @ weight.T, of which only one chunk of rows exists at a time.
+
+    The gradient of the loss by the logits, softmax(logits) - onehot(target), is known as soon as
+    the logits are: so the forward pass also makes the gradients of x and weight, and no logits are
+    kept or computed twice (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk):
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight, dtype=torch.float32)
+        total = x.new_zeros((), dtype=torch.float32)
+        for i in range(0, len(x), chunk):
+            rows, target = x[i:i + chunk], targets[i:i + chunk]
+            raw = rows @ weight.T
+            logits = raw.float()
+            total += F.cross_entropy(logits, target, ignore_index=-100, reduction='sum')
+            counts = (target != -100).float()[:, None]
+            grad = logits.softmax(dim=-1)
+            grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(counts))
+            grad = (grad * counts).type_as(raw)
+            dx[i:i + chunk] = grad @ weight
+            dweight += grad.T @ rows
+        ctx.save_for_backward(dx, dweight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
+
+
+def token_losses(x, targets, lm_head) -> torch.Tensor:
+    """(N,) cross-entropies in fp32 of hidden states x (N, C), 0 where the target is -100."""
+    return F.cross_entropy(lm_head(x).float(), targets, ignore_index=-100, reduction='none')
+
+
+def lm_loss(lm_head, x, targets, reduction: str) -> torch.Tensor:
+    """Cross-entropy in nats of hidden states x (B, T, C) and targets (B, T), -100 ignored.
+
+    reduction 'none' gives (B, T), 'sum' the total, 'mean' the total over the number of targets.
+    All logits never exist at once, forward or backward, unless they are few.
+    """
+    flat, target = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+    chunk = max(1, CHUNK_ELEMENTS // lm_head.out_features)
+    if chunk >= len(flat):
+        losses = token_losses(flat, target, lm_head)
+    elif reduction != 'none' and torch.is_grad_enabled() and lm_head.bias is None:
+        total = ChunkedCrossEntropy.apply(flat, lm_head.weight, target, chunk)
+        return total / (target != -100).sum() if reduction == 'mean' else total
+    else:
+        losses = torch.cat([checkpoint(token_losses, f, t, lm_head, use_reentrant=False)
+                            for f, t in zip(flat.split(chunk), target.split(chunk))])
+    if reduction == 'none':
+        return losses.view_as(targets)
+    total = losses.sum()
+    return total / (target != -100).sum() if reduction == 'mean' else total
+
+
+def last_positions(x, n: int, n_real=None) -> torch.Tensor:
+    """The last n of the first n_real[b] positions of each row of x (B, T, C); n_real None: of T."""
+    if n_real is None:
+        return x[:, -n:]
+    at = (n_real[:, None] - n + torch.arange(n, device=x.device)).clamp(min=0)
+    return x.gather(1, at[..., None].expand(-1, -1, x.size(-1)))
+
+
+# ---------------------------------------------------------------------------------------------
+# The models
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = False      # recompute blocks in the backward pass instead of storing them
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = (nn.Embedding(config.block_size, config.n_embd)
+                    if config.position == 'learned' else None)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.h = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layer)})
+        self.ln_f = norm_layer(config, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight
+
+    def new_cache(self, batch_size: int, device=None) -> KVCache:
+        return KVCache(batch_size, self.config.block_size, device)
+
+    def forward(self, idx, targets=None, *, doc=None, cache=None, n_logits=0, reduction='mean'):
+        """Logits, or the loss if there are targets.
+
+        idx        (B, T) token ids; (B, T, C) hidden states on a pipeline stage without embedding
+        targets    (B, T) next tokens, -100 where none counts; then returns the cross-entropy in
+                   nats: a scalar ('mean' or 'sum') or (B, T) ('none')
+        doc        (B, T) numbers of the documents packed in a row: attention stays inside one,
+                   positions restart; -1 marks padding, at the end of a row
+        cache      a KVCache: idx continues its rows; real tokens are stored, padding is not
+        n_logits   of how many positions, counted back from each row's last real one; 0: all
+        Without a head (a pipeline stage) it returns the hidden states (B, T, C).
+        """
+        B, T = idx.shape[:2]
+        config, device = self.config, idx.device
+        n_real = None if doc is None else (doc >= 0).sum(dim=1)
+        if cache is not None:
+            if cache.room() < T:
+                raise ValueError(f'{T} more tokens do not fit the cache: {cache.room()} of '
+                                 f'{cache.size} positions are left')
+            position, mask = cache.positions(T), cache.mask(T, config.window)
+        else:
+            if config.block_size < T:
+                raise ValueError(f'{T} tokens are more than block_size={config.block_size}')
+            position = torch.arange(T, device=device) if doc is None else document_positions(doc)
+            # Compiled for a GPU, flex-attention skips what is masked; elsewhere SDPA gets the mask.
+            flex = idx.is_cuda and torch.compiler.is_compiling() and not config.dropout
+            mask = (flex_mask if flex else causal_mask)(T, doc, config.window, device)
+        x = idx if self.wte is None else self.embed(idx, position)
+        rope = None
+        if config.position == 'rope':
+            rope = rope_tables(position, config.head_dim, config.rope_theta)
+        for i, block in self.h.items():
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache, int(i))
+        if cache is not None:
+            cache.advance(T, n_real)
+        if self.lm_head is None:
+            return x
+        if targets is not None:
+            return lm_loss(self.lm_head, self.ln_f(x), targets, reduction)
+        if n_logits:
+            x = last_positions(x, n_logits, n_real)
+        return self.lm_head(self.ln_f(x))
+
+    def embed(self, idx, position):
+        """(B, T, C) token embeddings, with positions where they are added."""
+        x = self.wte(idx)
+        if self.wpe is not None:
+            x = x + self.wpe(position)
+        elif self.config.position == 'sinusoidal':
+            x = x * math.sqrt(self.config.n_embd) + sinusoid(position, self.config.n_embd)
+        return self.drop(x)
+
+
+class LSTM(nn.Module):
+    """The recurrent language model that transformers replaced: embedding, LSTM, linear head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.lstm = nn.LSTM(config.n_embd, config.n_embd, config.n_layer, batch_first=True,
+                            dropout=config.dropout if config.n_layer > 1 else 0.0)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight
+
+    class State:
+        """Takes the place of the KV cache: hidden and cell state, of one size for ever."""
+        hidden = None
+
+        def room(self):
+            return math.inf
+
+    def new_cache(self, batch_size: int, device=None):
+        return LSTM.State()
+
+    def forward(self, idx, targets=None, *, doc=None, cache=None, n_logits=0, reduction='mean'):
+        """As GPT.forward; a row holds one document, -1 in `doc` marks padding at its end."""
+        x, n_real, state = self.wte(idx), None, cache.hidden if cache is not None else None
+        if doc is None:
+            x, state = self.lstm(x, state)
+        else:
+            if bool((doc.clamp(min=0) != doc[:, :1]).logical_and(doc >= 0).any()):
+                raise ValueError('an LSTM cannot keep apart documents packed in one row')
+            n_real = (doc >= 0).sum(dim=1)
+            packed = nn.utils.rnn.pack_padded_sequence(x, n_real.cpu(), True, enforce_sorted=False)
+            x, state = self.lstm(packed, state)
+            x, _ = nn.utils.rnn.pad_packed_sequence(x, True, total_length=idx.size(1))
+        if cache is not None:
+            cache.hidden = state
+        if targets is not None:
+            return lm_loss(self.lm_head, x, targets, reduction)
+        return self.lm_head(last_positions(x, n_logits, n_real) if n_logits else x)
+
+
+def build_model(config: GPTConfig, seed: int = 0, device='cpu') -> nn.Module:
+    """A model with initialized fp32 weights on `device`; the same weights for the same seed."""
+    with torch.device('meta'):
+        model = LSTM(config) if config.arch == 'lstm' else GPT(config)
+    model.to_empty(device=device)
+    if config.tied:
+        model.lm_head.weight = model.wte.weight
+    init_weights(model, seed)
+    return model
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int) -> None:
+    """All of initialization.
+
+    Norms are 1, biases 0. Matrices that write into the residual stream (o_proj, down_proj) are 0,
+    so each block begins as the identity; an untied head is 0, so the first loss is exactly log(V).
+    Other matrices are normal with std 1 / sqrt(3 n_in), GPT-2's 0.02 at 768 channels. Position and
+    tied embeddings have std 0.02, an untied embedding 1. LSTM forget gates start open (bias 1).
+    Each parameter's numbers depend only on (seed, its name), not on which others are made here.
+    """
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            p.fill_(1.0 if name.endswith('.weight') else 0.0)
+            if 'bias_ih' in name:                 # gates in the order input, forget, cell, output
+                p.chunk(4)[1].fill_(1.0)
+        elif name.endswith(('o_proj.weight', 'down_proj.weight', 'lm_head.weight')):
+            p.zero_()
+        else:
+            std = 1 / math.sqrt(3 * p.size(1))
+            if name == 'wpe.weight' or name == 'wte.weight':
+                std = 0.02 if name == 'wpe.weight' or model.config.tied else 1.0
+            generator = torch.Generator(p.device)
+            generator.manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            p.normal_(0.0, std, generator=generator)
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(model: nn.Module, block_size: int = 0) -> int:
+    """Floating-point operations per token, forward and backward: 6 N + 12 L H D T.
+
+    Chowdhery et al. 2022 (PaLM), appendix B: N are the weights that multiply (no norms, biases or
+    looked-up embeddings; the head counts, tied or not), and the attention term ignores that half of
+    the scores are masked. T is the context length, at most the sliding window.
+    """
+    config = model.config
+    looked_up = ('wpe.weight',) if config.tied else ('wpe.weight', 'wte.weight')
+    n = sum(p.numel() for name, p in model.named_parameters()
+            if p.ndim > 1 and name not in looked_up)
+    if config.arch == 'lstm':
+        return 6 * n
+    T = block_size or config.block_size
+    T = min(T, config.window) if config.window else T
+    return 6 * n + 12 * config.n_layer * config.n_head * config.head_dim * T
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+
+
+def sample_next(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, generator=None):
+    """(B,) ids drawn from logits (B, V); temperature 0 takes the most probable.
+
+    top_k keeps the k most probable tokens; min_p those with at least min_p times the probability of
+    the most probable one (Nguyen et al. 2024); top_p the fewest whose probabilities sum to at least
+    top_p (Holtzman et al. 2020). They apply in this order, after the temperature.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if min_p > 0:
+        best = logits.max(dim=-1, keepdim=True).values
+        logits = logits.masked_fill(logits < best + math.log(min_p), -math.inf)
+    if top_p < 1:
+        values, order = logits.sort(dim=-1, descending=True)
+        before = values.softmax(dim=-1).cumsum(dim=-1) - values.softmax(dim=-1)
+        values = values.masked_fill(before >= top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter_(-1, order, values)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+def penalize_repetition(logits, rows, penalty: float):
+    """Make tokens that a row already has less probable (CTRL, Keskar et al. 2019, section 4.1)."""
+    for logit, row in zip(logits, rows):
+        seen = torch.tensor(sorted(set(row)), device=logits.device)
+        logit[seen] = torch.where(logit[seen] > 0, logit[seen] / penalty, logit[seen] * penalty)
+    return logits
+
+
+def pad_rows(rows, device):
+    """Rows of ids as (B, T) ids with their `doc`: 0 for tokens, -1 for padding; None if even."""
+    T = max(map(len, rows))
+    idx = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    doc = torch.where(torch.arange(T, device=device) < lengths[:, None], 0, -1)
+    return idx, None if all(len(row) == T for row in rows) else doc
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+             repetition_penalty=1.0, seed=0, stop_tokens=(), n_tokens=0):
+    """Continue prompts (lists of ids, of any lengths >= 1); yields the next id of every row.
+
+    Yields lists of B ids as they come, -1 for rows that have ended: after a stop token (which is
+    still yielded) or max_new_tokens. Ids from n_tokens on are never drawn (0: all may be). Prompts
+    longer than block_size lose their beginning. When the cache is full, the last half of the window
+    is prefilled again. The same seed gives the same ids.
+    """
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = [list(prompt) for prompt in prompts]
+    ended = [False] * len(rows)
+    size = model.config.block_size
+    cache, idx, doc = None, None, None
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            if cache is None or cache.room() < 1:
+                keep = size if cache is None else max(1, size // 2)
+                cache = model.new_cache(len(rows), device)
+                idx, doc = pad_rows([row[-keep:] for row in rows], device)
+            logits = model(idx, doc=doc, cache=cache, n_logits=1)[:, -1].float()
+            if n_tokens:
+                logits[:, n_tokens:] = -math.inf
+            if repetition_penalty != 1:
+                logits = penalize_repetition(logits, rows, repetition_penalty)
+            new = sample_next(logits, temperature, top_k, top_p, min_p, generator)
+            idx, doc, ids = new[:, None], None, new.tolist()
+            for i, row in enumerate(rows):
+                row.append(ids[i])
+                ids[i] = -1 if ended[i] else ids[i]
+                ended[i] = ended[i] or ids[i] in stop_tokens
+            yield ids
+            if all(ended):
+                return
+    finally:
+        model.train(was_training)

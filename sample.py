@@ -1,0 +1,142 @@
+"""Text from a trained model: python sample.py out/shakespeare --prompt="ROMEO:".
+
+The prompt comes from --prompt, from a file, from standard input, or, on a terminal, from the
+keyboard. Text goes to standard output as it comes, everything else to standard error.
+"""
+import sys
+import time
+
+from core import checkpoint
+from core import device as hardware
+from core.settings import check_bounds, configure, stop, warn
+from model import generate
+
+POSITIONAL = ('run_dir',)
+CONFIG, FLAGS = '', ()      # filled by configure
+
+run_dir = ''                # a run directory, such as out/shakespeare
+step = 0                    # which checkpoint; 0: the best one
+prompt = ''                 # text to continue
+prompt_file = ''            # read the prompt from this file; - is standard input
+num_samples = 1
+max_new_tokens = 500
+temperature = 0.8           # 0: always the most probable token
+top_k = 0                   # only the k most probable tokens; 0: all
+top_p = 1.0                 # only the fewest tokens that have this probability together
+min_p = 0.0                 # only tokens this probable, relative to the most probable one
+repetition_penalty = 1.0    # above 1: tokens already there become less probable
+stop_strings = ''           # end before any of these, comma-separated; \n is a line break
+seed = 1337                 # sample i uses seed + i
+device = ''                 # '': cuda, else mps, else cpu
+dtype = ''                  # '': as in training
+threads = 0                 # CPU threads; 0: torch's choice
+
+
+class StopStrings:
+    """Lets text through piece by piece, up to the first stop string (which is left out).
+
+    Text that may turn out to be the beginning of a stop string is kept back until that is decided.
+    """
+
+    def __init__(self, stops: list[str]):
+        self.stops, self.pending, self.found = stops, '', False
+
+    def feed(self, text: str) -> str:
+        """The part of all text so far that is sure and has not been returned yet."""
+        self.pending += text
+        hits = [at for s in self.stops if (at := self.pending.find(s)) >= 0]
+        if hits:
+            self.found = True
+            return self.pending[:min(hits)]
+        kept = max((n for s in self.stops for n in range(1, len(s))
+                    if self.pending.endswith(s[:n])), default=0)
+        out = self.pending[:len(self.pending) - kept]
+        self.pending = self.pending[len(out):]
+        return out
+
+    def rest(self) -> str:
+        """What was kept back, when no more text comes."""
+        return '' if self.found else self.pending
+
+
+def read_prompt() -> str | None:
+    """The prompt that flags, a file or standard input give; None asks for it at the keyboard."""
+    if prompt and prompt_file:
+        stop('prompt and prompt_file: both are given; leave one of them out')
+    if prompt_file and prompt_file != '-':
+        try:
+            with open(prompt_file, encoding='utf-8') as f:
+                return f.read()
+        except (OSError, UnicodeDecodeError) as e:
+            stop(f'prompt_file={prompt_file}: {e.strerror if isinstance(e, OSError) else e}')
+    if prompt_file == '-' or not (prompt or sys.stdin is None or sys.stdin.isatty()):
+        return sys.stdin.read()
+    return None if not prompt and sys.stdin is not None and sys.stdin.isatty() else prompt
+
+
+def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev) -> tuple[str, int]:
+    """Generate once and print the text as it comes; returns it and the number of tokens."""
+    end = tokenizer.special['<|endoftext|>']
+    stops = StopStrings([s.replace('\\n', '\n') for s in stop_strings.split(',') if s])
+    to_text, written, n = tokenizer.stream(), [], 0
+
+    def write(text):
+        written.append(text)
+        print(text, end='', flush=True)
+
+    with dev.autocast():
+        for new, in generate(model, [ids], max_new_tokens, temperature=temperature, top_k=top_k,
+                             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+                             seed=sample_seed, stop_tokens={end}, n_tokens=len(tokenizer)):
+            n += 1
+            if new != end:
+                write(stops.feed(to_text(new)))
+            if stops.found:
+                break
+    write(stops.rest())
+    print(flush=True)
+    return ''.join(written), n
+
+
+def write_samples(model, tokenizer, text: str, dev) -> list[str]:
+    """Continue `text` num_samples times; prints tokens per second to standard error."""
+    ids = tokenizer.encode(text) or tokenizer.start()
+    if len(ids) > model.config.block_size and model.config.arch != 'lstm':
+        warn(f'the prompt has {len(ids):,} tokens, the model sees the last '
+             f'{model.config.block_size:,} of them')
+    texts = []
+    for i in range(num_samples):
+        if num_samples > 1:
+            print(f'--- sample {i + 1}', flush=True)
+        print(text, end='', flush=True)
+        began = time.perf_counter()
+        out, n = write_one(model, tokenizer, ids, seed + i, dev)
+        took = time.perf_counter() - began
+        print(f'[{n} tokens in {took:.1f} s, {n / took:,.0f} tokens/s]', file=sys.stderr)
+        texts.append(out)
+    return texts
+
+
+def main() -> dict:
+    """Returns the texts that were generated, without the prompt."""
+    check_bounds(globals(), num_samples=(1, None), max_new_tokens=(1, None), temperature=(0, None),
+                 top_k=(0, None), top_p=(1e-6, 1), min_p=(0, 1), repetition_penalty=(1e-6, None),
+                 step=(0, None), seed=(0, 2 ** 31 - 1), threads=(0, None))
+    text = read_prompt()
+    dev = hardware.choose(device, dtype, False, threads)
+    model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name)
+    print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:2])}', file=sys.stderr)
+    try:
+        if text is not None:
+            return {'texts': write_samples(model, tokenizer, text, dev)}
+        print('type a prompt; an empty one starts from nothing; Ctrl-D ends', file=sys.stderr)
+        while True:
+            write_samples(model, tokenizer, input('> '), dev)
+    except (KeyboardInterrupt, EOFError):
+        print(file=sys.stderr)
+    return {'texts': []}
+
+
+if __name__ == '__main__':
+    configure(globals(), sys.argv[1:])
+    main()
