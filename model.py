@@ -54,6 +54,9 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        for name in ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'dropout'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if not self.head_dim:
             if self.n_embd % self.n_head:
                 raise ValueError(f'n_embd={self.n_embd}: must be divisible by n_head={self.n_head} '
@@ -125,8 +128,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:  # in fp32, as the other norms are under autocast
+            q, k = self.q_norm(q.float()).type_as(v), self.k_norm(k.float()).type_as(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -143,6 +146,11 @@ def attend(q, k, v, mask, dropout: float):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
     # is_causal aligns the first query with the first key: right only if both are equally many.
     causal = mask is None and q.size(2) == k.size(2)
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
+        with torch.autocast('cpu', enabled=False):  # the backward pass is 4 times slower in bf16
+            return F.scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout,
+                is_causal=causal, enable_gqa=gqa)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                           is_causal=causal, enable_gqa=gqa)
 
@@ -408,7 +416,7 @@ class GPT(nn.Module):
         if config.position == 'rope':
             rope = rope_tables(position, config.head_dim, config.rope_theta)
         for i, block in self.h.items():
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache, int(i))
@@ -507,7 +515,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
             if name == 'wpe.weight' or name == 'wte.weight':
                 std = 0.02 if name == 'wpe.weight' or model.config.tied else 1.0
             generator = torch.Generator(p.device)
-            generator.manual_seed((seed << 32) + zlib.crc32(name.encode()))
+            generator.manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
             p.normal_(0.0, std, generator=generator)
 
 

@@ -66,7 +66,6 @@ def read_text(path: Path, errors: str = 'strict') -> Document:
         raw = path.read_bytes()
     except OSError as e:
         stop(f'{path}: cannot be read ({e.strerror})')
-    raw = raw.removeprefix(b'\xef\xbb\xbf')
     if (at := raw.find(b'\0')) >= 0:
         stop(f'{path}: a binary file (NUL byte at offset {at}); only text can be prepared')
     try:
@@ -77,7 +76,7 @@ def read_text(path: Path, errors: str = 'strict') -> Document:
                  'convert the file to UTF-8, or go on with --errors=replace')
         text = raw.decode('utf-8', errors='replace')
         replaced = text.count('\ufffd') - raw.count('\ufffd'.encode())
-    text = text.replace('\r\n', '\n')
+    text = text.removeprefix('\ufeff').replace('\r\n', '\n')
     if not text.strip():
         stop(f'{path}: empty; there is nothing to learn from')
     return Document(str(path), text, replaced)
@@ -89,8 +88,8 @@ def read_path(path: Path, errors: str = 'strict') -> Iterator[Document]:
         yield read_text(path, errors)
         return
     files = sorted(p for p in path.rglob('*') if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-    if not files:
-        stop(f'{path}: no text files in this folder ({", ".join(TEXT_SUFFIXES)})')
+    if not any(file.stat().st_size for file in files):
+        stop(f'{path}: no text files in this folder ({", ".join(TEXT_SUFFIXES)}), or only empty ones')
     for file in tqdm(files, desc='reading', unit='file', leave=False, disable=len(files) < 100):
         if file.stat().st_size:
             yield read_text(file, errors)
@@ -128,12 +127,13 @@ LARGE = {'openwebtext': ('9 billion tokens of web pages, as GPT-2 was trained on
 
 
 def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str = '',
-          val_fraction: float = 0.1, errors: str = 'strict',
+          val_fraction: float | None = None, errors: str = 'strict',
           shard_tokens: int = 100_000_000) -> Path:
     """Make the dataset unless it is there already, and return its folder.
 
     `dataset` is a named dataset, a folder under `data_dir`, or a path to text. A dataset made from
-    a path is made again when its text has changed. A file lock lets one process of a machine work
+    a path is made again when its text has changed, and any with another val_fraction than the one
+    given (None: 0.1, or whatever it was made with). A file lock lets one process of a machine work
     while the others wait. Raises NoNetwork if a download is needed and impossible.
     """
     if not dataset:
@@ -142,32 +142,35 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
     made = Path(data_dir) / dataset
     if not recipe and (path / 'meta.json').is_file():
         return path
-    if (made / 'meta.json').is_file() and tokenizer in ('', recipe and recipe.tokenizer):
-        return made
-    if dataset in LARGE:
+    if dataset in LARGE and not (made / 'meta.json').is_file():
         about, size = LARGE[dataset]
         stop(f'{made} is not there: {dataset} ({about}) is {size}, which is not started unasked; '
              f'its loader is not part of this version: put token shards into {made}, or train on '
              'your own text with --dataset=<path>')
+    if not recipe and (made / 'meta.json').is_file():
+        return made
     if not recipe and not path.exists():
         stop(f'dataset {dataset!r}: neither a named dataset ({", ".join([*RECIPES, *LARGE])}), '
              f'nor a folder in {data_dir}/, nor a path to text')
     kind = tokenizer or (recipe.tokenizer if recipe else 'char')
     name = name or (dataset if recipe and kind == recipe.tokenizer else f'{path.stem}_{kind}')
+    if name in ('', '.', '..', 'downloads') or name != Path(name).name:
+        stop(f'name={name}: must be a plain folder name (other than downloads)')
     folder = Path(data_dir) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f'.{name}.lock')):
-        if recipe:
-            if (folder / 'meta.json').is_file():
-                return folder
-            documents = list(recipe.documents(str(Path(data_dir) / 'downloads')))
-        else:
-            documents = list(read_path(path, errors))
-        meta = {'name': name, 'about': recipe.about if recipe else f'text from {dataset}',
-                'licence': recipe.licence if recipe else 'unknown: your own text',
-                'source': dataset if recipe else str(path.resolve()), 'tokenizer': kind,
-                'val_fraction': val_fraction, 'sha256': text_hash(documents)}
-        if not up_to_date(folder, meta):
+        wanted = {'source': dataset if recipe else str(path.resolve()), 'tokenizer': kind}
+        if val_fraction is not None:
+            wanted['val_fraction'] = val_fraction
+        if recipe and up_to_date(folder, wanted):  # a recipe's text does not change
+            return folder
+        documents = list(recipe.documents(str(Path(data_dir) / 'downloads')) if recipe
+                         else read_path(path, errors))
+        wanted['sha256'] = text_hash(documents)
+        if recipe or not up_to_date(folder, wanted):
+            meta = {'name': name, 'about': recipe.about if recipe else f'text from {dataset}',
+                    'licence': recipe.licence if recipe else 'unknown: your own text',
+                    'val_fraction': 0.1, **wanted}
             write_dataset(folder, documents, meta, shard_tokens)
     return folder
 
@@ -175,7 +178,7 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
 @contextlib.contextmanager
 def locked(path: Path):
     """Hold a file lock, which the system releases even if this process is killed."""
-    with open(path, 'w') as f:
+    with open(path, 'a') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -189,15 +192,20 @@ def text_hash(documents: list[Document]) -> str:
     return digest.hexdigest()
 
 
-def up_to_date(folder: Path, meta: dict) -> bool:
-    """Whether `folder` holds what `meta` describes. Stops if it was made from another place."""
-    if not (folder / 'meta.json').is_file():
+def up_to_date(folder: Path, wanted: dict) -> bool:
+    """Whether the meta.json in `folder` says what is wanted.
+
+    Stops if the folder was made from another place, or is no dataset: it must not be replaced.
+    """
+    if not folder.exists():
         return False
+    if not (folder / 'meta.json').is_file():
+        stop(f'{folder} is there already and is no dataset; choose another name with --name')
     found = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    if found['source'] != meta['source']:
-        stop(f'{folder} was made from {found["source"]}, not from {meta["source"]}; give this one '
-             f'another name: python prepare.py {meta["source"]} --name=<name>')
-    changed = [key for key in meta if found.get(key) != meta[key]]
+    if found['source'] != wanted['source']:
+        stop(f'{folder} was made from {found["source"]}, not from {wanted["source"]}; give this '
+             f'one another name: python prepare.py {wanted["source"]} --name=<name>')
+    changed = [key for key in wanted if found.get(key) != wanted[key]]
     if changed:
         print(f'{folder}: {" and ".join(changed)} changed since it was made, so it is made again')
     return not changed
@@ -223,7 +231,7 @@ def write_dataset(folder: Path, documents: list[Document], meta: dict, shard_tok
                     bar.update(len(part[i:i + BLOCK]))
             position += len(text)
             if number < len(documents) - 1:
-                last = 'train' if position < cut else 'val'
+                last = 'train' if position <= cut else 'val'
                 writers[last].write([tok.special['<|endoftext|>']])
     for writer in writers.values():
         writer.flush()

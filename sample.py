@@ -28,7 +28,7 @@ repetition_penalty = 1.0    # above 1: tokens already there become less probable
 stop_strings = ''           # end before any of these, comma-separated; \n is a line break
 seed = 1337                 # sample i uses seed + i
 device = ''                 # '': cuda, else mps, else cpu
-dtype = ''                  # '': as in training
+dtype = ''                  # '': bfloat16 where the GPU has it, else float16; float32 on a CPU
 threads = 0                 # CPU threads; 0: torch's choice
 
 
@@ -123,7 +123,7 @@ def main() -> dict:
                  top_k=(0, None), top_p=(1e-6, 1), min_p=(0, 1), repetition_penalty=(1e-6, None),
                  step=(0, None), seed=(0, 2 ** 31 - 1), threads=(0, None))
     text = read_prompt()
-    dev = hardware.choose(device, dtype, False, threads)
+    dev = hardware.choose(device, dtype, False, threads, training=False)
     model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name)
     print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:2])}', file=sys.stderr)
     try:

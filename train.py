@@ -89,7 +89,7 @@ sample_interval = 0             # write a sample to the log this often; 0: only 
 sample_tokens = 300
 # system
 device = ''                     # '': cuda, else mps, else cpu
-dtype = ''                      # '': bfloat16 where the GPU has it, else float16; float32 on a CPU
+dtype = ''                      # '': bfloat16 where the hardware has it, else float16 on a GPU
 compile = True                  # torch.compile
 threads = 0                     # CPU threads; 0: torch's choice
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 slower

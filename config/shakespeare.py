@@ -1,7 +1,19 @@
+"""A character-level GPT on tiny Shakespeare, for two CPU cores in three minutes.
+
+python train.py config/shakespeare.py
+
+The text has 1,003,854 characters to train on. A step reads 8 x 256 = 2,048 of them, so an epoch
+is 490 steps and the 1,300 steps below are 2.7 epochs: too few to overfit.
+Parameters: 4 blocks of 4 x 128 x 128 (attention) + 3 x 128 x 344 (MLP) and two tables of
+70 x 128 make 0.81 million; 4.76 MFLOP per token for them, 1.57 MFLOP for attention over 256.
+"""
 dataset = 'shakespeare'
-fallback_dataset = 'python_char'
+fallback_dataset = 'python_char'    # no network: learn to write Python instead, and say so
+
 batch_size = 8
-block_size = 128
+block_size = 256        # context pays: 128 ends 0.02 higher at equal time
+
+# Qwen3's architecture in small: everything here can be exported.
 n_layer = 4
 n_head = 2
 n_embd = 128
@@ -12,15 +24,19 @@ mlp = 'swiglu'
 qk_norm = True
 tied = False
 bias = False
+
+# Muon for the matrices inside the blocks, AdamW with large rates for the rest.
 optimizer = 'muon'
+muon_learning_rate = 0.02
 learning_rate = 3e-3
 embed_learning_rate = 0.03
 weight_decay = 0.0
-beta2 = 0.95
+grad_clip = 0.0         # Muon's steps have a fixed size, whatever the gradient's
+
+max_steps = 1300
 schedule = 'wsd'
-decay_fraction = 0.7
 warmup_steps = 20
+decay_fraction = 0.7    # falling for the last 70% of the steps
 min_lr_fraction = 0.02
-max_steps = 2000
-eval_interval = 500
-grad_clip = 0.0
+
+eval_interval = 325

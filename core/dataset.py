@@ -42,7 +42,7 @@ def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0) -> Path:
     path = Path(folder) / name
     record = Path(folder) / f'{name}.sha256'
     if not sha256 and record.is_file():
-        sha256 = record.read_text().split()[0]
+        sha256 = record.read_text().partition(' ')[0]
     if not path.is_file():
         Path(folder).mkdir(parents=True, exist_ok=True)
         part = Path(folder) / f'{name}.part'
@@ -74,7 +74,8 @@ def verify(path: Path, sha256: str, size: int, delete: bool = False, shown: str 
         if delete:
             path.unlink()
         stop(f'{shown or path}: {wrong}; '
-             + ('nothing was kept: try again later' if delete else 'delete the file and try again'))
+             + ('nothing was kept: try again later, or, if the file may have changed since it was '
+                'first downloaded, delete its .sha256' if delete else 'delete it and try again'))
     return path
 
 
@@ -98,8 +99,8 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
             with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
                 reached = True
                 if answer.status_code == 416:  # the part is longer than the file now is
-                    part.unlink()
-                    problem = 'the file changed on the server'
+                    part.unlink(missing_ok=True)
+                    problem = 'HTTP status 416'
                     continue
                 if answer.status_code >= 500:
                     problem = f'HTTP status {answer.status_code}'
@@ -120,8 +121,10 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
                 write_body(answer, part, start, total, url)
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout,
                 requests.exceptions.ChunkedEncodingError) as e:
-            problem = f'{type(e).__name__}'
+            problem = type(e).__name__
             continue
+        except requests.exceptions.RequestException as e:
+            stop(f'{url}: {e}; check the address, or put the file into DATA_MIRROR')
         if not total or part.stat().st_size == total:
             validator_file.unlink(missing_ok=True)
             return
@@ -137,12 +140,13 @@ def write_body(answer, part: Path, start: int, total: int, url: str) -> None:
     name = part.name.removesuffix('.part')
     with (open(part, 'ab' if start else 'wb') as f,
           tqdm(total=total or None, initial=start, unit='B', unit_scale=True, desc=name) as bar):
-        for block in answer.iter_content(1 << 20):
+        for block in answer.iter_content(1 << 16):
             head = block[:200].lstrip().lower()
             if start == 0 and f.tell() == 0 and head.startswith((b'<!doctype html', b'<html')) \
                     and not name.endswith(('.html', '.htm')):
-                f.close()
-                part.unlink()
+                bar.close()
+                for file in (part, part.with_name(part.name + '.etag')):
+                    file.unlink(missing_ok=True)
                 stop(f'{url}: the server sent an HTML page instead of {name} (an error or login '
                      'page?); check the address, or put the file into DATA_MIRROR')
             f.write(block)
@@ -166,8 +170,12 @@ class ShardWriter:
 
     def write(self, ids) -> None:
         """Append a sequence of ids."""
-        ids = np.asarray(ids, dtype=self.dtype)
-        self.max_id = max(self.max_id, int(ids.max(initial=0)))
+        ids = np.asarray(ids, dtype=np.int64)
+        low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+        if low < 0 or high > np.iinfo(self.dtype).max:
+            raise ValueError(f'ids from {low} to {high} do not fit {self.dtype}')
+        ids = ids.astype(self.dtype)
+        self.max_id = max(self.max_id, high)
         self.n_tokens += len(ids)
         while len(ids):
             room = self.shard_tokens - sum(map(len, self.pending))
@@ -197,6 +205,10 @@ class Tokens:
         paths = sorted(self.folder.glob(f'{split}-*.bin'))
         if not paths:
             stop(f'{self.folder}: no {split}-*.bin in it; make the dataset with prepare.py')
+        for number, path in enumerate(paths):
+            if path.name != f'{split}-{number:05d}.bin':
+                stop(f'{self.folder}: {split}-{number:05d}.bin is missing; delete the folder and run '
+                     'prepare.py again')
         self.shards = [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 

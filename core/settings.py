@@ -15,6 +15,7 @@ import os
 import runpy
 import sys
 import tokenize
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -69,30 +70,36 @@ def check_choice(settings: dict, **choices) -> None:
             stop(f'{name}={settings[name]}: must be one of {", ".join(map(str, allowed))}')
 
 
-def configure(script: dict, argv: list[str]) -> None:
+def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     """Apply the command line `argv` to the globals `script` of a script, in place.
 
     Words ending in .py are config files, --name=value are flags, other words fill the settings
     listed in the script's POSITIONAL, the last of them taking the rest. If the script has them,
     CONFIG is set to the name of the last config file and FLAGS to the names of the settings that
-    flags changed. Stops with a message on anything unknown, of the wrong type or unreadable.
+    flags changed. `also` are the globals of another script, for the names that `script` lacks.
+    Stops with a message on anything unknown, of the wrong type or unreadable.
     """
     if '--help' in argv or '-h' in argv:
         print_help(script)
         raise SystemExit(0)
+    known = {name: script for name in settings_of(script)}
+    known = {name: also for name in settings_of(also or {})} | known
     positional = list(script.get('POSITIONAL', ()))
     words, flags = [], []
     for word in argv:
         if word.startswith('--'):
             name, equals, text = word[2:].partition('=')
-            value = parse(script, name, text if equals else None, word)
-            if script[name] != value:
+            owner = find_owner(known, name, word)
+            value = parse(owner[name], name, text if equals else None, word)
+            if owner[name] != value:
                 flags.append(name)
-            script[name] = value
+            owner[name] = value
         elif word.endswith('.py'):
             for name, value in read_config(word).items():
-                script[name] = convert(script, name, value, f'{word}: {name}={value!r}')
-            script['CONFIG'] = Path(word).stem
+                owner = find_owner(known, name, f'{word}: {name}={value!r}')
+                owner[name] = convert(owner[name], name, value, f'{word}: {name}={value!r}')
+            for scope in filter(None, (script, also)):
+                scope['CONFIG'] = Path(word).stem
         elif positional:
             words.append(word)
         else:
@@ -101,6 +108,15 @@ def configure(script: dict, argv: list[str]) -> None:
     for i, name in enumerate(positional[:len(words)]):
         script[name] = ','.join(words[i:]) if i == len(positional) - 1 else words[i]
     script['FLAGS'] = tuple(flags)
+
+
+def find_owner(known: dict[str, dict], name: str, word: str) -> dict:
+    """The globals that hold the setting `name`, or stop and suggest the nearest name."""
+    if name not in known:
+        near = difflib.get_close_matches(name.replace('-', '_'), known, n=1, cutoff=0.5)
+        stop(f'{word}: no setting named {name!r}'
+             + (f', did you mean {near[0]!r}?' if near else '; --help lists the settings'))
+    return known[name]
 
 
 def script_name(script: dict) -> str:
@@ -117,17 +133,15 @@ def read_config(path: str) -> dict:
     except SyntaxError as e:
         stop(f'{path}, line {e.lineno}: {e.msg}')
     except Exception as e:
-        frame = e.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        stop(f'{path}, line {frame.tb_lineno}: {type(e).__name__}: {e}')
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
+        text = ' '.join(str(e).split())
+        stop(f'{path}, line {lines[-1] if lines else "?"}: {type(e).__name__}: {text}')
     return {name: value for name, value in found.items()
             if not name.startswith('_') and not isinstance(value, ModuleType)}
 
 
-def parse(script: dict, name: str, text: str | None, word: str):
+def parse(default, name: str, text: str | None, word: str):
     """The value of a flag: `text` in the type of the setting's default; None is a bare --flag."""
-    default = known(script, name, word)
     if text is None:
         if type(default) is not bool:
             stop(f'{word}: {name} needs a value: write --{name}={default or "..."}')
@@ -138,29 +152,20 @@ def parse(script: dict, name: str, text: str | None, word: str):
         value = ast.literal_eval(text.capitalize() if type(default) is bool else text)
     except (ValueError, SyntaxError):
         value = text
-    return convert(script, name, value, word)
+    return convert(default, name, value, word)
 
 
-def convert(script: dict, name: str, value, word: str):
-    """`value` in the type of the setting `name` (int -> float and 1e6 -> int are fine), or stop."""
-    default = known(script, name, word)
+def convert(default, name: str, value, word: str):
+    """`value` in the type of `default` (int -> float and 1e6 -> int are fine), or stop."""
     kind = type(default)
     if type(value) is kind and not (kind is float and not math.isfinite(value)):
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1e300:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
-    stop(f'{word}: {name} takes a {kind.__name__} (default {default!r})')
-
-
-def known(script: dict, name: str, word: str):
-    """The present value of the setting `name`, or stop and suggest the nearest name."""
-    if name in script and is_setting(name, script[name]):
-        return script[name]
-    near = difflib.get_close_matches(name.replace('-', '_'), settings_of(script), n=1, cutoff=0.5)
-    stop(f'{word}: no setting named {name!r}'
-         + (f', did you mean {near[0]!r}?' if near else '; --help lists the settings'))
+    article = 'an' if kind is int else 'a'
+    stop(f'{word}: {name} takes {article} {kind.__name__} (default {default!r})')
 
 
 def print_help(script: dict) -> None:

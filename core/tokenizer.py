@@ -43,6 +43,9 @@ class Tokenizer:
 
         Raises IndexError for an id that has no token.
         """
+        ids = list(ids)
+        if ids and min(ids) < 0:
+            raise IndexError(f'id {min(ids)} has no token')
         return b''.join(self.tokens[i] for i in ids).decode('utf-8', errors='replace')
 
     def stream(self):

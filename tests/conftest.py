@@ -1,0 +1,45 @@
+"""Shared by all tests: a small real text, and training runs in this process."""
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '2')
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+# A model and a schedule small enough for a test, in the modern architecture.
+TINY = dict(batch_size=4, block_size=32, n_layer=2, n_head=2, n_embd=32, norm='rmsnorm',
+            position='rope', mlp='swiglu', qk_norm=True, tied=False, bias=False, max_steps=6,
+            warmup_steps=2, eval_interval=3, log_interval=1, sample_tokens=20, compile=False,
+            device='cpu', dtype='float32', threads=1, learning_rate=3e-3)
+
+
+@pytest.fixture(scope='session')
+def text_file(tmp_path_factory):
+    """A file of 30,000 characters of ASCII source code, which every Python brings along."""
+    path = tmp_path_factory.mktemp('text') / 'source.txt'
+    text = Path(argparse.__file__).read_text(encoding='utf-8')
+    path.write_text(text.encode('ascii', 'ignore').decode()[:30_000], encoding='utf-8')
+    return path
+
+
+@pytest.fixture
+def run_train(tmp_path, text_file, monkeypatch):
+    """run_train(**settings): train.main() with TINY settings, in a temporary folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(**settings):
+        settings = {**TINY, 'dataset': str(text_file), **settings}
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setattr(train, name, value)
+            patch.setattr(train, 'CONFIG', 'tiny')
+            return train.main()
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)

@@ -1,0 +1,254 @@
+"""core/device.py: what is chosen on a CPU and why, and what is refused."""
+import importlib.util
+import io
+import math
+import os
+import platform
+import shutil
+import sys
+
+import pytest
+import torch
+
+from core import device as hardware
+from core.device import (
+    DTYPES,
+    PEAK_TFLOPS,
+    Device,
+    choose,
+    choose_compile,
+    choose_dtype,
+    fit_micro_batch,
+    peak_flops,
+)
+from core.settings import Stop
+
+GB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def cpu_only(monkeypatch):
+    """As on a machine without a GPU, whatever this one has; thread count restored."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No measuring of the peak."""
+    monkeypatch.setattr(hardware, 'peak_flops', lambda *_: (2e12, 'made up'))
+
+
+def stopped(capsys, run) -> str:
+    """The message of a stop: one line on standard error, status 2, nothing on standard output."""
+    capsys.readouterr()
+    with pytest.raises(Stop) as e:
+        run()
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == ''
+    assert err == f'error: {e.value.message}\n' and '\n' not in e.value.message
+    return e.value.message
+
+
+def processor(monkeypatch, **fields) -> None:
+    monkeypatch.setattr(hardware, 'cpu_info',
+                        lambda field: fields.get(field.replace(' ', '_'), ''))
+
+
+def test_choice_on_a_cpu(monkeypatch):
+    processor(monkeypatch, model_name='Some CPU', flags='fpu avx2')
+    chosen = choose(compile=False, threads=1)
+    assert (chosen.name, chosen.kind, chosen.dtype, chosen.compile) == (
+        'cpu', 'cpu', 'float32', False)
+    assert 1e8 < chosen.peak_flops < 1e14
+    device, dtype, compile, peak = chosen.why
+    assert device == 'device cpu (Some CPU, the best there is, 1 threads)'
+    assert dtype.startswith('dtype float32 (') and 'bfloat16' in dtype
+    assert compile == 'compile off (as asked)'
+    assert peak == f'peak {chosen.peak_flops / 1e12:.3g} TFLOP/s (measured)'
+
+
+@pytest.mark.parametrize('flags,trains_in', [
+    ('fpu avx512_bf16 sse', 'bfloat16'), ('amx_bf16', 'bfloat16'), ('fpu avx512f', 'float32'),
+    ('avx512_bf16_not', 'float32'), ('', 'float32')])
+def test_dtype_on_a_cpu(quick, monkeypatch, flags, trains_in):
+    processor(monkeypatch, flags=flags)
+    assert choose(compile=False, threads=1).dtype == trains_in
+    assert choose(compile=False, threads=1, training=False).dtype == 'float32'
+    assert choose(dtype='float32', compile=False, threads=1).dtype == 'float32'
+    assert platform.machine() in choose(compile=False, threads=1).why[0]  # it has no name
+
+
+def test_cpu_info(monkeypatch):
+    lines = 'processor\t: 0\nmodel name\t: Some CPU: fast\nmodel name\t: Other\nflags\t: a b\n'
+    monkeypatch.setattr('builtins.open', lambda *_: io.StringIO(lines))
+    assert hardware.cpu_info('model name') == 'Some CPU: fast'
+    assert hardware.cpu_info('flags') == 'a b' and hardware.cpu_info('Features') == ''
+
+    def missing(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr('builtins.open', missing)
+    assert hardware.cpu_info('model name') == ''
+
+
+def test_as_asked(quick):
+    chosen = choose('cpu', 'bfloat16', threads=1)
+    assert chosen.dtype == 'bfloat16' and chosen.peak_flops == 2e12
+    assert 'as asked' in chosen.why[0] and chosen.why[1] == 'dtype bfloat16 (as asked)'
+    assert chosen.why[3] == 'peak 2 TFLOP/s (made up)'
+
+
+def test_threads(quick, monkeypatch):
+    torch.set_num_threads(1)
+    assert '1 threads' in choose(compile=False).why[0]  # torch's own choice
+    assert '2 threads' in choose(compile=False, threads=2).why[0]
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr(os, 'cpu_count', lambda: 7)  # shared out among processes
+    assert '2 threads' in choose(compile=False, local_world=3).why[0]
+    assert '1 threads' in choose(compile=False, local_world=8).why[0]
+    assert '3 threads' in choose(compile=False, threads=3, local_world=8).why[0]
+
+
+@pytest.mark.parametrize('settings,parts', [
+    ({'device': 'cuda'}, ['device=cuda: ', 'no CUDA GPU', '--device=cpu']),
+    ({'device': 'cuda:1'}, ['device=cuda:1: ', 'no CUDA GPU', '--device=cpu']),
+    ({'device': 'mps'}, ['device=mps: ', 'no Apple GPU', '--device=cpu']),
+    ({'device': 'tpu'}, ['device=tpu: ', 'must be cuda, cuda:<number>, mps or cpu']),
+    ({'device': 'cuda:x'}, ['device=cuda:x: ', 'must be cuda, cuda:<number>, mps or cpu']),
+    ({'device': 'CPU'}, ['device=CPU: ', 'must be']),
+    ({'dtype': 'fp32'}, ['dtype=fp32: ', 'float32, bfloat16, float16']),
+    ({'dtype': 'float16'}, ['dtype=float16: ', 'CPU', 'use float32 or bfloat16'])])
+def test_refused(capsys, quick, settings, parts):
+    message = stopped(capsys, lambda: choose(compile=False, threads=1, **settings))
+    assert message.startswith(parts[0])
+    for part in parts[1:]:
+        assert part in message, message
+
+
+def test_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda number: f'GPU {number}')
+    assert hardware.choose_device('', 1) == ('cuda', 'cuda:1', 'GPU 1, the best there is')
+    assert hardware.choose_device('cuda:0', 1) == ('cuda', 'cuda:0', 'GPU 0, as asked')
+    for device, local_rank in (('cuda:2', 0), ('cuda', 2), ('', 2)):
+        message = stopped(capsys, lambda d=device, r=local_rank: hardware.choose_device(d, r))
+        assert 'no GPU 2, only 2' in message
+
+
+def test_dtype_of_each_kind(monkeypatch):
+    for supported, name in ((True, 'bfloat16'), (False, 'float16')):
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda s=supported, **_: s)
+        dtype, why = choose_dtype('cuda', '', True)
+        assert dtype == name and 'this GPU' in why
+    assert choose_dtype('mps', '', True)[0] == 'float32'
+    assert choose_dtype('cuda', 'float16', True) == ('float16', 'as asked')
+    assert set(DTYPES) == {'float32', 'bfloat16', 'float16'}
+
+
+def test_compile(monkeypatch):
+    assert choose_compile('cpu', False) == (False, 'as asked')
+    monkeypatch.setattr(shutil, 'which', lambda name: None)
+    on, why = choose_compile('cpu', True)
+    assert on is False and 'C++ compiler' in why
+    monkeypatch.setattr(shutil, 'which', lambda name: name == 'clang++' and '/usr/bin/clang++')
+    assert choose_compile('cpu', True)[0] is True
+    assert choose_compile('mps', True)[0] is False
+
+
+def test_compile_on_a_gpu(monkeypatch):
+    """In a process that has not yet used torch.compile, or anything that does."""
+    monkeypatch.delattr(torch.utils, '_triton', raising=False)
+    monkeypatch.delitem(sys.modules, 'torch.utils._triton', raising=False)
+    on, why = choose_compile('cuda', True)
+    assert why and (on or 'triton' in why)
+    assert not (on and importlib.util.find_spec('triton') is None)
+
+
+def test_autocast_and_scaler():
+    a = torch.ones(2, 2)
+    for name in ('float32', 'bfloat16'):
+        device = Device('cpu', 'cpu', name, False, 1.0, [])
+        with device.autocast():
+            assert (a @ a).dtype == DTYPES[name]
+        assert not device.scaler().is_enabled()
+        device.synchronize()
+    assert Device('cpu', 'cpu', 'float16', False, 1.0, []).scaler().is_enabled()
+
+
+# ---------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+def memory(monkeypatch, size: int) -> None:
+    monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': size // 4096}.get)
+
+
+def test_micro_batches_are_even_and_fit(monkeypatch):
+    device = Device('cpu', 'cpu', 'float32', False, 1.0, [])
+    per_row = 64 * 4 * 128 * 73  # bytes, as the docstring says
+    for rows in (1, 2, 3, 5, 8, 100):  # that fit half of the memory
+        memory(monkeypatch, 2 * rows * per_row + 8192)
+        for per_rank in range(1, 70):
+            micro = fit_micro_batch(device, per_rank, 64, 4, 128)
+            assert 1 <= micro <= min(per_rank, rows)
+            n = math.ceil(per_rank / micro)
+            assert n == math.ceil(per_rank / rows)  # no more passes than needed
+            assert n * micro - per_rank < n  # and none more than a row short of full
+            if rows & (rows - 1) == 0 and per_rank % rows == 0:
+                assert per_rank % micro == 0
+
+
+def test_micro_batch_limits(monkeypatch):
+    device = Device('cpu', 'cpu', 'float32', False, 1.0, [])
+    half = Device('cpu', 'cpu', 'bfloat16', False, 1.0, [])
+    memory(monkeypatch, 1 << 50)
+    assert fit_micro_batch(device, 480, 1024, 12, 768) == 32  # at most 32,768 tokens
+    assert fit_micro_batch(device, 5, 100_000, 12, 768) == 1
+    memory(monkeypatch, 8192)
+    assert fit_micro_batch(device, 480, 1024, 12, 768) == 1  # never 0
+    memory(monkeypatch, 2 * 10 * 1024 * 12 * 768 * 73)
+    assert fit_micro_batch(device, 1000, 1024, 12, 768) == 10
+    assert fit_micro_batch(half, 1000, 1024, 12, 768) > 10
+    assert fit_micro_batch(device, 1000, 1024, 12, 768, local_world=5) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# The peak
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_peak_is_measured(dtype, monkeypatch):
+    ones = torch.ones  # a smaller product: bfloat16 is slow on old processors
+    monkeypatch.setattr(torch, 'ones', lambda a, b, **more: ones(a // 8, b // 8, **more))
+    peak, why = peak_flops('cpu', 'cpu', dtype)
+    assert math.isfinite(peak) and peak > 0 and why == 'measured'
+
+
+@pytest.mark.parametrize('name,tflops', [
+    ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA A100-SXM4-40GB', 312),
+    ('NVIDIA L40S', 362), ('NVIDIA L4', 121), ('Tesla T4', 65), ('NVIDIA GH200 480GB', 989),
+    ('NVIDIA GeForce RTX 4090', 165)])
+def test_peak_from_the_data_sheet(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _: name)
+    assert peak_flops('cuda', 'cuda:0', 'bfloat16') == (tflops * 1e12, 'data sheet')
+
+
+def test_names_that_only_look_like_known_ones(monkeypatch):
+    """An L40 is no L4, and a T400 no T4: what is not in the table is measured."""
+    class Measured(Exception):
+        pass
+
+    def ones(*_, **__):
+        raise Measured
+
+    monkeypatch.setattr(torch, 'ones', ones)
+    for name in ('NVIDIA L40', 'NVIDIA T400', 'Unknown'):
+        assert name not in PEAK_TFLOPS
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _, name=name: name)
+        with pytest.raises(Measured):
+            peak_flops('cuda', 'cuda:0', 'bfloat16')

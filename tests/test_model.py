@@ -1,0 +1,687 @@
+"""model.py: each formula by hand, each shortcut (cache, chunks, packing) against the long way.
+
+Initialization leaves many matrices at 0, which would make comparisons empty: `tiny` draws all
+parameters at random.
+"""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model as M
+from model import GPTConfig, KVCache, build_model, generate, sample_next
+
+LLAMA = dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, tied=False)
+VARIANTS = {
+    'gpt2': {},
+    'llama': dict(LLAMA, n_kv_head=2),
+    'qwen3': dict(LLAMA, n_kv_head=1, qk_norm=True, head_dim=6),
+    'rope-window': dict(LLAMA, window=5),
+    'learned-window': dict(window=4, n_kv_head=2),
+    'sinusoidal': dict(position='sinusoidal', norm='rmsnorm', mlp='relu2'),
+    'none': dict(position='none', mlp='relu2', n_kv_head=1, head_dim=3, tied=False),
+    'qk-window-bias': dict(position='rope', mlp='swiglu', qk_norm=True, window=3, head_dim=8),
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 3, 1], [20, 21, 22, 2], [13]]
+
+
+def tiny(**settings):
+    """A small model in evaluation mode, every parameter random."""
+    settings = dict(block_size=24, vocab_size=31, n_layer=2, n_head=4, n_embd=16) | settings
+    model = build_model(GPTConfig(**settings))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if 'norm' in name or 'ln_' in name else 0.0, 0.3, generator=generator)
+    return model.eval()
+
+
+def tokens(B, T, seed=0, V=31):
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+variants = pytest.mark.parametrize('settings', VARIANTS.values(), ids=VARIANTS)
+
+
+# ---------------------------------------------------------------------------------------------
+# Documents and masks
+
+
+@variants
+def test_packed_documents_have_the_losses_they_have_alone(settings):
+    model = tiny(**settings)
+    idx, targets = tokens(2, 20), tokens(2, 20, seed=1)
+    doc = torch.tensor([[3] * 8 + [9] * 9 + [-1] * 3, [0] * 6 + [1] * 1 + [2] * 13])
+    targets[doc < 0] = -100
+    got = model(idx, targets, doc=doc, reduction='none')
+    for b, begin, end in ((0, 0, 8), (0, 8, 17), (1, 0, 6), (1, 6, 7), (1, 7, 20)):
+        part = slice(begin, end)
+        alone = model(idx[b:b + 1, part], targets[b:b + 1, part], reduction='none')
+        torch.testing.assert_close(got[b, part], alone[0], atol=1e-6, rtol=1e-6)
+    assert got[0, 17:].tolist() == [0, 0, 0]
+    alone = model(idx[:1], targets[:1], reduction='none')
+    assert (alone[0, 8:17] - got[0, 8:17]).abs().max() > 1e-3     # `doc` did matter
+
+
+@variants
+def test_padding_gives_no_nan_and_takes_no_part(settings):
+    model, idx, targets = tiny(**settings), tokens(3, 12), tokens(3, 12, seed=1)
+    doc = torch.zeros(3, 12, dtype=torch.long)
+    doc[0, 7:], doc[2] = -1, -1
+    targets[doc < 0] = -100
+    results = []
+    for padding in (0, 17):
+        model.zero_grad()
+        loss = model(torch.where(doc < 0, padding, idx), targets, doc=doc, reduction='sum')
+        loss.backward()
+        results.append((loss, gradients(model)))
+    torch.testing.assert_close(results[0], results[1])
+    assert all(g.isfinite().all() for g in results[0][1].values())
+
+
+def test_causal_mask_by_hand():
+    assert M.causal_mask(4, None, 0, 'cpu') is None and M.causal_mask(4, None, 4, 'cpu') is None
+    assert M.causal_mask(4, None, 2, 'cpu').int().tolist() == [
+        [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    doc = torch.tensor([[0, 0, 0, 1, 1], [5, 5, 6, 6, -1]])
+    mask = M.causal_mask(5, doc, 2, 'cpu')
+    assert mask.shape == (2, 1, 5, 5)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert M.causal_mask(5, doc, 0, 'cpu')[1, 0].int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+
+
+def test_attention_by_hand():
+    """q = k = (1, 0), (0, 1): scores are 0 or 1 / sqrt(2), so the weights are known."""
+    x = torch.eye(2)[None, None]
+    e = math.exp(1 / math.sqrt(2))
+    want = torch.tensor([[1, 0], [1 / (1 + e), e / (1 + e)]])[None, None]
+    close(M.attend(x, x, x, None, 0.0), want, atol=1e-6)
+
+
+def test_window_reaches_exactly_that_far_back():
+    model, idx = tiny(n_layer=1, window=4, position='none'), tokens(1, 10)
+    want = model(idx)
+    changed = idx.clone()
+    changed[0, 2] = (changed[0, 2] + 1) % 31
+    moved = (model(changed) - want).abs().amax(dim=2)[0] > 1e-6
+    assert moved.nonzero()[:, 0].tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@pytest.mark.parametrize('n_key', [4, 2, 1])
+@pytest.mark.parametrize('window', [0, 3, 150])
+@torch.no_grad()
+def test_flex_attention_equals_masked_attention(window, n_key):
+    T, generator = 200, torch.Generator().manual_seed(0)         # more than one block of 128
+    q, k, v = (torch.randn(2, n, T, 16, generator=generator) for n in (4, n_key, n_key))
+    doc = torch.arange(T).div(70, rounding_mode='floor').repeat(2, 1)
+    doc[1] = torch.where(torch.arange(T) < 150, 4, -1)
+    for documents in (doc, None):
+        flex = M.flex_mask(T, documents, window, 'cpu')
+        assert (flex is None) == (documents is None and window == 0)
+        want = M.attend(q, k, v, M.causal_mask(T, documents, window, 'cpu'), 0.0)
+        close(M.attend(q, k, v, flex, 0.0), want)
+
+
+def test_document_positions():
+    doc = torch.tensor([[7, 7, 8, 8, 8], [3, 3, 3, 3, -1], [1, 2, 3, 3, 1]])
+    assert M.document_positions(doc).tolist() == [
+        [0, 1, 0, 1, 2], [0, 1, 2, 3, 0], [0, 0, 0, 1, 0]]
+
+
+def test_rope_by_hand():
+    x = torch.tensor([[1.0, 2.0]])[None, None]
+    got = M.rotate(x, *M.rope_tables(torch.tensor([1]), 2, 10000.0))
+    c, s = math.cos(1), math.sin(1)
+    close(got[0, 0, 0], torch.tensor([c - 2 * s, 2 * c + s]), atol=1e-6)
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])[None, None]          # channel 0 pairs with 2, 1 with 3
+    got = M.rotate(x, *M.rope_tables(torch.tensor([1]), 4, 10000.0))
+    C, S = math.cos(0.01), math.sin(0.01)
+    close(got[0, 0, 0], torch.tensor([c - 3 * s, 2 * C - 4 * S, 3 * c + s, 4 * C + 2 * S]),
+          atol=1e-6)
+
+
+def test_rope_depends_only_on_the_distance():
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def score(i, j):
+        at = [M.rope_tables(torch.tensor([n]), 8, 100.0) for n in (i, j)]
+        return float((M.rotate(q, *at[0]) * M.rotate(k, *at[1])).sum())
+
+    assert abs(score(5, 3) - score(12, 10)) < 1e-5 < abs(score(5, 3) - score(5, 4))
+    tables = M.rope_tables(torch.tensor([[0, 5], [3, 4]]), 8, 100.0)
+    assert tables[0].shape == (2, 1, 2, 4)
+    close(tables[1][1, 0, 0], M.rope_tables(torch.tensor([3]), 8, 100.0)[1][0])
+
+
+def test_sinusoid_is_the_papers():
+    got = M.sinusoid(torch.arange(50), 6)
+    for position in (0, 1, 49):
+        for i in range(3):
+            angle = position / 10000 ** (2 * i / 6)
+            assert abs(got[position, 2 * i] - math.sin(angle)) < 1e-5
+            assert abs(got[position, 2 * i + 1] - math.cos(angle)) < 1e-5
+    model, idx, at = tiny(position='sinusoidal'), tokens(1, 5), torch.arange(5)
+    close(model.embed(idx, at), 4 * model.wte(idx) + M.sinusoid(at, 16))     # 4 = sqrt(16)
+
+
+# ---------------------------------------------------------------------------------------------
+# The loss
+
+
+def test_cross_entropy_by_hand():
+    """Logits (0, log 3) and (log 2, 0): probabilities 1/4, 3/4 and 2/3, 1/3."""
+    head = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(head.weight)
+    x = torch.tensor([[[0, math.log(3)], [math.log(2), 0], [5.0, 5.0]]])
+    targets = torch.tensor([[0, 0, -100]])
+    losses = [math.log(4), math.log(1.5), 0.0]
+    close(M.lm_loss(head, x, targets, 'none'), torch.tensor([losses]), atol=1e-6)
+    assert abs(M.lm_loss(head, x, targets, 'sum').item() - sum(losses)) < 1e-6
+    assert abs(M.lm_loss(head, x, targets, 'mean').item() - sum(losses) / 2) < 1e-6
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('chunk', [1, 5, 29])       # of 30 tokens
+def test_chunked_loss_equals_whole(monkeypatch, reduction, chunk, bias):
+    generator = torch.Generator().manual_seed(0)
+    data, targets = torch.randn(3, 10, 8, generator=generator), tokens(3, 10)
+    targets[0, 4:], targets[2, 0] = -100, -100
+    head = nn.Linear(8, 31, bias=bias)
+    nn.init.normal_(head.weight, generator=generator)
+    upstream = torch.randn(3, 10, generator=generator) if reduction == 'none' else torch.tensor(1.7)
+
+    def run():
+        head.zero_grad()
+        x = data.clone().requires_grad_()
+        loss = M.lm_loss(head, x, targets, reduction)
+        loss.backward(upstream)
+        with torch.no_grad():
+            torch.testing.assert_close(M.lm_loss(head, x, targets, reduction), loss.detach())
+        return loss.detach(), x.grad, *(p.grad.clone() for p in head.parameters())
+
+    whole = run()
+    monkeypatch.setattr(M, 'CHUNK_ELEMENTS', 31 * chunk)
+    chunked = run()
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
+    want = F.cross_entropy(head(data).flatten(0, 1), targets.flatten(), reduction=reduction)
+    close(chunked[0].flatten(), want.detach().flatten(), atol=1e-4)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_chunked_loss_in_the_model(monkeypatch, tied):
+    model, results = tiny(tied=tied), []
+    for elements in (1 << 24, 31 * 7):
+        monkeypatch.setattr(M, 'CHUNK_ELEMENTS', elements)
+        model.zero_grad()
+        loss = model(tokens(2, 20), tokens(2, 20, seed=1))
+        loss.backward()
+        results.append((loss.detach(), gradients(model)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returns."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+def test_chunked_loss_never_has_all_logits(monkeypatch, reduction):
+    N, C, V = 96, 8, 64
+    head, targets = nn.Linear(C, V, bias=False), tokens(1, N, V=V)
+
+    def memory():
+        """Elements of the largest tensor, and of all that are kept for the backward pass."""
+        x, kept = torch.zeros(1, N, C, requires_grad=True), []
+        keep = lambda t: kept.append(t) or t
+        with Largest() as record:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                loss = M.lm_loss(head, x, targets, reduction)
+            loss.sum().backward()
+        return record.numel, sum(t.numel() for t in kept)
+
+    assert memory() >= (N * V, N * V)
+    monkeypatch.setattr(M, 'CHUNK_ELEMENTS', 4 * V)
+    largest, kept = memory()
+    assert largest == N * C and kept < N * V / 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights, configuration, counts
+
+
+@torch.no_grad()
+def test_grouped_queries_are_repeated_keys_and_values():
+    grouped = tiny(**LLAMA, n_kv_head=2)
+    full = tiny(**LLAMA)
+    weights = grouped.state_dict()
+    for name in weights:
+        if 'k_proj' in name or 'v_proj' in name:
+            heads = weights[name].view(2, 4, 16)
+            weights[name] = heads.repeat_interleave(2, dim=0).reshape(16, 16)
+    full.load_state_dict(weights)
+    close(full(tokens(2, 20)), grouped(tokens(2, 20)))
+
+
+def test_tied_weights_are_one_tensor():
+    for arch in ('gpt', 'lstm'):
+        model = build_model(GPTConfig(arch=arch, n_layer=1, n_head=1, n_embd=8, vocab_size=11))
+        assert model.lm_head.weight is model.wte.weight
+        assert sum(p.shape == (11, 8) for p in model.parameters()) == 1
+        untied = build_model(GPTConfig(arch=arch, n_layer=1, n_head=1, n_embd=8, tied=False))
+        assert untied.lm_head.weight.data_ptr() != untied.wte.weight.data_ptr()
+
+
+def test_init_depends_on_seed_and_name_only():
+    settings = dict(block_size=8, vocab_size=31, n_head=2, n_embd=8)
+    a, b, other, deep, untied = (dict(build_model(GPTConfig(**settings, **more), seed).state_dict())
+                                 for more, seed in (({'n_layer': 2}, 3), ({'n_layer': 2}, 3),
+                                                    ({'n_layer': 2}, 4), ({'n_layer': 4}, 3),
+                                                    ({'n_layer': 2, 'tied': False}, 3)))
+    for name in a:
+        assert torch.equal(a[name], b[name]) and torch.equal(a[name], deep[name]), name
+        assert torch.equal(a[name], untied[name]) or name in ('wte.weight', 'lm_head.weight')
+        random = name.endswith(('wte.weight', 'wpe.weight', 'q_proj.weight', 'k_proj.weight',
+                                'v_proj.weight', 'up_proj.weight', 'lm_head.weight'))
+        assert torch.equal(a[name], other[name]) != random, name
+    drawn = [p for name, p in deep.items() if name.endswith(('q_proj.weight', 'k_proj.weight'))]
+    assert len({float(p[0, 0]) for p in drawn}) == 8
+
+
+def test_init_is_as_stated():
+    model = build_model(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=48))
+    for name, p in model.named_parameters():
+        if name.endswith('.bias') or name.endswith(('o_proj.weight', 'down_proj.weight')):
+            assert not p.any(), name
+        elif 'ln_' in name:
+            assert p.min() == p.max() == 1, name
+        else:
+            std = 0.02 if name.startswith('w') else 1 / math.sqrt(3 * 48)
+            assert abs(p.std() / std - 1) < 0.06 and abs(p.mean()) < 0.1 * std, name
+    idx = tokens(2, 20)
+    x = model.embed(idx, torch.arange(20))
+    assert torch.equal(model.h['1'](model.h['0'](x)), x)        # blocks begin as the identity
+    untied = build_model(GPTConfig(block_size=64, vocab_size=500, n_head=2, n_embd=48, tied=False))
+    assert abs(untied.wte.weight.std() - 1) < 0.02
+    assert abs(untied(idx, tokens(2, 20, seed=1)).item() - math.log(500)) < 1e-6
+    lstm = build_model(GPTConfig(arch='lstm', n_layer=1, n_head=1, n_embd=8, vocab_size=9))
+    assert lstm.lstm.bias_ih_l0.tolist() == [0] * 8 + [1] * 8 + [0] * 16
+    assert not lstm.lstm.bias_hh_l0.any() and lstm.lstm.weight_ih_l0.std() > 0.1
+
+
+def test_config_derives_what_is_zero():
+    config = GPTConfig()
+    assert (config.head_dim, config.n_kv_head, config.n_hidden) == (64, 12, 3072)
+    config = GPTConfig(mlp='swiglu', n_embd=100, n_head=4, n_kv_head=2)
+    assert (config.head_dim, config.n_kv_head, config.n_hidden) == (25, 2, 264)
+    config = GPTConfig(n_embd=10, n_head=4, head_dim=6, n_hidden=7)     # no division needed
+    assert (config.head_dim, config.n_kv_head, config.n_hidden) == (6, 4, 7)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(arch='rnn'), dict(norm='batch'), dict(position='alibi'), dict(mlp='glu'),
+    dict(block_size=0), dict(vocab_size=0), dict(n_layer=0), dict(n_head=-1), dict(n_embd=0),
+    dict(n_embd=10, n_head=4), dict(n_kv_head=5), dict(n_kv_head=24), dict(n_kv_head=-2),
+    dict(head_dim=7, position='rope'), dict(n_embd=9, n_head=3, position='sinusoidal'),
+    dict(head_dim=-64), dict(n_hidden=-8), dict(window=-1), dict(dropout=1.5)], ids=str)
+def test_config_names_what_cannot_be(settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f'^{name}={value}: '):
+        GPTConfig(**settings)
+
+
+def test_too_many_tokens():
+    model = tiny()
+    with pytest.raises(ValueError, match='25 tokens are more than block_size=24'):
+        model(tokens(1, 25))
+    cache = model.new_cache(1)
+    model(tokens(1, 20), cache=cache)
+    with pytest.raises(ValueError, match='5 more tokens do not fit the cache: 4 of 24'):
+        model(tokens(1, 5), cache=cache)
+    assert cache.lengths.tolist() == [20] and model(tokens(1, 4), cache=cache).shape == (1, 4, 31)
+
+
+def test_flops_per_token_by_hand():
+    small = dict(block_size=16, vocab_size=32, n_layer=2, n_head=2, n_embd=8)
+    blocks = 2 * (4 * 8 * 8 + 2 * 8 * 32)                       # q k v o, up down
+    flops = 6 * (blocks + 32 * 8) + 12 * 2 * 2 * 4 * 16
+    model = build_model(GPTConfig(**small))
+    assert M.flops_per_token(model) == flops == 13_824
+    assert M.flops_per_token(model, 8) == flops - 12 * 2 * 2 * 4 * 8
+    model = build_model(GPTConfig(**small | LLAMA, n_kv_head=1, window=4, qk_norm=True))
+    blocks = 2 * (2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 24)           # q o, k v, gate up down
+    assert M.flops_per_token(model) == 6 * (blocks + 32 * 8) + 12 * 2 * 2 * 4 * 4
+    for tied in (True, False):
+        model = build_model(GPTConfig(arch='lstm', **small, tied=tied))
+        assert M.flops_per_token(model) == 6 * (2 * 2 * 32 * 8 + 32 * 8)
+
+
+def test_gpt2_has_124_million_parameters():
+    with torch.device('meta'):
+        assert M.count_parameters(M.GPT(GPTConfig(vocab_size=50257))) == 124_439_808
+        assert M.count_parameters(M.GPT(GPTConfig())) == 124_475_904
+
+
+# ---------------------------------------------------------------------------------------------
+# What is cut by parallelism, dropout, recomputing, compiling
+
+
+@variants
+def test_two_pipeline_stages_equal_the_model(settings):
+    model = tiny(**settings)
+    front, back = copy.deepcopy(model), copy.deepcopy(model)
+    front.ln_f = front.lm_head = back.wte = None
+    del front.h['1'], back.h['0']
+    idx, targets = tokens(2, 20), tokens(2, 20, seed=1)
+    doc = torch.tensor([[0] * 12 + [1] * 8, [0] * 15 + [-1] * 5])
+    hidden = front(idx, doc=doc)
+    assert hidden.shape == (2, 20, 16)
+    close(back(hidden, doc=doc), model(idx, doc=doc), atol=1e-6)
+    close(back(hidden, targets, doc=doc, reduction='sum'),
+          model(idx, targets, doc=doc, reduction='sum'))
+    caches, parts = [front.new_cache(2), back.new_cache(2)], idx.split([9, 1, 10], dim=1)
+    got = [back(front(part, cache=caches[0]), cache=caches[1]) for part in parts]
+    close(torch.cat(got, dim=1), model(idx))
+
+
+@torch.no_grad()
+def test_heads_may_be_cut_out_of_the_projections():
+    config = GPTConfig(**LLAMA, n_embd=16, n_head=4, n_kv_head=2, qk_norm=True)
+    whole = M.Attention(config)
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
+    rope, got = M.rope_tables(torch.arange(6), 4, 10000.0), 0
+    for half in range(2):
+        part = copy.deepcopy(whole)
+        for name in ('q_proj', 'k_proj', 'v_proj'):
+            linear = getattr(part, name)
+            linear.weight = nn.Parameter(linear.weight.chunk(2)[half])
+        part.o_proj.weight = nn.Parameter(whole.o_proj.weight.chunk(2, dim=1)[half])
+        got = got + part(x, rope)
+    close(got, whole(x, rope))
+
+
+def test_dropout_only_in_training():
+    model, idx = tiny(dropout=0.3), tokens(2, 20)
+    close(model(idx), tiny()(idx), atol=0)
+    model.train()
+    torch.manual_seed(0)
+    a, b = model(idx), model(idx)
+    torch.manual_seed(0)
+    assert torch.equal(model(idx), a) and not torch.allclose(a, b, atol=1e-2)
+
+
+@pytest.mark.parametrize('settings', [dict(dropout=0.2), dict(LLAMA, window=5)])
+def test_recomputing_changes_nothing(settings):
+    model, results = tiny(**settings).train(), []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = model(tokens(2, 20), tokens(2, 20, seed=1))
+        loss.backward()
+        results.append((loss.detach(), gradients(model)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-7, rtol=1e-6)
+
+
+@variants
+@torch.no_grad()
+def test_bfloat16_weights_and_autocast(settings):
+    model, idx = tiny(**settings), tokens(2, 20)
+    doc = torch.tensor([[0] * 12 + [1] * 8, [0] * 15 + [-1] * 5])
+    want = model(idx, doc=doc)
+    with torch.autocast('cpu', torch.bfloat16):
+        close(model(idx, doc=doc).float(), want, atol=0.05 * want.std().item() + 0.1)
+    got = copy.deepcopy(model).bfloat16()(idx, doc=doc)
+    assert got.dtype == torch.bfloat16
+    close(got.float(), want, atol=0.05 * want.std().item() + 0.1)
+
+
+@torch.no_grad()
+def test_compiled_equals_eager():
+    model, idx = tiny(**LLAMA, n_kv_head=2, window=5, n_layer=1), tokens(2, 20)
+    close(torch.compile(model, fullgraph=True)(idx), model(idx))
+
+
+# ---------------------------------------------------------------------------------------------
+# The KV cache
+
+
+@variants
+@torch.no_grad()
+def test_cached_logits_equal_uncached(settings):
+    model, idx = tiny(**settings), tokens(2, 24)
+    want = model(idx)
+    changed = idx.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 31
+    moved = (model(changed) - want).abs().amax(dim=(0, 2))
+    assert moved[:8].max() == 0 and moved[8:12].min() > 1e-3     # the comparison is not empty
+    for chunks in ([24], [7] + [1] * 17, [6, 5, 1, 8, 4], [1] * 24):
+        cache = model.new_cache(2)
+        got = [model(part, cache=cache) for part in idx.split(chunks, dim=1)]
+        close(torch.cat(got, dim=1), want)
+        assert cache.room() == 0 and cache.lengths.tolist() == [24, 24]
+
+
+@variants
+@torch.no_grad()
+def test_cached_rows_of_different_lengths(settings):
+    """Padded prefill, single steps, a padded chunk, single steps; each row against itself alone."""
+    model, idx = tiny(**settings), tokens(3, 24)
+    want = [model(row[None])[0] for row in idx]
+    cache, at = model.new_cache(3), [0, 0, 0]
+
+    def feed(*counts):
+        """Feed counts[b] tokens of each row in one call; checks the logits of the last one."""
+        T = max(counts)
+        part = torch.full((3, T), 30)
+        doc = torch.full((3, T), -1)
+        for b, n in enumerate(counts):
+            part[b, :n] = idx[b, at[b]:at[b] + n]
+            doc[b, :n] = 0
+            at[b] += n
+        got = model(part, doc=None if min(counts) == T else doc, cache=cache, n_logits=1)
+        assert got.shape == (3, 1, 31)
+        for b in range(3):
+            close(got[b, 0], want[b][at[b] - 1])
+        assert cache.lengths.tolist() == at and cache.room() == 24 - max(at)
+
+    feed(7, 3, 5)
+    feed(1, 1, 1)
+    feed(1, 1, 1)
+    feed(2, 4, 6)
+    feed(3, 3, 3)
+    feed(2, 6, 1)
+    assert not cache.even
+    feed(1, 1, 1)
+    feed(3, 1, 2)       # now all are equally long
+    assert cache.even and len(set(at)) == 1
+    feed(1, 1, 1)
+
+
+def test_cache_mask_by_hand():
+    cache = KVCache(2, 8)
+    assert cache.mask(3, 0) is None                 # prefill is plainly causal
+    cache.advance(2)
+    assert cache.mask(1, 0) is None                 # one query sees everything
+    assert cache.mask(2, 0).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert cache.mask(2, 2).int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+    cache.advance(2, torch.tensor([2, 1]))
+    assert cache.positions(1).tolist() == [[4], [3]] and cache.room() == 4
+    assert cache.mask(1, 0).int().tolist() == [[[[1, 1, 1, 1, 1]]], [[[1, 1, 1, 1, 0]]]]
+
+
+@torch.no_grad()
+def test_n_logits_counts_back_from_the_last_real_token():
+    model, idx = tiny(**LLAMA), tokens(2, 8)
+    doc = torch.tensor([[0, 0, 0, 1, 1, -1, -1, -1], [0] * 8])
+    full = model(idx, doc=doc)
+    got = model(idx, doc=doc, n_logits=2)
+    close(got, torch.stack([full[0, 3:5], full[1, 6:8]]))
+    close(model(idx, n_logits=3), model(idx)[:, -3:])
+
+
+def reference_greedy(model, prompts, n):
+    """What `generate` must give, without a cache: when the longest row is full, all are cropped."""
+    size = model.config.block_size
+    rows, out = [prompt[-size:] for prompt in prompts], []
+    for _ in range(n):
+        if max(map(len, rows)) > size:
+            rows = [row[-max(1, size // 2):] for row in rows]
+        out.append([int(model(torch.tensor([row]))[0, -1].argmax()) for row in rows])
+        rows = [row + [new] for row, new in zip(rows, out[-1])]
+    return out
+
+
+@variants
+@torch.no_grad()
+def test_generate_past_the_window_equals_the_uncached_rule(settings):
+    model = tiny(**settings)
+    long = tokens(1, 40)[0].tolist()                # is cropped to the last 24
+    for prompts, n in (([PROMPTS[0]], 45), ([long], 15), (PROMPTS, 30)):
+        assert list(generate(model, prompts, n, temperature=0)) == reference_greedy(
+            model, prompts, n)
+    model.config.block_size = 1
+    assert list(generate(model, [[3]], 5, temperature=0)) == reference_greedy(model, [[3]], 5)
+
+
+def test_recompute_does_not_lose_the_cache():
+    """With gradients on, a cached forward must be the same whether blocks are recomputed or not."""
+    model, idx = tiny(), tokens(1, 6)
+    model.recompute = True
+    cache = model.new_cache(1)
+    got = torch.cat([model(part, cache=cache) for part in idx.split(3, dim=1)], dim=1)
+    close(got, model(idx))
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation and the LSTM
+
+
+def ids(model, prompts=PROMPTS, n=10, **options):
+    return list(generate(model, prompts, n, **options))
+
+
+def test_generate_is_deterministic():
+    model = tiny(**LLAMA)
+    greedy, sampled = ids(model, temperature=0), ids(model, seed=1)
+    assert len(greedy) == 10 and all(len(row) == 3 for row in greedy)
+    assert ids(model, temperature=0, seed=5) == ids(model, top_k=1, seed=5) == greedy
+    assert ids(model, seed=1) == sampled != ids(model, seed=2)
+    for b, prompt in enumerate(PROMPTS):
+        assert ids(model, [prompt], temperature=0) == [[row[b]] for row in greedy]
+
+
+def test_generate_restores_training_mode_and_uses_no_dropout():
+    model = tiny(dropout=0.5)
+    want = ids(model, temperature=0)
+    assert not model.training
+    model.train()
+    assert ids(model, temperature=0) == want and model.training
+    unfinished = generate(model, PROMPTS, 5)
+    next(unfinished)
+    unfinished.close()
+    assert model.training
+
+
+def test_stop_tokens_end_a_row():
+    model = tiny(**LLAMA)
+    free = ids(model, n=200, seed=4)
+    got = ids(model, n=200, seed=4, stop_tokens=(3, 8))
+    assert len(got) < 200
+    for b in range(3):
+        row = [step[b] for step in free]
+        end = min(i for i, token in enumerate(row) if token in (3, 8)) + 1
+        assert [step[b] for step in got] == row[:end] + [-1] * (len(got) - end)
+
+
+def test_ids_from_n_tokens_on_are_never_drawn():
+    model = tiny(**LLAMA)
+    assert max(max(row) for row in ids(model, n=60, temperature=50.0)) >= 20
+    found = {i for row in ids(model, n=60, temperature=50.0, n_tokens=20) for i in row}
+    assert max(found) < 20 and len(found) > 10
+
+
+@pytest.mark.parametrize('options, support', [
+    ({}, {0: 0.05, 1: 0.5, 2: 0.15, 3: 0.3}), (dict(temperature=0), {1: 1.0}),
+    (dict(top_k=1), {1: 1.0}), (dict(top_k=2), {1: 0.625, 3: 0.375}),
+    (dict(top_k=9), {0: 0.05, 1: 0.5, 2: 0.15, 3: 0.3}),
+    (dict(min_p=0.2), {1: 0.5263, 2: 0.1579, 3: 0.3158}), (dict(min_p=0.4), {1: 0.625, 3: 0.375}),
+    (dict(top_p=0.45), {1: 1.0}), (dict(top_p=0.6), {1: 0.625, 3: 0.375}),
+    (dict(top_p=0.9), {1: 0.5263, 2: 0.1579, 3: 0.3158}),
+    (dict(top_k=2, top_p=0.6), {1: 1.0}),           # of the two left the first has 0.625
+    (dict(min_p=0.4, top_p=0.6), {1: 1.0}),
+    (dict(temperature=0.5, top_p=0.7), {1: 0.7353, 3: 0.2647}),   # squares: 0.685 and 0.247
+    (dict(temperature=0.5, top_p=0.65), {1: 1.0})])
+def test_sample_next_by_hand(options, support):
+    n = 4000
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log().add(2.0).expand(n, 4)
+    drawn = sample_next(logits, **options, generator=torch.Generator().manual_seed(0))
+    found = drawn.bincount(minlength=4) / n
+    assert set(found.nonzero()[:, 0].tolist()) == set(support)
+    assert all(abs(found[i] - p) < 0.03 for i, p in support.items())
+
+
+def test_repetition_penalty_by_hand():
+    logits = torch.tensor([[2.0, -1.0, 0.5, -4.0], [2.0, -1.0, 0.5, -4.0]])
+    got = M.penalize_repetition(logits, [[0, 1, 1], [3]], 2.0)
+    assert got.tolist() == [[1.0, -2.0, 0.5, -4.0], [2.0, -1.0, 0.5, -8.0]]
+    model, row = tiny(), [3]
+    for _ in range(15):
+        logits = model(torch.tensor([row]))[0, -1].tolist()
+        logits = [x if i not in row else x / 3 if x > 0 else x * 3 for i, x in enumerate(logits)]
+        row.append(logits.index(max(logits)))
+    got = ids(model, [[3]], n=15, temperature=0, repetition_penalty=3.0)
+    assert [3] + [i for [i] in got] == row
+    assert got != ids(model, [[3]], n=15, temperature=0)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@torch.no_grad()
+def test_lstm_cache(tied):
+    model, idx = tiny(arch='lstm', tied=tied), tokens(3, 12)
+    want = model(idx)
+    cache = model.new_cache(3)
+    got = [model(part, cache=cache) for part in idx.split([5, 1, 1, 5], dim=1)]
+    close(torch.cat(got, dim=1), want)
+    cache, lengths = model.new_cache(3), [3, 7, 5]
+    doc = torch.where(torch.arange(7) < torch.tensor(lengths)[:, None], 0, -1)
+    got = model(idx[:, :7], doc=doc, cache=cache, n_logits=1)
+    close(got[:, 0], torch.stack([want[b, n - 1] for b, n in enumerate(lengths)]))
+    for step in range(4):
+        new = torch.stack([idx[b, n + step] for b, n in enumerate(lengths)])
+        got = model(new[:, None], cache=cache, n_logits=1)
+        close(got[:, 0], torch.stack([want[b, n + step] for b, n in enumerate(lengths)]))
+
+
+def test_lstm_generates_and_refuses_packed_documents():
+    model, idx = tiny(arch='lstm'), tokens(2, 6)
+    greedy = ids(model, n=30, temperature=0)
+    for b, prompt in enumerate(PROMPTS):
+        assert ids(model, [prompt], n=30, temperature=0) == [[row[b]] for row in greedy]
+        assert [[row[b]] for row in greedy[:8]] == reference_greedy(model, [prompt], 8)
+    with pytest.raises(ValueError, match='LSTM cannot keep apart documents'):
+        model(idx, doc=torch.tensor([[0] * 6, [0, 0, 0, 1, 1, 1]]))
+    doc = torch.tensor([[4] * 6, [7, 7, 7, 7, -1, -1]])
+    losses = model(idx, torch.where(doc < 0, -100, idx), doc=doc, reduction='none')
+    close(losses[1, :4], model(idx[1:, :4], idx[1:, :4], reduction='none')[0], atol=1e-6)

@@ -1,0 +1,399 @@
+"""prepare.py: from files, folders and named datasets to shards; what is refused; two at once."""
+import hashlib
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+import prepare
+from core.dataset import NoNetwork, Tokens
+from core.settings import Stop
+from core.tokenizer import load
+
+TEXT = 'It was a dark and stormy night. Naïve 🎉!\n' * 5
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Everything happens in a temporary folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('DATA_MIRROR', raising=False)
+
+
+def write(path, text) -> str:
+    """Write a file, its folders too, as it is."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def decoded(folder) -> tuple[str, str]:
+    """What the splits say."""
+    tok = load(Path(folder) / 'tokenizer.json')
+    return tuple(tok.decode(Tokens(folder, split).read(0, 10 ** 7)) for split in ('train', 'val'))
+
+
+def meta_of(folder) -> dict:
+    return json.loads((Path(folder) / 'meta.json').read_text(encoding='utf-8'))
+
+
+def subfolders(folder) -> list[str]:
+    return [p.name for p in Path(folder).iterdir() if p.is_dir()]
+
+
+def snapshot(folder) -> dict:
+    """Every file below a folder with its time and content; lock files of no bytes left out."""
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(Path(folder).rglob('*'))
+            if p.is_file() and not (p.name.endswith('.lock') and not p.stat().st_size)}
+
+
+def stopped(capsys, run) -> str:
+    """The message of a stop: status 2, a line of its own on standard error."""
+    capsys.readouterr()
+    with pytest.raises(Stop) as e:
+        run()
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == '' and '\n' not in e.value.message
+    assert ('\n' + err).endswith(f'\nerror: {e.value.message}\n')
+    return e.value.message
+
+
+def refused(capsys, *args, **settings) -> str:
+    """The message with which build stops; whatever was there before is as it was."""
+    before = snapshot('.')
+    message = stopped(capsys, lambda: prepare.build(*args, **settings))
+    assert snapshot('.') == before
+    return message
+
+
+def run_main(monkeypatch, **settings) -> dict:
+    with monkeypatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(prepare, name, value)
+        return prepare.main()
+
+
+def raising(error):
+    """A function that raises, whatever it is given."""
+    def function(*_, **__):
+        raise error
+    return function
+
+
+@pytest.fixture
+def small_recipe(monkeypatch):
+    """A named dataset that needs no network."""
+    recipe = prepare.Recipe('two lines', 'public domain', 'char',
+                            lambda downloads: iter([prepare.Document('a', TEXT)]))
+    monkeypatch.setitem(prepare.RECIPES, 'small', recipe)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is made
+
+
+@pytest.mark.parametrize('kind', ['char', 'byte'])
+def test_file(kind, capsys):
+    path = write('novel.txt', TEXT)
+    folder = prepare.build(path, tokenizer=kind)
+    assert folder == Path('data') / f'novel_{kind}'
+    assert sorted(p.name for p in folder.iterdir()) == [
+        'meta.json', 'tokenizer.json', 'train-00000.bin', 'val-00000.bin']
+    cut = len(TEXT) * 9 // 10
+    assert decoded(folder) == (TEXT[:cut], TEXT[cut:])
+    meta = meta_of(folder)
+    assert meta['val_tokens'] == len(TEXT[cut:] if kind == 'char' else TEXT[cut:].encode())
+    assert f'{meta["train_tokens"]:,} tokens to train on' in capsys.readouterr().out
+    assert subfolders('data') == [folder.name]
+
+
+def test_meta():
+    folder = prepare.build(write('novel.txt', TEXT), tokenizer='byte', val_fraction=0.2)
+    meta, n = meta_of(folder), len(TEXT)
+    digest = hashlib.sha256(len(TEXT.encode()).to_bytes(8, 'little') + TEXT.encode()).hexdigest()
+    for key, value in dict(
+            name='novel_byte', about='text from novel.txt', source=str(Path('novel.txt').resolve()),
+            tokenizer='byte', val_fraction=0.2, sha256=digest, documents=1, characters=n,
+            bytes=len(TEXT.encode()), replaced=0, vocab_size=256 + 5, max_id=max(TEXT.encode()),
+            train_tokens=len(TEXT[:n * 8 // 10].encode()),
+            val_tokens=len(TEXT[n * 8 // 10:].encode()),
+            files=[{'source': 'novel.txt', 'characters': n}]).items():
+        assert meta[key] == value, key
+    assert 'unknown' in meta['licence']
+
+
+def test_folder():
+    """Text files of all levels, in the order of their names; documents kept apart."""
+    texts = {'books/b.txt': 'second' * 5, 'books/a.md': 'first!' * 5, 'books/c/d.TXT': 'third.' * 5,
+             'books/cover.jpg': b'\xff\xd8\0', 'books/e.rst': 'fourth' * 5}
+    for path, text in texts.items():
+        write(path, text)
+    folder = prepare.build('books')
+    assert folder == Path('data/books_char')
+    train, val = decoded(folder)
+    documents = (train + val).split('<|endoftext|>')
+    assert documents == ['first!' * 5, 'second' * 5, 'third.' * 5, 'fourth' * 5]
+    assert val == 'fourth' * 2  # the last 10% of 120 characters, separators not counted
+    ids = Tokens(folder, 'train').read(0, 1000).tolist()
+    tok = load(folder / 'tokenizer.json')
+    assert [i for i, t in enumerate(ids) if t == tok.special['<|endoftext|>']] == [30, 61, 92]
+    meta = meta_of(folder)
+    assert (meta['documents'], meta['characters'], meta['train_tokens']) == (4, 120, 111)
+    assert meta['max_id'] == tok.special['<|endoftext|>']
+    assert [f['source'] for f in meta['files']] == [
+        'books/a.md', 'books/b.txt', 'books/c/d.TXT', 'books/e.rst']
+
+
+def test_separators_lie_in_the_split_they_end():
+    for letter in 'xyz':
+        write(f'books/{letter}.txt', letter * 10)
+    folder = prepare.build('books', val_fraction=0.5)
+    assert decoded(folder) == ('x' * 10 + '<|endoftext|>' + 'y' * 5,
+                               'y' * 5 + '<|endoftext|>' + 'z' * 10)
+    folder = prepare.build(write('a.txt', 'a<|endoftext|>b\n' * 9))  # in a text, it stays text
+    assert meta_of(folder)['max_id'] < meta_of(folder)['vocab_size'] - 5
+
+
+def test_no_validation():
+    folder = prepare.build(write('novel.txt', TEXT), val_fraction=0.0)
+    assert decoded(folder) == (TEXT, '') and meta_of(folder)['val_tokens'] == 0
+
+
+def test_several_shards_and_blocks(monkeypatch):
+    monkeypatch.setattr(prepare, 'BLOCK', 7)
+    folder = prepare.build(write('novel.txt', TEXT), tokenizer='byte', shard_tokens=50)
+    assert ''.join(decoded(folder)) == TEXT
+    assert len(list(folder.glob('train-*.bin'))) == -(-meta_of(folder)['train_tokens'] // 50)
+
+
+def test_marks_and_line_ends():
+    folder = prepare.build(write('dos.txt', b'\xef\xbb\xbfone\r\ntwo\r\n\r\n'))
+    assert ''.join(decoded(folder)) == 'one\ntwo\n\n'
+
+
+def test_replaced_bytes_are_counted(capsys):
+    path = write('latin.txt', b'caf\xe9 and na\xefve; \xef\xbf\xbd was there before\n')
+    folder = prepare.build(path, errors='replace')
+    assert ''.join(decoded(folder)) == 'caf\ufffd and na\ufffdve; \ufffd was there before\n'
+    assert meta_of(folder)['replaced'] == 2 and '2 times U+FFFD' in capsys.readouterr().out
+
+
+def test_empty_files_of_a_folder_are_left_out(capsys):
+    write('books/a.txt', '')
+    write('books/b.txt', TEXT)
+    folder = prepare.build('books')
+    assert 'warning: books/a.txt: empty' in capsys.readouterr().err
+    assert meta_of(folder)['documents'] == 1 and ''.join(decoded(folder)) == TEXT
+
+
+def test_main(monkeypatch, capsys):
+    meta = run_main(monkeypatch, dataset=write('novel.txt', TEXT), tokenizer='byte', name='mine')
+    assert meta == meta_of('data/mine') and meta['name'] == 'mine'
+    assert capsys.readouterr().out.endswith('--dataset=mine\n')
+
+
+# ---------------------------------------------------------------------------------------------
+# What is there already
+
+
+def test_reused_while_the_text_is_the_same(capsys):
+    path = write('novel.txt', TEXT)
+    before = snapshot(folder := prepare.build(path))
+    capsys.readouterr()
+    for dataset in (path, 'novel_char', 'data/novel_char/'):
+        assert prepare.build(dataset) == folder
+    write(path, TEXT)  # a new time, the same text
+    assert prepare.build(path) == folder
+    assert snapshot(folder) == before and capsys.readouterr().out == ''
+
+
+def test_reused_however_the_path_is_written():
+    path = write('novel.txt', TEXT)
+    before = snapshot(folder := prepare.build(path))
+    for same in ('./novel.txt', str(Path(path).resolve())):
+        assert prepare.build(same) == folder and snapshot(folder) == before
+
+
+def test_made_again_when_the_text_changed(capsys):
+    path = write('novel.txt', TEXT)
+    folder = prepare.build(path)
+    write(path, TEXT + 'The end; 第一.\n')
+    capsys.readouterr()
+    assert prepare.build(path) == folder
+    assert 'sha256 changed' in capsys.readouterr().out
+    assert ''.join(decoded(folder)) == TEXT + 'The end; 第一.\n'
+    prepare.build(path, val_fraction=0.5)
+    assert 'val_fraction changed' in capsys.readouterr().out
+    assert meta_of(folder)['val_fraction'] == 0.5
+
+
+def test_another_text_of_the_same_name(capsys):
+    prepare.build(write('a/novel.txt', TEXT))
+    path = Path(write('b/novel.txt', 'other ' + TEXT)).resolve()
+    message = refused(capsys, 'b/novel.txt')
+    assert f'made from {Path("a/novel.txt").resolve()}, not from {path}' in message
+    assert f'python prepare.py {path} --name=' in message
+    assert prepare.build('b/novel.txt', name='second') == Path('data/second')
+
+
+@pytest.mark.parametrize('name', ['novel', 'downloads', '.'])
+def test_a_folder_that_is_not_ours_is_never_replaced(capsys, name):
+    """With --name=novel, the text itself would be in the way."""
+    write('data/novel/chapter.txt', TEXT)
+    write('data/downloads/large.bin', b'\0')
+    assert name in refused(capsys, 'data/novel', name=name)
+
+
+def test_name_of_a_named_dataset(small_recipe):
+    assert prepare.build('small') == Path('data/small')
+    before = snapshot('data/small')
+    assert prepare.build('small') == prepare.build('small', tokenizer='char') == Path('data/small')
+    assert prepare.build('small', tokenizer='byte') == Path('data/small_byte')
+    assert snapshot('data/small') == before
+    assert prepare.build('small', name='other') == Path('data/other')
+    assert ''.join(decoded('data/other')) == TEXT
+
+
+def test_one_name_for_two_named_datasets(small_recipe, monkeypatch, capsys):
+    prepare.build('small', tokenizer='byte', name='mine')
+    other = prepare.RECIPES['small']._replace(
+        documents=lambda downloads: iter([prepare.Document('b', 'another text\n')]))
+    monkeypatch.setitem(prepare.RECIPES, 'other', other)
+    message = refused(capsys, 'other', tokenizer='byte', name='mine')
+    assert 'small' in message and '--name=' in message
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize('raw,parts', [
+    (b'', ['empty']),
+    (b'\xef\xbb\xbf \r\n\t', ['empty']),
+    (b'abc\0def', ['binary', 'offset 3']),
+    (b'abc\xff', ['invalid UTF-8', 'byte offset 3', '0xff', '--errors=replace']),
+    ('é'.encode() * 3 + b'\xe9 \xe9', ['byte offset 6', '0xe9']),
+    (b'\xef\xbb\xbfab\0', ['binary', 'offset 5']),  # as an editor counts, the mark included
+    (b'\xef\xbb\xbfab\xff', ['invalid UTF-8', 'byte offset 5'])])
+def test_unusable_file(capsys, raw, parts):
+    path = write('novel.txt', raw)
+    write('books/novel.txt', raw or b' ')
+    for dataset, file in ((path, path), ('books', 'books/novel.txt')):
+        message = refused(capsys, dataset)
+        assert message.startswith(f'{file}: ')
+        for part in parts:
+            assert part in message, message
+
+
+def test_folder_without_text(capsys):
+    write('books/cover.jpg', b'\xff\xd8\0')
+    message = refused(capsys, 'books')
+    assert message.startswith('books: no text files') and '.txt' in message
+    write('void/a.txt', '')
+    assert 'void' in refused(capsys, 'void')  # nothing but empty files
+
+
+def test_unreadable_file(capsys, monkeypatch):
+    path = write('novel.txt', TEXT)
+    monkeypatch.setattr(Path, 'read_bytes', raising(PermissionError(13, 'Permission denied')))
+    message = stopped(capsys, lambda: prepare.build(path))
+    assert message == 'novel.txt: cannot be read (Permission denied)' and not subfolders('data')
+
+
+def test_unknown_dataset(capsys):
+    message = refused(capsys, 'shakespear')
+    for part in ("dataset 'shakespear': ", 'shakespeare,', 'python_char', 'openwebtext', 'data/'):
+        assert part in message
+    assert 'python_char' in refused(capsys, '')
+    assert list(Path('.').iterdir()) == []
+
+
+def test_openwebtext_is_not_started_unasked(capsys):
+    message = refused(capsys, 'openwebtext')
+    assert '13.5 GB' in message and 'data/openwebtext' in message and '--dataset=' in message
+    assert list(Path('.').iterdir()) == []
+
+
+@pytest.mark.parametrize('settings', [
+    {'val_fraction': 1.0}, {'val_fraction': -0.1}, {'shard_tokens': 0}, {'tokenizer': 'word'},
+    {'errors': 'ignore'}])
+def test_settings_out_of_range(capsys, monkeypatch, settings):
+    (name, value), = settings.items()
+    settings['dataset'] = write('novel.txt', TEXT)
+    message = stopped(capsys, lambda: run_main(monkeypatch, **settings))
+    assert message.startswith(f'{name}={value}: must be ') and not Path('data').exists()
+
+
+def test_interrupted(monkeypatch):
+    """A run that is killed leaves no dataset; the next one is not disturbed by its remains."""
+    path = write('novel.txt', TEXT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare.tokenizers.Tokenizer, 'save', raising(KeyboardInterrupt()))
+        prepare.build(path)
+    assert list(Path('data').glob('[!.]*')) == []
+    assert ''.join(decoded(prepare.build(path))) == TEXT and subfolders('data') == ['novel_char']
+
+
+# ---------------------------------------------------------------------------------------------
+# Named datasets, and two processes at once
+
+
+def test_python_char(monkeypatch, capsys):
+    meta = run_main(monkeypatch, dataset='python_char')
+    assert meta['name'] == 'python_char' and meta['source'] == 'python_char'
+    assert meta['tokenizer'] == load('data/python_char/tokenizer.json').kind == 'byte'
+    assert meta['documents'] > 100 and meta['bytes'] > 2_000_000 and 'PSF' in meta['licence']
+    assert meta['max_id'] == 256 and len(meta['files']) == meta['documents']
+    train, val = decoded('data/python_char')
+    assert 0.89 < len(train) / len(train + val) < 0.91 and '\nimport ' in train
+
+
+def test_no_network(monkeypatch, capsys):
+    problem = NoNetwork('https://host/input.txt cannot be reached (ConnectionError)')
+    monkeypatch.setattr(prepare, 'fetch', raising(problem))
+    with pytest.raises(NoNetwork):
+        prepare.build('shakespeare')  # for train.py's fallback
+    message = stopped(capsys, lambda: run_main(monkeypatch, dataset='shakespeare'))
+    for part in ("'shakespeare'", 'https://host/', 'cannot be reached', 'DATA_MIRROR',
+                 '--dataset=python_char'):
+        assert part in message, message
+    assert snapshot('data') == {}
+
+
+MIRROR = os.environ.get('DATA_MIRROR', '')
+
+
+@pytest.mark.skipif(not MIRROR or not Path(MIRROR, 'shakespeare.txt').is_file(),
+                    reason='DATA_MIRROR names no directory with shakespeare.txt')
+def test_shakespeare(monkeypatch):
+    monkeypatch.setenv('DATA_MIRROR', MIRROR)
+    meta = run_main(monkeypatch, dataset='shakespeare')
+    assert (meta['tokenizer'], meta['vocab_size'], meta['licence']) == (
+        'char', 65 + 5, 'public domain')
+    assert (meta['train_tokens'], meta['val_tokens']) == (1_003_854, 111_540)
+    assert decoded('data/shakespeare')[0].startswith('First Citizen:\nBefore we proceed')
+    assert subfolders('data') == ['shakespeare']
+
+
+def build_together(barrier, path, data_dir):
+    barrier.wait(60)
+    prepare.build(path, data_dir, tokenizer='byte')
+
+
+def test_two_processes_at_once(tmp_path, capfd):
+    path = write(tmp_path / 'novel.txt', TEXT * 5000)
+    context = multiprocessing.get_context('spawn')
+    barrier = context.Barrier(2)
+    both = [context.Process(target=build_together, args=(barrier, path, str(tmp_path / 'data')))
+            for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    out = capfd.readouterr().out
+    assert out.count('tokens to train on') == 1 and 'made again' not in out  # one waited
+    assert ''.join(decoded(tmp_path / 'data' / 'novel_byte')) == TEXT * 5000
+    assert subfolders(tmp_path / 'data') == ['novel_byte']

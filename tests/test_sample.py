@@ -1,0 +1,117 @@
+"""sample.py: prompts, streaming, stop strings, reproducibility, messages."""
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+from core.settings import Stop
+
+ROOT = Path(sample.__file__).parent
+
+
+@pytest.fixture
+def run_sample(run_train, monkeypatch):
+    """run_sample(**settings) on a freshly trained tiny run; standard input is not a terminal."""
+    run_dir = run_train(max_steps=100, eval_interval=100, optimizer='muon')['run_dir']
+    monkeypatch.setattr('sys.stdin', io.StringIO(''))
+
+    def run(**settings):
+        with monkeypatch.context() as patch:
+            settings = {'run_dir': run_dir, 'device': 'cpu', 'max_new_tokens': 60, **settings}
+            for name, value in settings.items():
+                patch.setattr(sample, name, value)
+            return sample.main()['texts']
+
+    return run
+
+
+def test_flag_file_and_standard_input_are_the_same(run_sample, monkeypatch, tmp_path, capsys):
+    a, = run_sample(prompt='def ')
+    out = capsys.readouterr()
+    assert out.out == 'def ' + a + '\n' and 'tokens/s' in out.err
+    (tmp_path / 'prompt.txt').write_text('def ')
+    b, = run_sample(prompt_file='prompt.txt')
+    monkeypatch.setattr('sys.stdin', io.StringIO('def '))
+    c, = run_sample(prompt_file='-')
+    monkeypatch.setattr('sys.stdin', io.StringIO('def '))
+    d, = run_sample()
+    assert a == b == c == d and len(a) == 60
+
+
+def test_samples_have_seeds_of_their_own(run_sample):
+    texts = run_sample(prompt='x', num_samples=3)
+    assert len(set(texts)) == 3
+    assert run_sample(prompt='x', num_samples=2, seed=1338) == texts[1:]
+
+
+def test_empty_prompt_and_greedy(run_sample):
+    assert run_sample(temperature=0.0, seed=1) == run_sample(temperature=0.0, seed=2)
+
+
+def test_stop_strings(run_sample):
+    whole, = run_sample(prompt='def ')
+    cut = whole[10:13]
+    text, = run_sample(prompt='def ', stop_strings=f'never there,{cut}')
+    assert text == whole[:whole.index(cut)]
+
+
+@pytest.mark.parametrize('pieces, expected, found', [
+    (['ab', 'cSTO', 'P', 'de'], 'abc', True),
+    (['abS', 'T', 'x', 'y'], 'abSTxy', False),
+    (['SSTOP'], 'S', True),
+    (['ST'], 'ST', False),
+    (['xEND', 'STOP'], 'x', True),
+])
+def test_stop_strings_across_pieces(pieces, expected, found):
+    stops = sample.StopStrings(['STOP', 'END'])
+    out = ''
+    for piece in pieces:
+        out += stops.feed(piece)
+        if stops.found:
+            break
+    assert out + stops.rest() == expected and stops.found == found
+
+
+def test_long_prompt_warns(run_sample, capsys):
+    run_sample(prompt='x = 1\n' * 20)
+    assert 'warning: the prompt has 120 tokens, the model sees the last 32' in capsys.readouterr().err
+
+
+def test_interactive(run_sample, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr('sys.stdin', Terminal('class \n'))
+    assert run_sample() == []
+    out = capsys.readouterr()
+    assert 'class ' in out.out and 'tokens/s' in out.err
+
+
+@pytest.mark.parametrize('settings, parts', [
+    (dict(prompt='é'), ["'é'", 'U+00E9', 'offset 0']),
+    (dict(run_dir='out/none'), ['out/none', 'out/tiny']),
+    (dict(step=7), ['step=7', '100']),
+    (dict(temperature=-1.0), ['temperature=-1.0', 'at least 0']),
+    (dict(top_p=0.0), ['top_p=0.0']),
+    (dict(prompt='a', prompt_file='b'), ['prompt_file']),
+    (dict(prompt_file='none.txt'), ['none.txt', 'No such file']),
+])
+def test_bad_input(run_sample, capsys, settings, parts):
+    with pytest.raises(Stop):
+        run_sample(**settings)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    for part in ['error: ', *parts]:
+        assert part in message
+
+
+def test_text_streams_to_a_pipe(run_sample, tmp_path):
+    """In a process of its own: text on standard output only, the rest on standard error."""
+    done = subprocess.run([sys.executable, ROOT / 'sample.py', 'out/tiny', '--max_new_tokens=5'],
+                          cwd=tmp_path, input='def ', capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith('def ')
+    assert len(done.stdout) == len('def ') + 5 + 1
+    assert 'tokens/s' in done.stderr

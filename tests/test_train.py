@@ -1,0 +1,258 @@
+"""train.py: the loop, resuming, its files, its messages; DDP against one process."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import train
+from core import checkpoint, optim
+from core.settings import Stop
+
+ROOT = Path(train.__file__).parent
+
+
+def stopped(capsys, run, *parts, **settings):
+    """Check that a run stops with one line that has all `parts`."""
+    with pytest.raises(Stop) as e:
+        run(**settings)
+    assert e.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith('error: ')
+    for part in parts:
+        assert part in message, message
+
+
+def losses(run_dir):
+    return [e['train_loss'] for e in checkpoint.read_log(run_dir, 'step')]
+
+
+def test_run_directory(run_train):
+    out = run_train(sample_interval=2)
+    run = Path(out['run_dir'])
+    assert run == Path('out/tiny') and out['step'] == 6
+    log = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    assert log[0]['event'] == 'start' and log[-1]['event'] == 'end'
+    assert log[0]['settings']['n_embd'] == 32 and log[0]['dataset']['sha256']
+    steps = [e for e in log if e['event'] == 'step']
+    assert [e['step'] for e in steps] == [1, 2, 3, 4, 5, 6]
+    assert {'tokens', 'seconds', 'train_loss', 'learning_rate', 'grad_norm', 'tokens_per_second',
+            'mfu'} <= steps[0].keys()
+    assert steps[-1]['tokens'] == 6 * 4 * 32
+    evals = [e for e in log if e['event'] == 'eval']
+    assert [e['step'] for e in evals] == [3, 6]
+    assert log[-1]['best_val_loss'] == min(e['val_loss'] for e in evals) == out['best_val_loss']
+    assert [e['step'] for e in log if e['event'] == 'sample'] == [2, 4, 6]
+    assert checkpoint.steps(run) == [3, 6]
+    for name in ('tokenizer.json', 'model.py', 'train.py'):
+        assert (run / name).is_file()
+
+
+def test_loss_png(run_train):
+    pytest.importorskip('matplotlib')
+    out = run_train()
+    assert (Path(out['run_dir']) / 'loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_first_loss_is_log_v_and_training_lowers_it(run_train):
+    out = run_train(max_steps=40, eval_interval=40, optimizer='muon')
+    found = losses(out['run_dir'])
+    tokens = len(json.loads(Path(out['run_dir'], 'tokenizer.json').read_text())['chars']) + 5
+    assert abs(found[0] - math.log(tokens)) < 1e-5
+    assert found[-1] < 0.8 * found[0] and out['val_loss'] < 0.85 * found[0]
+
+
+def test_bits_per_byte_of_ascii_text(run_train):
+    out = run_train()
+    assert math.isclose(out['bits_per_byte'], out['val_loss'] / math.log(2), rel_tol=1e-6)
+
+
+def test_finished_run_is_not_touched_and_unfinished_one_resumes(run_train, monkeypatch):
+    whole = run_train(out_dir='out/whole', dropout=0.1, optimizer='muon')
+    assert run_train(out_dir='out/whole', dropout=0.1, optimizer='muon',
+                     batch_size=2)['run_dir'] == 'out/whole-2'
+
+    calls = []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    real = train.train_step
+    monkeypatch.setattr(train, 'train_step', killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(out_dir='out/cut', dropout=0.1, optimizer='muon')
+    monkeypatch.setattr(train, 'train_step', real)
+    assert checkpoint.steps('out/cut') == [3]
+    out = run_train(out_dir='out/cut', dropout=0.1, optimizer='muon')
+    assert out['run_dir'] == 'out/cut' and out['step'] == 6
+    assert out['val_loss'] == whole['val_loss']
+    assert losses('out/cut')[-3:] == losses('out/whole')[-3:]
+
+
+def test_init_from_resume(run_train, capsys, tmp_path):
+    run_train(out_dir='out/a')
+    assert run_train(out_dir='out/a', init_from='resume', max_steps=8)['step'] == 8
+    assert 'warning: schedule is' in capsys.readouterr().err
+    stopped(capsys, run_train, 'architecture', 'out/a', out_dir='out/a', init_from='resume', n_layer=3)
+    other = tmp_path / 'other.txt'
+    other.write_text('a completely different text, again and again. ' * 300)
+    stopped(capsys, run_train, 'architecture', out_dir='out/a', init_from='resume',
+            dataset=str(other))
+    stopped(capsys, run_train, 'out/none holds no checkpoint', out_dir='out/none',
+            init_from='resume')
+
+
+def test_eval_only_writes_nothing(run_train, capsys, tmp_path):
+    out = run_train(out_dir='out/a')
+    before = {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob('*'))}
+    again = run_train(out_dir='out/a', eval_only=True)
+    assert before == {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob('*'))}
+    assert abs(again['val_loss'] - out['best_val_loss']) < 1e-6
+    other = tmp_path / 'other.txt'
+    other.write_text('a text of other characters. ' * 300)
+    stopped(capsys, run_train, 'different vocabularies', out_dir='out/a', eval_only=True,
+            dataset=str(other))
+    stopped(capsys, run_train, 'out/none', out_dir='out/none', eval_only=True)
+
+
+def test_evaluation_does_not_change_training(run_train):
+    a = run_train(out_dir='out/a', eval_interval=1, sample_interval=1, dropout=0.1)
+    b = run_train(out_dir='out/b', eval_interval=6, dropout=0.1)
+    assert losses(a['run_dir']) == losses(b['run_dir'])
+
+
+def test_accumulation_is_the_same_training(run_train):
+    whole = run_train(out_dir='out/whole', batch_size=6, micro_batch_size=6, eval_interval=100)
+    for rows in (1, 4):   # 6 = 4 + 2: the second micro-batch is filled up with padding
+        parts = run_train(out_dir=f'out/parts{rows}', batch_size=6, micro_batch_size=rows,
+                          eval_interval=100)
+        assert losses(parts['run_dir']) == pytest.approx(losses(whole['run_dir']), abs=1e-5)
+
+
+def test_evaluation_covers_every_token_once(run_train):
+    """A larger or smaller micro-batch changes nothing, and eval_tokens takes the beginning."""
+    a = run_train(out_dir='out/a', micro_batch_size=1, max_steps=1)
+    b = run_train(out_dir='out/b', micro_batch_size=4, max_steps=1)
+    assert a['val_loss'] == pytest.approx(b['val_loss'], abs=1e-5)
+    c = run_train(out_dir='out/c', eval_tokens=64, max_steps=1)
+    assert c['val_loss'] != pytest.approx(b['val_loss'], abs=1e-5)
+
+
+def test_max_minutes_fixes_the_number_of_steps(run_train):
+    out = run_train(max_minutes=0.02, eval_interval=10_000, log_interval=10_000)
+    assert out['step'] > 5
+    assert 0.1 < out['seconds'] < 12
+    start, = checkpoint.read_log(out['run_dir'], 'start')
+    assert start['max_steps'] == out['step']
+
+
+def test_activation_checkpointing_and_bfloat16(run_train):
+    plain = run_train(out_dir='out/plain')
+    again = run_train(out_dir='out/again', activation_checkpointing=True)
+    assert losses(again['run_dir']) == pytest.approx(losses(plain['run_dir']), abs=1e-6)
+    half = run_train(out_dir='out/half', dtype='bfloat16')
+    assert losses(half['run_dir']) == pytest.approx(losses(plain['run_dir']), abs=0.05)
+
+
+def test_lstm(run_train):
+    out = run_train(arch='lstm', max_steps=30, eval_interval=30, n_layer=1)
+    found = losses(out['run_dir'])
+    assert found[-1] < found[0] - 0.3
+
+
+def test_depth_is_one_knob(run_train, capsys, monkeypatch):
+    out = run_train(depth=2)
+    config = checkpoint.read_state(out['run_dir'], 6)['config']
+    assert (config['n_layer'], config['n_head'], config['n_embd']) == (2, 2, 128)
+    step = checkpoint.read_log(out['run_dir'], 'step')[-1]
+    factor = optim.schedule(5, 6, 'cosine', warmup_steps=2, min_lr_fraction=0.1)
+    assert step['learning_rate'] == pytest.approx(factor * 3e-3 * (768 / 128) ** 0.5)
+    monkeypatch.setattr(train, 'FLAGS', ('n_layer',))
+    stopped(capsys, run_train, 'depth=2', 'n_layer', depth=2)
+
+
+@pytest.mark.parametrize('settings, parts', [
+    (dict(batch_size=0), ['batch_size=0', 'at least 1']),
+    (dict(n_embd=30, n_head=4), ['n_embd=30', 'n_head=4']),
+    (dict(norm='batchnorm'), ['norm=batchnorm', 'rmsnorm']),
+    (dict(optimizer='sgd'), ['optimizer=sgd', 'adamw']),
+    (dict(dropout=1.5), ['dropout=1.5']),
+    (dict(vocab_size=10), ['vocab_size=10', 'tokens']),
+    (dict(block_size=100_000), ['block_size=100000', 'smaller']),
+    (dict(dataset='no_such_thing'), ['no_such_thing', 'shakespeare']),
+    (dict(dataset='openwebtext'), ['openwebtext', 'GB']),
+    (dict(device='cuda'), ['device=cuda', '--device=cpu']),
+    (dict(dtype='int8'), ['dtype=int8', 'bfloat16']),
+    (dict(init_from='nowhere'), ['init_from=nowhere']),
+])
+def test_bad_settings(run_train, capsys, tmp_path, settings, parts):
+    if settings.get('device') == 'cuda' and torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    stopped(capsys, run_train, *parts, **settings)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_damaged_data(run_train, capsys, tmp_path):
+    run_train()
+    shard = next((tmp_path / 'data' / 'source_char').glob('val-*.bin'))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    stopped(capsys, run_train, str(shard.name), 'bytes', out_dir='out/b')
+    shard.write_bytes(b'GARBAGE!' + whole[8:])
+    stopped(capsys, run_train, str(shard.name), 'header', out_dir='out/b')
+    assert not Path('out/b').exists()
+
+
+def test_short_validation_split(run_train, capsys, tmp_path):
+    text = tmp_path / 'short.txt'
+    text.write_text('to be or ')
+    stopped(capsys, run_train, 'block_size=32', 'tokens', dataset=str(text))
+    stopped(capsys, run_train, 'val', '1 tokens', dataset=str(text), block_size=4)
+
+
+def test_fallback_dataset(run_train, capsys, monkeypatch, text_file):
+    """Without a network the run says loudly what it is, and is not called by the config's name."""
+    def no_network(name, *rest, **options):
+        if name == 'shakespeare':
+            raise train.NoNetwork('https://example.org cannot be reached')
+        return real(str(text_file), *rest, **options)
+
+    real = train.prepare.build
+    monkeypatch.setattr(train.prepare, 'build', no_network)
+    out = run_train(dataset='shakespeare', fallback_dataset='source_char')
+    assert out['run_dir'] == 'out/source_char'
+    text = capsys.readouterr().out
+    assert 'THIS IS NOT SHAKESPEARE' in text and 'THIS WAS NOT SHAKESPEARE' in text
+    stopped(capsys, run_train, 'python_char', 'DATA_MIRROR', dataset='shakespeare')
+
+
+def torchrun(tmp_path, n, name, **settings):
+    """train.py under torchrun with n processes; returns its step losses and evaluations."""
+    flags = [f'--{key}={value}' for key, value in {**TINY, **settings}.items()]
+    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}',
+               f'--master_port={29500 + os.getpid() % 400 + n}'] if n > 1 else [sys.executable]
+    subprocess.run([*command, ROOT / 'train.py', *flags, f'--out_dir=out/{name}'], cwd=tmp_path,
+                   check=True, capture_output=True, timeout=300)
+    run = tmp_path / 'out' / name
+    return losses(run), [e['val_loss'] for e in checkpoint.read_log(run, 'eval')]
+
+
+@pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 2e-4)])
+def test_ranks_compute_what_one_process_computes(tmp_path, text_file, optimizer, tolerance):
+    """20 steps; a batch of 8 on 3 ranks is 3 + 3 + 2, and micro-batches of 2 leave padding rows."""
+    settings = dict(dataset=text_file, batch_size=8, micro_batch_size=2, max_steps=20,
+                    eval_interval=10, optimizer=optimizer)
+    alone, alone_eval = torchrun(tmp_path, 1, 'one', **settings)
+    assert len(alone) == 20 and alone[-1] < alone[0]
+    for n in (2, 3):
+        found, found_eval = torchrun(tmp_path, n, f'ranks{n}', **settings)
+        assert found == pytest.approx(alone, abs=tolerance)
+        assert found_eval == pytest.approx(alone_eval, abs=tolerance)
