@@ -57,6 +57,8 @@ class GPTConfig:
         for name in ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'dropout'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
+        if self.dropout >= 1:
+            raise ValueError(f'dropout={self.dropout}: must be below 1')
         if not self.head_dim:
             if self.n_embd % self.n_head:
                 raise ValueError(f'n_embd={self.n_embd}: must be divisible by n_head={self.n_head} '
@@ -128,8 +130,9 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
-        if self.q_norm is not None:  # in fp32, as the other norms are under autocast
-            q, k = self.q_norm(q.float()).type_as(v), self.k_norm(k.float()).type_as(v)
+        if self.q_norm is not None:  # in the weights' precision, as other norms
+            dtype = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(dtype)).type_as(v), self.k_norm(k.to(dtype)).type_as(v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -150,7 +153,7 @@ def attend(q, k, v, mask, dropout: float):
         with torch.autocast('cpu', enabled=False):  # the backward pass is 4 times slower in bf16
             return F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout,
-                is_causal=causal, enable_gqa=gqa)
+                is_causal=causal, enable_gqa=gqa).type_as(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                           is_causal=causal, enable_gqa=gqa)
 
@@ -436,7 +439,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(position)
         elif self.config.position == 'sinusoidal':
-            x = x * math.sqrt(self.config.n_embd) + sinusoid(position, self.config.n_embd)
+            x = x * math.sqrt(self.config.n_embd) + sinusoid(position, self.config.n_embd).type_as(x)
         return self.drop(x)
 
 

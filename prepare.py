@@ -89,7 +89,7 @@ def read_path(path: Path, errors: str = 'strict') -> Iterator[Document]:
         return
     files = sorted(p for p in path.rglob('*') if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
     if not any(file.stat().st_size for file in files):
-        stop(f'{path}: no text files in this folder ({", ".join(TEXT_SUFFIXES)}), or only empty ones')
+        stop(f'{path}: no text files ({", ".join(TEXT_SUFFIXES)}) in this folder, or all empty')
     for file in tqdm(files, desc='reading', unit='file', leave=False, disable=len(files) < 100):
         if file.stat().st_size:
             yield read_text(file, errors)

@@ -312,7 +312,9 @@ def main() -> dict:
         ranks.local_world)
     base = Path(out_dir) if out_dir else default_out_dir(data)
     if eval_only:
-        return evaluate_run(base, data, rows, dev, ranks)
+        result = evaluate_run(base, data, rows, dev, ranks)
+        parallel.finish()
+        return result
     if meta['max_id'] >= config.vocab_size:
         stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
     train_windows = load_split(data, 'train', block_size, seed)
@@ -426,9 +428,10 @@ def main() -> dict:
     plotted = ranks.rank == 0 and checkpoint.plot_losses(run)
     print0(f'\n{text}\n\nbest validation loss {best_val_loss:.4f} at step {best_step}, after '
            f'{seconds:.0f} s of training; {run}/ has the checkpoints, log.jsonl'
-           + (' and loss.png' if plotted else '') + f'\n\nnext:\n  python sample.py {run}\n'
-           f'  python sample.py {run} --prompt="Once upon a time" --num_samples=3\n'
-           f'  python train.py {f"config/{CONFIG}.py " if CONFIG else ""}--dataset=<your text>')
+           + (' and loss.png' if plotted else '') + '\n\nnext:\n'
+           f'  python sample.py {run}                  # type a prompt, it goes on\n'
+           f'  python sample.py {run} --num_samples=3 --temperature=1.0 </dev/null\n'
+           f'  python train.py {f"config/{CONFIG}.py " if CONFIG else ""}--dataset=my_text.txt')
     if fell_back:
         print0(f'*** THIS WAS NOT {dataset.upper()} but {meta["about"]}. With a network, or with '
                'DATA_MIRROR set, run the same command again ***')

@@ -31,6 +31,7 @@ muon_learning_rate = 0.02
 learning_rate = 3e-3
 embed_learning_rate = 0.03
 weight_decay = 0.0
+muon_weight_decay = 0.05
 grad_clip = 0.0         # Muon's steps have a fixed size, whatever the gradient's
 
 max_steps = 1300

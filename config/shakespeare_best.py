@@ -3,11 +3,11 @@
 python train.py config/shakespeare_best.py
 
 config/shakespeare.py with 6 blocks (1.2 million parameters) and 3,400 steps, which are 6.9 epochs;
-so a little weight decay.
+so more weight decay.
 """
 from config.shakespeare import *  # noqa: F403
 
 n_layer = 6
-muon_weight_decay = 0.02
+muon_weight_decay = 0.1
 max_steps = 3400
 eval_interval = 850

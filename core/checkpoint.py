@@ -49,8 +49,8 @@ def differences(old: dict, new: dict) -> list[str]:
 
 def is_finished(folder: Path) -> bool:
     """Whether the run's log ends with its end."""
-    with open(folder / 'log.jsonl', encoding='utf-8') as f:
-        return any('"event": "end"' in line for line in f)
+    lines = (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()
+    return bool(lines) and lines[-1].startswith('{"event": "end"')
 
 
 class Log:
@@ -75,9 +75,10 @@ class Log:
 
 
 def read_log(folder, event: str) -> list[dict]:
-    """All events of one kind in a run's log, in order."""
+    """All events of one kind in a run's log, in order; a line cut off by a kill is passed over."""
     with open(Path(folder) / 'log.jsonl', encoding='utf-8') as f:
-        return [found for found in map(json.loads, f) if found['event'] == event]
+        found = [json.loads(line) for line in f if line.endswith('}\n')]
+    return [e for e in found if e['event'] == event]
 
 
 def service_loggers(run: Path, settings: dict, wandb: bool, tensorboard: bool) -> list:

@@ -207,8 +207,8 @@ class Tokens:
             stop(f'{self.folder}: no {split}-*.bin in it; make the dataset with prepare.py')
         for number, path in enumerate(paths):
             if path.name != f'{split}-{number:05d}.bin':
-                stop(f'{self.folder}: {split}-{number:05d}.bin is missing; delete the folder and run '
-                     'prepare.py again')
+                stop(f'{self.folder}: {split}-{number:05d}.bin is missing; delete the folder and '
+                     'run prepare.py again')
         self.shards = [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 

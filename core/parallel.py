@@ -86,9 +86,3 @@ def broadcast(value):
         data = torch.empty(int(size), dtype=torch.uint8, device=device)
     dist.broadcast(data, 0)
     return json.loads(bytes(data.tolist()))
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()

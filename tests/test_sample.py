@@ -77,7 +77,8 @@ def test_stop_strings_across_pieces(pieces, expected, found):
 
 def test_long_prompt_warns(run_sample, capsys):
     run_sample(prompt='x = 1\n' * 20)
-    assert 'warning: the prompt has 120 tokens, the model sees the last 32' in capsys.readouterr().err
+    warning = 'warning: the prompt has 120 tokens, the model sees the last 32'
+    assert warning in capsys.readouterr().err
 
 
 def test_interactive(run_sample, monkeypatch, capsys):

@@ -101,7 +101,8 @@ def test_init_from_resume(run_train, capsys, tmp_path):
     run_train(out_dir='out/a')
     assert run_train(out_dir='out/a', init_from='resume', max_steps=8)['step'] == 8
     assert 'warning: schedule is' in capsys.readouterr().err
-    stopped(capsys, run_train, 'architecture', 'out/a', out_dir='out/a', init_from='resume', n_layer=3)
+    stopped(capsys, run_train, 'architecture', 'out/a', out_dir='out/a', init_from='resume',
+            n_layer=3)
     other = tmp_path / 'other.txt'
     other.write_text('a completely different text, again and again. ' * 300)
     stopped(capsys, run_train, 'architecture', out_dir='out/a', init_from='resume',
