@@ -439,7 +439,8 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x = x + self.wpe(position)
         elif self.config.position == 'sinusoidal':
-            x = x * math.sqrt(self.config.n_embd) + sinusoid(position, self.config.n_embd).type_as(x)
+            code = sinusoid(position, self.config.n_embd)
+            x = x * math.sqrt(self.config.n_embd) + code.type_as(x)
         return self.drop(x)
 
 
