@@ -60,7 +60,7 @@ class GPTConfig:
         if self.dropout >= 1:
             raise ValueError(f'dropout={self.dropout}: must be below 1')
         if not self.head_dim:
-            if self.n_embd % self.n_head:
+            if self.arch == 'gpt' and self.n_embd % self.n_head:
                 raise ValueError(f'n_embd={self.n_embd}: must be divisible by n_head={self.n_head} '
                                  '(or set head_dim)')
             self.head_dim = self.n_embd // self.n_head

@@ -285,6 +285,27 @@ def test_grouped_queries_are_repeated_keys_and_values():
     close(full(tokens(2, 20)), grouped(tokens(2, 20)))
 
 
+@torch.no_grad()
+def test_mlp_and_norms_by_hand():
+    x, up, gate, down = 1.5, -2.0, 0.7, 3.0
+    h = up * x
+    inner = math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)
+    want = {'gelu': 0.5 * h * (1 + math.tanh(inner)), 'relu2': 0.0,
+            'swiglu': gate * x / (1 + math.exp(-gate * x)) * h}
+    for kind, value in want.items():
+        mlp = M.MLP(GPTConfig(n_embd=1, n_head=1, mlp=kind, n_hidden=1, bias=False))
+        for name, p in mlp.named_parameters():
+            p.fill_(dict(up_proj=up, gate_proj=gate, down_proj=down)[name.split('.')[0]])
+        assert abs(mlp(torch.tensor([x])).item() - down * value) < 1e-6
+        if kind == 'relu2':
+            assert abs(mlp(torch.tensor([-x])).item() - down * h * h) < 1e-5
+    x = torch.tensor([3.0, -1.0])           # mean 1, deviations 2; mean square 5
+    config = GPTConfig(norm_eps=0.5)
+    close(M.norm_layer(config, 2)(x), torch.tensor([2.0, -2.0]) / 4.5 ** 0.5, atol=1e-6)
+    config.norm = 'rmsnorm'
+    close(M.norm_layer(config, 2)(x), x / 5.5 ** 0.5, atol=1e-6)
+
+
 def test_tied_weights_are_one_tensor():
     for arch in ('gpt', 'lstm'):
         model = build_model(GPTConfig(arch=arch, n_layer=1, n_head=1, n_embd=8, vocab_size=11))
@@ -430,6 +451,10 @@ def test_dropout_only_in_training():
     a, b = model(idx), model(idx)
     torch.manual_seed(0)
     assert torch.equal(model(idx), a) and not torch.allclose(a, b, atol=1e-2)
+    attention, x = tiny(dropout=0.5).h['0'].attn, torch.ones(1, 8, 16)
+    assert torch.equal(attention(x), attention(x))
+    attention.train()           # also drops attention weights
+    assert not torch.allclose(attention(x), attention(x), atol=1e-2)
 
 
 @pytest.mark.parametrize('settings', [dict(dropout=0.2), dict(LLAMA, window=5)])
