@@ -28,8 +28,8 @@ bias = False
 # Muon for the matrices inside the blocks, AdamW with large rates for the rest.
 optimizer = 'muon'
 muon_learning_rate = 0.02
-learning_rate = 3e-3
-embed_learning_rate = 0.03
+learning_rate = 1e-3
+embed_learning_rate = 0.015
 weight_decay = 0.0
 muon_weight_decay = 0.05
 grad_clip = 0.0         # Muon's steps have a fixed size, whatever the gradient's
