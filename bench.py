@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+import prepare
 import train
 from core import device as hardware
-from core import optim
 from core import tokenizer as tokenizers
 from core.dataset import share
 from core.parallel import Ranks
@@ -24,7 +24,6 @@ from core.settings import check_bounds, check_choice, configure, stop
 from model import build_model, count_parameters, flops_per_token
 
 POSITIONAL = ('what',)
-CONFIG, FLAGS = '', ()      # filled by configure
 
 what = 'train'              # what is measured: train
 vs = ''                     # a checkout of nanoGPT, to be measured beside ours
@@ -36,10 +35,7 @@ warmup = 5                  # steps before the first round
 def our_step(config, dev):
     """A function that does one training step of ours on a list of micro-batches, and its model."""
     model = build_model(config, train.seed, dev.name)
-    optimizers = optim.make_optimizers(
-        model, train.optimizer, train.learning_rate, train.weight_decay, train.beta1, train.beta2,
-        train.muon_learning_rate, train.muon_weight_decay, train.muon_momentum, train.ns_steps,
-        train.embed_learning_rate)
+    optimizers = train.build_optimizers(model, dev)
     scaler = dev.scaler()
     compiled = torch.compile(model, dynamic=False) if dev.compile else model
     return lambda batches: train.train_step(compiled, optimizers, scaler, dev, Ranks(), batches,
@@ -92,7 +88,8 @@ def bench_train() -> dict:
     """Tokens per second and MFU of training steps; of nanoGPT's too, and the ratio."""
     dev = hardware.choose(train.device, train.dtype, train.compile, train.threads)
     print(*dev.why, sep='\n')
-    known = train.vocab_size or len(tokenizers.load(train.get_data() / 'tokenizer.json'))
+    known = train.vocab_size or len(tokenizers.load(
+        prepare.build(train.dataset, train.data_dir) / 'tokenizer.json'))
     config = train.model_config(known)
     rows = train.micro_batch_size or hardware.fit_micro_batch(
         dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)

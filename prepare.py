@@ -23,7 +23,6 @@ from core.dataset import NoNetwork, ShardWriter, fetch
 from core.settings import check_bounds, check_choice, configure, stop, warn
 
 POSITIONAL = ('dataset',)
-CONFIG, FLAGS = '', ()      # filled by configure
 
 dataset = ''                # a name (see RECIPES), or a text file or a folder of text files
 name = ''                   # folder under data_dir; '': the dataset's, or <path's>_<tokenizer>
@@ -41,7 +40,7 @@ class Document(NamedTuple):
     """One text with where it came from."""
     source: str
     text: str
-    replaced: int = 0       # bytes that were no valid UTF-8
+    replaced: int = 0       # times U+FFFD was put for invalid UTF-8
 
 
 class Recipe(NamedTuple):
@@ -73,7 +72,7 @@ def read_text(path: Path, errors: str = 'strict') -> Document:
     except UnicodeDecodeError as e:
         if errors == 'strict':
             stop(f'{path}: invalid UTF-8 at byte offset {e.start} (0x{raw[e.start]:02x}); '
-                 'convert the file to UTF-8, or go on with --errors=replace')
+                 f'convert it, or prepare it with: python prepare.py {path} --errors=replace')
         text = raw.decode('utf-8', errors='replace')
         replaced = text.count('\ufffd') - raw.count('\ufffd'.encode())
     text = text.removeprefix('\ufeff').replace('\r\n', '\n')
@@ -88,13 +87,13 @@ def read_path(path: Path, errors: str = 'strict') -> Iterator[Document]:
         yield read_text(path, errors)
         return
     files = sorted(p for p in path.rglob('*') if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-    if not any(file.stat().st_size for file in files):
+    if not any(file.read_bytes().strip() for file in files):
         stop(f'{path}: no text files ({", ".join(TEXT_SUFFIXES)}) in this folder, or all empty')
     for file in tqdm(files, desc='reading', unit='file', leave=False, disable=len(files) < 100):
-        if file.stat().st_size:
-            yield read_text(file, errors)
-        else:
+        if not file.read_bytes().strip():
             warn(f'{file}: empty, left out')
+            continue
+        yield read_text(file, errors)
 
 
 def shakespeare(downloads: str) -> Iterator[Document]:
@@ -175,6 +174,29 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
     return folder
 
 
+def find(dataset: str, data_dir: str = 'data') -> Path:
+    """The folder of a dataset that is there already. Stops if it is not."""
+    path = Path(dataset)
+    known = [path, Path(data_dir) / dataset, *(Path(data_dir) / f'{path.stem}_{kind}'
+                                               for kind in tokenizers.KINDS)]
+    found = [folder for folder in known if (folder / 'meta.json').is_file()]
+    if not found:
+        stop(f'dataset {dataset!r}: not prepared yet: python prepare.py {dataset}')
+    return found[0]
+
+
+def read_meta(folder: Path) -> dict:
+    """The meta.json of a dataset. Stops if it cannot be read."""
+    path = folder / 'meta.json'
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        for key in ('source', 'sha256', 'max_id', 'about', 'licence'):
+            meta[key]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        stop(f'{path}: damaged ({type(e).__name__}: {e}); delete {folder} and make it again')
+    return meta
+
+
 @contextlib.contextmanager
 def locked(path: Path):
     """Hold a file lock, which the system releases even if this process is killed."""
@@ -201,7 +223,7 @@ def up_to_date(folder: Path, wanted: dict) -> bool:
         return False
     if not (folder / 'meta.json').is_file():
         stop(f'{folder} is there already and is no dataset; choose another name with --name')
-    found = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    found = read_meta(folder)
     if found['source'] != wanted['source']:
         stop(f'{folder} was made from {found["source"]}, not from {wanted["source"]}; give this '
              f'one another name: python prepare.py {wanted["source"]} --name=<name>')
@@ -268,7 +290,7 @@ def main() -> dict:
     except NoNetwork as e:
         stop(no_network(dataset, e))
     print(f'ready: python train.py config/shakespeare.py --dataset={folder.name}')
-    return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    return read_meta(folder)
 
 
 def no_network(dataset: str, problem: Exception) -> str:

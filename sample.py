@@ -3,16 +3,17 @@
 The prompt comes from --prompt, from a file, from standard input, or, on a terminal, from the
 keyboard. Text goes to standard output as it comes, everything else to standard error.
 """
+import contextlib
+import os
 import sys
 import time
 
 from core import checkpoint
 from core import device as hardware
-from core.settings import check_bounds, configure, stop, warn
+from core.settings import Stop, check_bounds, configure, stop, warn
 from model import generate
 
 POSITIONAL = ('run_dir',)
-CONFIG, FLAGS = '', ()      # filled by configure
 
 run_dir = ''                # a run directory, such as out/shakespeare
 step = 0                    # which checkpoint; 0: the best one
@@ -69,9 +70,14 @@ def read_prompt() -> str | None:
                 return f.read()
         except (OSError, UnicodeDecodeError) as e:
             stop(f'prompt_file={prompt_file}: {e.strerror if isinstance(e, OSError) else e}')
-    if prompt_file == '-' or not (prompt or sys.stdin is None or sys.stdin.isatty()):
-        return sys.stdin.read()
-    return None if not prompt and sys.stdin is not None and sys.stdin.isatty() else prompt
+    on_terminal = sys.stdin is not None and sys.stdin.isatty()
+    try:
+        if prompt_file == '-' or not (prompt or on_terminal or sys.stdin is None):
+            return sys.stdin.read()
+        prompt.encode()
+    except UnicodeError as e:
+        stop(f'the prompt is not valid UTF-8 ({e.reason} at {e.start})')
+    return None if on_terminal and not prompt else prompt
 
 
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev) -> tuple[str, int]:
@@ -101,7 +107,7 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev) -> tuple[
 def write_samples(model, tokenizer, text: str, dev) -> list[str]:
     """Continue `text` num_samples times; prints tokens per second to standard error."""
     ids = tokenizer.encode(text) or tokenizer.start()
-    if len(ids) > model.config.block_size and model.config.arch != 'lstm':
+    if len(ids) > model.config.block_size:
         warn(f'the prompt has {len(ids):,} tokens, the model sees the last '
              f'{model.config.block_size:,} of them')
     texts = []
@@ -131,9 +137,12 @@ def main() -> dict:
             return {'texts': write_samples(model, tokenizer, text, dev)}
         print('type a prompt; an empty one starts from nothing; Ctrl-D ends', file=sys.stderr)
         while True:
-            write_samples(model, tokenizer, input('> '), dev)
+            with contextlib.suppress(Stop):  # a character it does not know: that has been said
+                write_samples(model, tokenizer, input('> '), dev)
     except (KeyboardInterrupt, EOFError):
         print(file=sys.stderr)
+    except BrokenPipeError:  # as under `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return {'texts': []}
 
 

@@ -3,7 +3,7 @@
 Bare `python train.py` is GPT-2 (124M parameters) on OpenWebText. A run directory out/<config>/ gets
 log.jsonl, loss.png and checkpoints; the same command again resumes an unfinished run.
 """
-import json
+import importlib.util
 import math
 import platform
 import shutil
@@ -110,9 +110,15 @@ def check_settings() -> None:
                  log_interval=(1, None), save_interval=(0, None), sample_interval=(0, None),
                  sample_tokens=(1, None), seed=(0, 2 ** 31 - 1), threads=(0, None),
                  n_kv_head=(0, None), head_dim=(0, None), n_hidden=(0, None), window=(0, None),
-                 vocab_size=(0, None))
+                 vocab_size=(0, None), norm_eps=(0, 1), rope_theta=(1, None))
     check_choice(globals(), init_from=('scratch', 'resume'), optimizer=('adamw', 'muon'),
                  schedule=optim.SCHEDULES)
+    for service in ('wandb', 'tensorboard'):
+        if globals()[service] and not importlib.util.find_spec(service):
+            stop(f'{service}=True: it is not installed: pip install {service}')
+    if warmup_steps >= max_steps and not max_minutes:
+        warn(f'warmup_steps={warmup_steps}: as long as max_steps={max_steps}, so the learning rate '
+             'never reaches its peak')
     fixed = [name for name in ('n_layer', 'n_head', 'n_embd') if name in FLAGS]
     if depth and fixed:
         stop(f'depth={depth}: derives {fixed[0]}, which was also given; leave one of the two out')
@@ -122,15 +128,16 @@ def check_settings() -> None:
 # What the settings leave to be derived
 
 
-def get_data() -> Path:
-    """The dataset's folder, made if it is missing; the fallback's where there is no network."""
+def choose_dataset() -> tuple[str, bool]:
+    """The dataset, made if it is missing, or the fallback where there is no network; and which."""
     try:
-        return prepare.build(dataset, data_dir)
+        prepare.build(dataset, data_dir)
+        return dataset, False
     except NoNetwork as e:
         if not fallback_dataset:
             stop(prepare.no_network(dataset, e))
         warn(str(e))
-        return prepare.build(fallback_dataset, data_dir)
+        return fallback_dataset, True
 
 
 def model_config(n_tokens: int) -> GPTConfig:
@@ -148,11 +155,14 @@ def model_config(n_tokens: int) -> GPTConfig:
         stop(str(e))
 
 
-def default_out_dir(data: Path) -> Path:
+def default_out_dir(data: Path, fell_back: bool) -> Path:
     """out/<config>, with the dataset in its name where it is not the config's own."""
-    if data.name == fallback_dataset != dataset:
-        return Path('out') / data.name
-    return Path('out') / ((CONFIG or 'gpt2') + (f'-{data.name}' if 'dataset' in FLAGS else ''))
+    name = CONFIG or 'gpt2'
+    if fell_back:
+        name = data.name
+    elif 'dataset' in FLAGS and data.name != name:
+        name = f'{name}-{data.name}'
+    return Path('out') / name
 
 
 def run_identity(data: Path, meta: dict, tokenizer, config: GPTConfig) -> dict:
@@ -171,6 +181,16 @@ def run_identity(data: Path, meta: dict, tokenizer, config: GPTConfig) -> dict:
             'source': checkpoint.source_hash(model_module.__file__)}
 
 
+def build_optimizers(model, device) -> list:
+    """The optimizers that the settings describe; depth scales AdamW's rates by 1 / sqrt(width)."""
+    scale = (768 / model.config.n_embd) ** 0.5 if depth else 1.0
+    half = device.dtype == 'bfloat16'
+    return optim.make_optimizers(
+        model, optimizer, learning_rate * scale, weight_decay, beta1, beta2, muon_learning_rate,
+        muon_weight_decay, muon_momentum, ns_steps, embed_learning_rate * scale,
+        torch.bfloat16 if half else torch.float32)
+
+
 def find_run(base: Path, identity: dict) -> tuple[str, dict | None]:
     """The run directory and the state to resume from, or None for a new run; says which."""
     if init_from == 'resume':
@@ -179,9 +199,10 @@ def find_run(base: Path, identity: dict) -> tuple[str, dict | None]:
             stop(f'init_from=resume: {base} holds no checkpoint; start it without init_from')
         state = checkpoint.read_state(base, found[-1])
         changed = checkpoint.differences(state['identity'], identity)
-        for name in changed:
-            what = f'{name} is {identity[name]}, the run in {base} has {state["identity"][name]}'
-            if name in ('architecture', 'data', 'tokenizer'):
+        for name, was, now in changed:
+            what = f'{name} is {now}, but was {was} when {base} was begun'
+            if name.split('.')[0] in ('architecture', 'data', 'tokenizer') or name == \
+                    'optimizer.optimizer':
                 stop(f'init_from=resume: {what}; restore it, or start a new run with --out_dir')
             warn(what)
         return str(base), state
@@ -218,10 +239,16 @@ def train_step(model, optimizers, scaler, device, ranks, batches, factor: float,
         loss_sum += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float('inf'))
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(grads)
+    if grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
     optim.set_learning_rate(optimizers, factor)
+    # An overflow in fp16 must hold back all optimizers, not only the one whose gradients have it.
+    finite = not scaler.is_enabled() or bool(grad_norm.isfinite())
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        if finite:
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return parallel.all_sum(loss_sum, device), grad_norm
@@ -259,12 +286,17 @@ def print_above(ranks, text: str) -> None:
         tqdm.write(text)
 
 
-def evaluate_run(base: Path, data: Path, rows: int, device, ranks) -> dict:
+def evaluate_run(ranks, device) -> dict:
     """--eval_only: the best checkpoint of a run on the validation split; writes nothing."""
+    data = prepare.find(dataset, data_dir)
+    base = Path(out_dir) if out_dir else default_out_dir(data, fell_back=False)
     model, tokenizer, state = checkpoint.load_run(str(base), device=device.name)
     if tokenizer.hash() != tokenizers.load(data / 'tokenizer.json').hash():
         stop(f'{base} and {data} have different vocabularies; evaluate it on the data it knows')
-    windows = load_split(data, 'val', model.config.block_size, shuffle=False)
+    config = model.config
+    windows = load_split(data, 'val', config.block_size, shuffle=False)
+    rows = micro_batch_size or hardware.fit_micro_batch(
+        device, 64, config.block_size, 1, config.n_embd, ranks.local_world)
     val_loss, bits_per_byte = evaluate(model, windows, tokenizer, rows, device, ranks)
     print0(f'{base}, step {state["step"]}, on {data}: validation loss {val_loss:.4f} nats per '
            f'token, {bits_per_byte:.4f} bits per byte')
@@ -299,29 +331,33 @@ def main() -> dict:
     print0(*dev.why, sep='\n')
 
     # Data, run directory, model
-    data = get_data()
-    fell_back = data.name == fallback_dataset != dataset
+    if eval_only:
+        result = evaluate_run(ranks, dev)
+        parallel.finish()
+        return result
+    # Rank 0 decides; the others wait, then find the dataset, or make it on their own machine.
+    name, fell_back = parallel.broadcast(choose_dataset() if ranks.rank == 0 else None)
+    data = prepare.build(name, data_dir)
     if fell_back:
         print0(f'*** THIS IS NOT {dataset.upper()}: without a network the run uses {data} ***')
-    meta = json.loads((data / 'meta.json').read_text(encoding='utf-8'))
+    meta = prepare.read_meta(data)
     tokenizer = tokenizers.load(data / 'tokenizer.json')
     config = model_config(len(tokenizer))
     per_rank = math.ceil(batch_size / ranks.world)
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
         dev, per_rank, block_size, 1 if activation_checkpointing else config.n_layer, config.n_embd,
         ranks.local_world)
-    base = Path(out_dir) if out_dir else default_out_dir(data)
-    if eval_only:
-        result = evaluate_run(base, data, rows, dev, ranks)
-        parallel.finish()
-        return result
+    base = Path(out_dir) if out_dir else default_out_dir(data, fell_back)
     if meta['max_id'] >= config.vocab_size:
         stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
     train_windows = load_split(data, 'train', block_size, seed)
     val_windows = load_split(data, 'val', block_size, shuffle=False)
     identity = run_identity(data, meta, tokenizer, config)
+    if parallel.broadcast(identity['data']) != identity['data']:
+        stop(f'{data} on this machine is not what rank 0 has; copy one of them to all machines')
     run, state = parallel.broadcast(find_run(base, identity) if ranks.rank == 0 else None)
     run = Path(run)
+    lock = checkpoint.lock(run) if ranks.rank == 0 else None
     model = build_model(config, seed, dev.name)
     model.recompute = activation_checkpointing
     flops, tokens_per_step = flops_per_token(model), batch_size * block_size
@@ -330,11 +366,7 @@ def main() -> dict:
            f'epoch {len(train_windows) / batch_size:,.1f} steps')
 
     # Optimizers, compilation, what a checkpoint says
-    rate_scale = (768 / config.n_embd) ** 0.5 if depth else 1.0
-    optimizers = optim.make_optimizers(
-        model, optimizer, learning_rate * rate_scale, weight_decay, beta1, beta2,
-        muon_learning_rate, muon_weight_decay, muon_momentum, ns_steps,
-        embed_learning_rate * rate_scale)
+    optimizers = build_optimizers(model, dev)
     scaler = dev.scaler()
     if state:
         checkpoint.load_weights(model, run, state['step'])
@@ -347,7 +379,7 @@ def main() -> dict:
 
     def time_steps(n):
         """Seconds of each of n steps that change nothing: their learning rate is 0."""
-        times = []
+        times, scale = [], scaler.state_dict()
         for _ in range(n):
             began = time.perf_counter()
             train_step(trained, optimizers, scaler, dev, ranks, batches(0), 0.0, 0)
@@ -355,6 +387,8 @@ def main() -> dict:
             times.append(time.perf_counter() - began)
         for o in optimizers:
             o.state.clear()
+        if scale:
+            scaler.load_state_dict(scale)
         return times
 
     compile_seconds = sum(time_steps(1)) if dev.compile else 0.0
@@ -363,7 +397,8 @@ def main() -> dict:
     step, seconds, last_step, best_val_loss, best_step = 0, 0.0, max_steps, math.inf, 0
     if state:
         checkpoint.load_optimizers(model, optimizers, run, state['step'])
-        scaler.load_state_dict(state['scaler'])
+        if scaler.is_enabled() and state['scaler']:
+            scaler.load_state_dict(state['scaler'])
         step, seconds = state['step'], state['seconds']
         best_val_loss, best_step = state['best_val_loss'], state['best_step']
     if max_minutes:
@@ -372,7 +407,8 @@ def main() -> dict:
         last_step = parallel.broadcast(last_step)
         print0(f'max_minutes={max_minutes:g}: {last_step:,} steps')
     log = start_log(run, ranks, dev, resumed_at=state and step, facts={
-        'dataset': identity['data'], 'parameters': count_parameters(model), 'max_steps': last_step,
+        'dataset': identity['data'], 'config': asdict(config), 'micro_batch_size': rows,
+        'parameters': count_parameters(model), 'max_steps': last_step,
         'flops_per_token': flops, 'compile_seconds': compile_seconds})
     if ranks.rank == 0:
         tokenizer.save(run / 'tokenizer.json')
@@ -398,7 +434,7 @@ def main() -> dict:
             mfu = flops * speed / (dev.peak_flops * ranks.world)
             seconds, since, began = seconds + now - began, step, now
             log.write('step', step=step, tokens=step * tokens_per_step, seconds=seconds,
-                      train_loss=loss, learning_rate=factor * learning_rate * rate_scale,
+                      train_loss=loss, learning_rate=optimizers[0].param_groups[0]['lr'],
                       grad_norm=grad_norm, tokens_per_second=speed, mfu=mfu)
             bar.set_postfix_str(f'loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.1%}')
         if evaluating:
@@ -435,6 +471,8 @@ def main() -> dict:
     if fell_back:
         print0(f'*** THIS WAS NOT {dataset.upper()} but {meta["about"]}. With a network, or with '
                'DATA_MIRROR set, run the same command again ***')
+    if lock:
+        lock.close()
     parallel.finish()
     return {'run_dir': str(run), 'step': step, 'val_loss': val_loss, 'bits_per_byte': bits_per_byte,
             'best_val_loss': best_val_loss, 'seconds': seconds}

@@ -4,8 +4,10 @@ out/<run>/ holds log.jsonl, tokenizer.json, loss.png, copies of the source, and 
 step-00001000/ with model.safetensors, optimizer.safetensors and state.json. A checkpoint is written
 under another name and renamed when it is whole. docs/formats.md has the details.
 """
+import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,8 +17,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+import model as model_module
 from core import tokenizer as tokenizers
-from core.settings import stop
+from core.settings import stop, warn
 from model import GPTConfig, build_model
 
 # ---------------------------------------------------------------------------------------------
@@ -32,19 +35,41 @@ def choose_run(base: Path, identity: dict) -> tuple[Path, dict | None]:
     number = 1
     while True:
         folder = base if number == 1 else base.with_name(f'{base.name}-{number}')
-        if not (folder / 'log.jsonl').exists():
-            return folder, None
         found = steps(folder)
-        if found and not is_finished(folder):
+        if not found:  # nothing there, or a run that ended before its first checkpoint
+            return folder, None
+        if not is_finished(folder):
             state = read_state(folder, found[-1])
             if state['identity'] == identity:
                 return folder, state
         number += 1
 
 
-def differences(old: dict, new: dict) -> list[str]:
-    """Names of the fields in which two identities differ."""
-    return [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
+    """(name, old, new) of each field in which two identities differ, as 'architecture.n_layer'."""
+    found = []
+    for key in sorted({*old, *new}):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += differences(was, now, f'{prefix}{key}.')
+        elif was != now:
+            found.append((prefix + key, was, now))
+    return found
+
+
+def lock(folder: Path):
+    """Hold the run directory for this process, until it ends or the returned file is closed.
+
+    Stops if another process has it: two trainers in one directory would undo each other's work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / '.lock', 'a')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stop(f'{folder} is in use by another process that trains in it; wait for it, or give this '
+             'run another --out_dir')
+    return file
 
 
 def is_finished(folder: Path) -> bool:
@@ -60,12 +85,18 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, others=()):
-        self.file = open(folder / 'log.jsonl', 'a', encoding='utf-8') if folder else None
-        self.others = others
+        self.file, self.others = None, others
+        if folder:
+            self.file = open(folder / 'log.jsonl', 'a+', encoding='utf-8')
+            self.file.seek(0)
+            if not self.file.read().endswith('\n') and self.file.tell():
+                self.file.write('\n')  # the last line was cut off by a kill
 
     def write(self, event: str, **fields) -> None:
         if not self.file:
             return
+        fields = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x
+                  for name, x in fields.items()}  # JSON knows neither NaN nor infinity
         self.file.write(json.dumps({'event': event, **fields}) + '\n')
         self.file.flush()
         numbers = {name: x for name, x in fields.items() if type(x) in (int, float)}
@@ -77,28 +108,22 @@ class Log:
 def read_log(folder, event: str) -> list[dict]:
     """All events of one kind in a run's log, in order; a line cut off by a kill is passed over."""
     with open(Path(folder) / 'log.jsonl', encoding='utf-8') as f:
-        found = [json.loads(line) for line in f if line.endswith('}\n')]
+        found = [json.loads(line) for line in f if line.startswith('{') and line.endswith('}\n')]
     return [e for e in found if e['event'] == event]
 
 
 def service_loggers(run: Path, settings: dict, wandb: bool, tensorboard: bool) -> list:
-    """Functions (step, {name: number}) that send a run's numbers to the services asked for.
-
-    Stops if one of them is not installed.
-    """
+    """Functions (step, {name: number}) that send a run's numbers to the services asked for."""
     loggers = []
-    try:
-        if wandb:
-            import wandb as service
-            service.init(project='scratchgpt', name=run.name, dir=run, config=settings)
-            loggers.append(lambda step, numbers: service.log(numbers, step=step))
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(run)
-            loggers.append(lambda step, numbers: [writer.add_scalar(name, x, step)
-                                                  for name, x in numbers.items()])
-    except ImportError as e:
-        stop(f'{e.name} is asked for but not installed: pip install {e.name}')
+    if wandb:
+        import wandb as service
+        service.init(project='scratchgpt', name=run.name, dir=run, config=settings)
+        loggers.append(lambda step, numbers: service.log(numbers, step=step))
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run)
+        loggers.append(lambda step, numbers: [writer.add_scalar(name, x, step)
+                                              for name, x in numbers.items()])
     return loggers
 
 
@@ -234,6 +259,8 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu'):
     if config.vocab_size < len(tokenizer):
         stop(f'{folder}: its model has vocab_size={config.vocab_size}, its tokenizer.json '
              f'{len(tokenizer)} tokens; they do not belong together')
+    if state['identity']['source'] != source_hash(model_module.__file__):
+        warn(f'{folder} was trained with another model.py; a copy of it is {folder}/model.py')
     model = build_model(config, device=device)
     load_weights(model, folder, step)
     return model.eval(), tokenizer, state

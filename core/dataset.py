@@ -6,6 +6,7 @@ A dataset is a folder: shards `train-00000.bin ...` and `val-00000.bin ...`, `to
 import hashlib
 import os
 import struct
+import sys
 import time
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
     reached, problem = False, ''
     for attempt in range(attempts):
         if attempt:
+            tqdm.write(f'{url}: {problem}; trying again', file=sys.stderr)
             time.sleep(2 ** (attempt - 1))
         try:
             headers = {'Accept-Encoding': 'identity'}
@@ -102,7 +104,7 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
                     part.unlink(missing_ok=True)
                     problem = 'HTTP status 416'
                     continue
-                if answer.status_code >= 500:
+                if answer.status_code >= 500 or answer.status_code in (408, 429):
                     problem = f'HTTP status {answer.status_code}'
                     continue
                 if answer.status_code not in (200, 206):
@@ -123,7 +125,7 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
                 requests.exceptions.ChunkedEncodingError) as e:
             problem = type(e).__name__
             continue
-        except requests.exceptions.RequestException as e:
+        except OSError as e:  # of requests or of the file system
             stop(f'{url}: {e}; check the address, or put the file into DATA_MIRROR')
         if not total or part.stat().st_size == total:
             validator_file.unlink(missing_ok=True)

@@ -12,7 +12,8 @@ import torch
 
 from core.settings import stop
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+DTYPES = {'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16,
+          'float16': torch.float16}
 
 # Dense bf16 / fp16 tensor-core peaks in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {'B200': 2250, 'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'GH200': 989, 'A100': 312,
@@ -32,7 +33,7 @@ class Device:
 
     def autocast(self):
         """The context in which the forward pass runs."""
-        if self.dtype == 'float32':
+        if DTYPES[self.dtype] == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.kind, DTYPES[self.dtype])
 
@@ -55,15 +56,15 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
     kind, name, why = choose_device(device, local_rank)
     if kind == 'cpu':
         threads = threads or (torch.get_num_threads() if local_world == 1
-                              else max(1, (os.cpu_count() or 1) // local_world))
+                              else max(1, cpu_count() // local_world))
         torch.set_num_threads(threads)
         why += f', {threads} threads'
     if kind == 'cuda':
         torch.cuda.set_device(name)
-        torch.set_float32_matmul_precision('high')  # TF32 where fp32 products remain
     dtype, dtype_why = choose_dtype(kind, dtype, training)
-    compile, compile_why = choose_compile(kind, compile)
-    peak, peak_why = peak_flops(kind, name, dtype)
+    torch.set_float32_matmul_precision('high' if dtype == 'tf32' else 'highest')
+    compile, compile_why = choose_compile(kind, name, compile)
+    peak, peak_why = peak_flops(kind, name, dtype) if training else (0.0, 'not measured')
     return Device(name, kind, dtype, compile, peak,
                   [f'device {name} ({why})', f'dtype {dtype} ({dtype_why})',
                    f'compile {"on" if compile else "off"} ({compile_why})',
@@ -94,6 +95,13 @@ def choose_device(device: str, local_rank: int) -> tuple[str, str, str]:
     return kind, kind, f'{cpu_info("model name") or platform.machine()}, {why}'
 
 
+def cpu_count() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def cpu_info(field: str) -> str:
     """A field of the first processor in /proc/cpuinfo; '' where there is none."""
     try:
@@ -108,15 +116,15 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
     if dtype and dtype not in DTYPES:
         stop(f'dtype={dtype}: must be one of {", ".join(DTYPES)}')
     if dtype:
-        if dtype == 'float16' and kind == 'cpu':
-            stop('dtype=float16: a CPU computes it slower than float32; use float32 or bfloat16')
+        if dtype in ('float16', 'tf32') and kind == 'cpu':
+            stop(f'dtype={dtype}: not for a CPU; use float32 or bfloat16')
         return dtype, 'as asked'
     if kind == 'cuda':
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return 'bfloat16', 'this GPU computes it'
         return 'float16', 'this GPU has no bfloat16; gradients are scaled'
     if kind == 'mps':
-        return 'float32', 'mixed precision gains little on Apple GPUs'
+        return 'float32', 'mixed precision is untested on Apple GPUs'
     if not training:
         return 'float32', 'on a CPU, the fastest for one row at a time'
     if {'avx512_bf16', 'amx_bf16'} & set(cpu_info('flags').split()):
@@ -124,8 +132,8 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
     return 'float32', 'this CPU has no instructions for bfloat16'
 
 
-def choose_compile(kind: str, compile: bool) -> tuple[bool, str]:
-    """Whether torch.compile is used, and why."""
+def choose_compile(kind: str, name: str, compile: bool) -> tuple[bool, str]:
+    """Whether torch.compile is used, and why: a small function is compiled to see if it works."""
     if not compile:
         return False, 'as asked'
     if kind == 'mps':
@@ -134,6 +142,11 @@ def choose_compile(kind: str, compile: bool) -> tuple[bool, str]:
         return False, 'it needs a C++ compiler, and none is installed'
     if kind == 'cuda' and not importlib.util.find_spec('triton'):
         return False, 'it needs triton, which is not installed'
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=name))
+    except Exception as e:  # whatever compilers and drivers raise: eager mode needs none of them
+        lines = str(e).strip().splitlines() or ['']
+        return False, f'it fails on this machine: {type(e).__name__}: {lines[0]}'
     return True, 'the first step takes a while'
 
 
@@ -145,7 +158,7 @@ def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int
     The micro-batches of a step are made equally large.
     """
     if device.kind == 'cuda':
-        memory = torch.cuda.get_device_properties(device.name).total_memory
+        memory = torch.cuda.mem_get_info(device.name)[1]
     else:
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_world
     per_row = block_size * n_layer * n_embd * (73 if device.dtype == 'float32' else 40)
@@ -155,7 +168,7 @@ def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int
 
 def peak_flops(kind: str, name: str, dtype: str) -> tuple[float, str]:
     """Peak FLOP/s of matrix products: from the data sheet, or measured where none is known."""
-    if kind == 'cuda' and dtype != 'float32':
+    if kind == 'cuda' and DTYPES[dtype] != torch.float32:
         words = f' {torch.cuda.get_device_name(name)} '.replace('-', ' ')
         for key, tflops in PEAK_TFLOPS.items():
             if f' {key} ' in words:

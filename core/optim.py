@@ -49,12 +49,14 @@ class Muon(torch.optim.Optimizer):
 
     The step of a matrix is its Nesterov momentum with all singular values set to about 1, times
     lr * sqrt(max(1, rows / cols)); weight decay is decoupled. Matrices of one shape are stacked, so
-    that a step takes a few batched products.
+    that a step takes a few batched products. The iteration needs no precision: bfloat16 will do.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
+                 dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       ns_steps=ns_steps))
+        self.dtype = dtype  # of the Newton-Schulz iteration
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -75,7 +77,8 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[p]['momentum'] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
         ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
-        update = newton_schulz(torch.stack(ahead), group['ns_steps']).unbind()
+        update = newton_schulz(torch.stack(ahead).to(self.dtype), group['ns_steps'])
+        update = update.to(params[0].dtype).unbind()
         if group['weight_decay']:
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_add_(params, update, alpha=-group['lr'] * scale)
@@ -84,7 +87,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weight_decay: float,
                     beta1: float = 0.9, beta2: float = 0.95, muon_learning_rate: float = 0.02,
                     muon_weight_decay: float = 0.0, muon_momentum: float = 0.95,
-                    ns_steps: int = 5, embed_learning_rate: float = 0.0) -> list:
+                    ns_steps: int = 5, embed_learning_rate: float = 0.0,
+                    muon_dtype=torch.float32) -> list:
     """The optimizers of a model; every group remembers its peak rate as `base_lr`.
 
     'adamw': AdamW for everything, decay on matrices only. 'muon': Muon for the matrices inside the
@@ -107,7 +111,7 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
                                     betas=(beta1, beta2), fused=True)]
     if optimizer == 'muon':
         optimizers.append(Muon(hidden, muon_learning_rate, muon_momentum, muon_weight_decay,
-                               ns_steps))
+                               ns_steps, muon_dtype))
     for group in (group for o in optimizers for group in o.param_groups):
         group['base_lr'] = group['lr']
     return optimizers

@@ -27,6 +27,8 @@ class Ranks:
 def find_ranks() -> Ranks:
     """Who this process is, from torchrun's environment variables."""
     env = os.environ
+    if 'WORLD_SIZE' not in env:
+        return Ranks()
     return Ranks(int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1)),
                  int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1)))
 
@@ -67,9 +69,9 @@ def accumulate(model, last: bool):
 
 
 def all_sum(x: torch.Tensor, device) -> torch.Tensor:
-    """x summed over all ranks, on `device`."""
-    x = x.to(device.name) if device.kind == 'cuda' or not dist.is_initialized() else x
+    """x summed over all ranks; on the GPU if there are several of them, else where it was."""
     if dist.is_initialized():
+        x = x.to(device.name) if device.kind == 'cuda' else x
         dist.all_reduce(x)
     return x
 

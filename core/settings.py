@@ -74,9 +74,9 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     """Apply the command line `argv` to the globals `script` of a script, in place.
 
     Words ending in .py are config files, --name=value are flags, other words fill the settings
-    listed in the script's POSITIONAL, the last of them taking the rest. If the script has them,
-    CONFIG is set to the name of the last config file and FLAGS to the names of the settings that
-    flags changed. `also` are the globals of another script, for the names that `script` lacks.
+    listed in the script's POSITIONAL, the last of them taking the rest. Sets
+    CONFIG to the name of the last config file and FLAGS to the names of the settings given as
+    flags. `also` are the globals of another script, for the names that `script` lacks.
     Stops with a message on anything unknown, of the wrong type or unreadable.
     """
     if '--help' in argv or '-h' in argv:
@@ -85,21 +85,18 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     known = {name: script for name in settings_of(script)}
     known = {name: also for name in settings_of(also or {})} | known
     positional = list(script.get('POSITIONAL', ()))
-    words, flags = [], []
+    words, flags, config = [], [], ''
     for word in argv:
         if word.startswith('--'):
             name, equals, text = word[2:].partition('=')
             owner = find_owner(known, name, word)
-            value = parse(owner[name], name, text if equals else None, word)
-            if owner[name] != value:
-                flags.append(name)
-            owner[name] = value
+            owner[name] = parse(owner[name], name, text if equals else None, word)
+            flags.append(name)
         elif word.endswith('.py'):
             for name, value in read_config(word).items():
                 owner = find_owner(known, name, f'{word}: {name}={value!r}')
                 owner[name] = convert(owner[name], name, value, f'{word}: {name}={value!r}')
-            for scope in filter(None, (script, also)):
-                scope['CONFIG'] = Path(word).stem
+            config = Path(word).stem
         elif positional:
             words.append(word)
         else:
@@ -107,7 +104,8 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
                  f'flags (--setting=value); --help lists the settings')
     for i, name in enumerate(positional[:len(words)]):
         script[name] = ','.join(words[i:]) if i == len(positional) - 1 else words[i]
-    script['FLAGS'] = tuple(flags)
+    for scope in filter(None, (script, also)):
+        scope |= {'CONFIG': config, 'FLAGS': tuple(flags)}
 
 
 def find_owner(known: dict[str, dict], name: str, word: str) -> dict:
@@ -150,7 +148,7 @@ def parse(default, name: str, text: str | None, word: str):
         return text
     try:
         value = ast.literal_eval(text.capitalize() if type(default) is bool else text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     return convert(default, name, value, word)
 

@@ -107,7 +107,7 @@ def test_threads(quick, monkeypatch):
     assert '1 threads' in choose(compile=False).why[0]  # torch's own choice
     assert '2 threads' in choose(compile=False, threads=2).why[0]
     assert torch.get_num_threads() == 2
-    monkeypatch.setattr(os, 'cpu_count', lambda: 7)  # shared out among processes
+    monkeypatch.setattr(hardware, 'cpu_count', lambda: 7)  # shared out among processes
     assert '2 threads' in choose(compile=False, local_world=3).why[0]
     assert '1 threads' in choose(compile=False, local_world=8).why[0]
     assert '3 threads' in choose(compile=False, threads=3, local_world=8).why[0]

@@ -100,9 +100,11 @@ def test_finished_run_is_not_touched_and_unfinished_one_resumes(run_train, monke
 def test_init_from_resume(run_train, capsys, tmp_path):
     run_train(out_dir='out/a')
     assert run_train(out_dir='out/a', init_from='resume', max_steps=8)['step'] == 8
-    assert 'warning: schedule is' in capsys.readouterr().err
-    stopped(capsys, run_train, 'architecture', 'out/a', out_dir='out/a', init_from='resume',
-            n_layer=3)
+    assert 'warning: schedule.max_steps is 8, but was 6' in capsys.readouterr().err
+    stopped(capsys, run_train, 'architecture.n_layer is 3, but was 2', out_dir='out/a',
+            init_from='resume', n_layer=3)
+    stopped(capsys, run_train, 'optimizer.optimizer is muon', out_dir='out/a', init_from='resume',
+            optimizer='muon')
     other = tmp_path / 'other.txt'
     other.write_text('a completely different text, again and again. ' * 300)
     stopped(capsys, run_train, 'architecture', out_dir='out/a', init_from='resume',
@@ -119,6 +121,9 @@ def test_eval_only_writes_nothing(run_train, capsys, tmp_path):
     assert abs(again['val_loss'] - out['best_val_loss']) < 1e-6
     other = tmp_path / 'other.txt'
     other.write_text('a text of other characters. ' * 300)
+    stopped(capsys, run_train, 'not prepared yet', out_dir='out/a', eval_only=True,
+            dataset=str(other))
+    train.prepare.build(str(other))
     stopped(capsys, run_train, 'different vocabularies', out_dir='out/a', eval_only=True,
             dataset=str(other))
     stopped(capsys, run_train, 'out/none', out_dir='out/none', eval_only=True)
