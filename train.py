@@ -308,7 +308,10 @@ def start_log(run: Path, ranks, dev, facts: dict, resumed_at: int | None) -> che
     """The run's log, begun with all that is needed to understand it; on rank 0 only."""
     if ranks.rank:
         return checkpoint.Log(None)
-    run.mkdir(parents=True, exist_ok=True)
+    if resumed_at is None:
+        (run / 'log.jsonl').unlink(missing_ok=True)  # of a run that never came to a checkpoint
+    else:
+        checkpoint.cut_log(run, resumed_at)
     settings = settings_of(globals())
     log = checkpoint.Log(run, checkpoint.service_loggers(run, settings, wandb, tensorboard))
     if resumed_at is not None:

@@ -87,10 +87,7 @@ class Log:
     def __init__(self, folder: Path | None, others=()):
         self.file, self.others = None, others
         if folder:
-            self.file = open(folder / 'log.jsonl', 'a+', encoding='utf-8')
-            self.file.seek(0)
-            if not self.file.read().endswith('\n') and self.file.tell():
-                self.file.write('\n')  # the last line was cut off by a kill
+            self.file = open(folder / 'log.jsonl', 'a', encoding='utf-8')
 
     def write(self, event: str, **fields) -> None:
         if not self.file:
@@ -105,11 +102,24 @@ class Log:
                 other(step, numbers)
 
 
-def read_log(folder, event: str) -> list[dict]:
-    """All events of one kind in a run's log, in order; a line cut off by a kill is passed over."""
+def events(folder) -> list[dict]:
+    """All events in a run's log, in order; a line cut off by a kill is passed over."""
     with open(Path(folder) / 'log.jsonl', encoding='utf-8') as f:
-        found = [json.loads(line) for line in f if line.startswith('{') and line.endswith('}\n')]
-    return [e for e in found if e['event'] == event]
+        return [json.loads(line) for line in f if line.startswith('{') and line.endswith('}\n')]
+
+
+def read_log(folder, event: str) -> list[dict]:
+    """The events of one kind in a run's log, in order."""
+    return [e for e in events(folder) if e['event'] == event]
+
+
+def cut_log(folder: Path, step: int) -> None:
+    """Take everything after `step` out of the log: a resumed run does it again."""
+    kept = [json.dumps(e) + '\n' for e in events(folder)
+            if e.get('step', 0) <= step and e['event'] != 'end']
+    tmp = folder / '.tmp-log.jsonl'
+    tmp.write_text(''.join(kept), encoding='utf-8')
+    os.replace(tmp, folder / 'log.jsonl')
 
 
 def service_loggers(run: Path, settings: dict, wandb: bool, tensorboard: bool) -> list:

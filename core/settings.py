@@ -79,6 +79,7 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     flags. `also` are the globals of another script, for the names that `script` lacks.
     Stops with a message on anything unknown, of the wrong type or unreadable.
     """
+    sys.excepthook = interrupted
     if '--help' in argv or '-h' in argv:
         print_help(script)
         raise SystemExit(0)
@@ -106,6 +107,14 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
         script[name] = ','.join(words[i:]) if i == len(positional) - 1 else words[i]
     for scope in filter(None, (script, also)):
         scope |= {'CONFIG': config, 'FLAGS': tuple(flags)}
+
+
+def interrupted(kind, value, trace) -> None:
+    """Print one line, and no traceback, after Ctrl-C; whatever else was raised as always."""
+    if issubclass(kind, KeyboardInterrupt):
+        print('\ninterrupted; the same command again goes on or begins anew', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, value, trace)
 
 
 def find_owner(known: dict[str, dict], name: str, word: str) -> dict:

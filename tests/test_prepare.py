@@ -282,6 +282,9 @@ def test_unusable_file(capsys, raw, parts):
     write('books/novel.txt', raw or b' ')
     for dataset, file in ((path, path), ('books', 'books/novel.txt')):
         message = refused(capsys, dataset)
+        if file != path and not raw.strip():  # an empty file in a folder is only left out
+            assert message.startswith('books: no text files') and 'empty' in message
+            continue
         assert message.startswith(f'{file}: ')
         for part in parts:
             assert part in message, message

@@ -1,21 +1,39 @@
 """sample.py: prompts, streaming, stop strings, reproducibility, messages."""
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
 import sample
+import train
 from core.settings import Stop
 
 ROOT = Path(sample.__file__).parent
 
 
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, text_file):
+    """A folder with a run out/tiny in it, trained a little."""
+    folder = tmp_path_factory.mktemp('trained')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in {**TINY, 'dataset': str(text_file), 'max_steps': 100,
+                            'eval_interval': 100, 'optimizer': 'muon', 'CONFIG': 'tiny'}.items():
+            patch.setattr(train, name, value)
+        train.main()
+    return folder
+
+
 @pytest.fixture
-def run_sample(run_train, monkeypatch):
-    """run_sample(**settings) on a freshly trained tiny run; standard input is not a terminal."""
-    run_dir = run_train(max_steps=100, eval_interval=100, optimizer='muon')['run_dir']
+def run_sample(trained, monkeypatch, tmp_path):
+    """run_sample(**settings) on the trained run; standard input is not a terminal."""
+    run_dir = 'out/tiny'
+    shutil.copytree(trained / 'out', tmp_path / 'out')
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.stdin', io.StringIO(''))
 
     def run(**settings):
@@ -86,10 +104,19 @@ def test_interactive(run_sample, monkeypatch, capsys):
         def isatty(self):
             return True
 
-    monkeypatch.setattr('sys.stdin', Terminal('class \n'))
+    monkeypatch.setattr('sys.stdin', Terminal('class \né\ndef \n'))
     assert run_sample() == []
     out = capsys.readouterr()
     assert 'class ' in out.out and 'tokens/s' in out.err
+    assert "character 'é'" in out.err and 'def ' in out.out  # it is said, and the session goes on
+
+
+def test_prompt_that_is_no_utf8(trained):
+    done = subprocess.run([sys.executable, ROOT / 'sample.py', 'out/tiny'], cwd=trained,
+                          input=b'\xff', capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.decode().strip().splitlines() == [
+        'error: the prompt is not valid UTF-8 (invalid start byte at 0)']
 
 
 @pytest.mark.parametrize('settings, parts', [

@@ -113,21 +113,22 @@ def test_left_to_right_later_wins(tmp_path):
     b = config(tmp_path, 'batch_size = 7\n', 'b.py')
     for argv, batch, name in (([a, '--batch_size=9'], 9, 'a'), (['--batch_size=9', a], 5, 'a'),
                               ([a, b], 7, 'b'), ([b, a], 5, 'a'),
-                              (['--batch_size=8', '--batch_size=9'], 9, None)):
+                              (['--batch_size=8', '--batch_size=9'], 9, '')):
         script = fake()
         configure(script, argv)
-        assert (script['batch_size'], script.get('CONFIG')) == (batch, name), argv
+        assert (script['batch_size'], script['CONFIG']) == (batch, name), argv
         assert script['block_size'] == (6 if a in argv else 64)
 
 
 def test_config_and_flags_are_told(tmp_path):
     script = fake()
     configure(script, [])
-    assert script['FLAGS'] == () and 'CONFIG' not in script
+    assert script['FLAGS'] == () and script['CONFIG'] == ''
     path = config(tmp_path, 'batch_size = 5\n')
     script = fake()
     configure(script, [path, '--batch_size=5', '--block_size=65', '--out_dir='])
-    assert script['CONFIG'] == 'tiny' and script['FLAGS'] == ('block_size',)  # 5 and '' as before
+    assert script['CONFIG'] == 'tiny'
+    assert script['FLAGS'] == ('batch_size', 'block_size', 'out_dir')  # given, changed or not
 
 
 def test_positional_words(tmp_path):
@@ -150,7 +151,8 @@ def test_settings_of_another_script(tmp_path, capsys):
     path = config(tmp_path, 'n_layer = 3\nbatch_size = 5\n')
     configure(script, [path, '--block_size=7', '--n_layer=4'], also)
     assert (script['batch_size'], script['block_size'], 'n_layer' in script) == (5, 7, False)
-    assert also == {'n_layer': 4, 'batch_size': 99, 'CONFIG': 'tiny'}
+    assert also == {'n_layer': 4, 'batch_size': 99, 'CONFIG': 'tiny',
+                    'FLAGS': ('block_size', 'n_layer')}
     assert script['CONFIG'] == 'tiny' and script['FLAGS'] == ('block_size', 'n_layer')
     assert "did you mean 'n_layer'?" in stopped(
         capsys, lambda: configure(script, ['--nlayer=4'], also))
@@ -380,6 +382,15 @@ def test_every_preset_applies(path):
     assert script['CONFIG'] == path.stem and after != before
     assert {name: type(value) for name, value in after.items()} == {
         name: type(value) for name, value in before.items()}
+
+
+def test_interrupt_leaves_no_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    configure(fake(), [])
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err.startswith('\ninterrupted')
+    sys.excepthook(ValueError, ValueError('other'), None)
+    assert 'ValueError: other' in capsys.readouterr().err
 
 
 def test_importing_a_stage_does_no_work(tmp_path):

@@ -12,7 +12,8 @@ from conftest import TINY
 
 import train
 from core import checkpoint, optim
-from core.settings import Stop
+from core.settings import Stop, read_config
+from model import GPT, LSTM, flops_per_token
 
 ROOT = Path(train.__file__).parent
 
@@ -94,7 +95,7 @@ def test_finished_run_is_not_touched_and_unfinished_one_resumes(run_train, monke
     out = run_train(out_dir='out/cut', dropout=0.1, optimizer='muon')
     assert out['run_dir'] == 'out/cut' and out['step'] == 6
     assert out['val_loss'] == whole['val_loss']
-    assert losses('out/cut')[-3:] == losses('out/whole')[-3:]
+    assert losses('out/cut') == losses('out/whole')  # what came after the checkpoint was cut out
 
 
 def test_init_from_resume(run_train, capsys, tmp_path):
@@ -238,6 +239,80 @@ def test_fallback_dataset(run_train, capsys, monkeypatch, text_file):
     text = capsys.readouterr().out
     assert 'THIS IS NOT SHAKESPEARE' in text and 'THIS WAS NOT SHAKESPEARE' in text
     stopped(capsys, run_train, 'python_char', 'DATA_MIRROR', dataset='shakespeare')
+
+
+def test_compiled_training_is_the_same_training(run_train):
+    """Compilation is the default; its warm-up step changes nothing."""
+    plain = run_train(out_dir='out/plain', max_steps=3)
+    compiled = run_train(out_dir='out/compiled', max_steps=3, compile=True)
+    start, = checkpoint.read_log(compiled['run_dir'], 'start')
+    assert 'compile on' in start['device'][2] and start['compile_seconds'] > 0
+    assert losses(compiled['run_dir']) == pytest.approx(losses(plain['run_dir']), abs=1e-5)
+
+
+def test_two_trainers_in_one_directory(run_train, capsys):
+    run = run_train(out_dir='out/a')['run_dir']
+    held = checkpoint.lock(Path(run))
+    stopped(capsys, run_train, 'out/a is in use', out_dir='out/a', init_from='resume', max_steps=8)
+    held.close()
+    assert run_train(out_dir='out/a', init_from='resume', max_steps=8)['step'] == 8
+
+
+def test_run_that_ended_before_its_first_checkpoint_begins_again(run_train, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'train_step', killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(out_dir='out/a')
+    assert Path('out/a/log.jsonl').exists()
+    assert run_train(out_dir='out/a')['run_dir'] == 'out/a'
+    assert [e['event'] for e in checkpoint.events('out/a')].count('start') == 1
+
+
+def test_tensorboard(run_train):
+    pytest.importorskip('tensorboard')
+    run = run_train(tensorboard=True)['run_dir']
+    assert list(Path(run).glob('events.out.tfevents.*'))
+
+
+def test_wandb(run_train, monkeypatch, capsys):
+    """With a stand-in for the service: it gets the settings and every number."""
+    class Service:
+        logged = []
+
+        def init(self, **options):
+            assert options['config']['n_embd'] == 32
+
+        def log(self, numbers, step):
+            self.logged.append((step, numbers))
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'wandb', service := Service())
+        patch.setattr(train.importlib.util, 'find_spec', lambda name: True)
+        run_train(wandb=True)
+    assert [step for step, numbers in service.logged if 'val_loss' in numbers] == [3, 6]
+    if not train.importlib.util.find_spec('wandb'):
+        stopped(capsys, run_train, 'wandb=True', 'pip install wandb', wandb=True, out_dir='out/b')
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
+def test_every_preset_builds(path, monkeypatch):
+    for name, value in read_config(str(path)).items():
+        monkeypatch.setattr(train, name, value)
+    train.check_settings()
+    config = train.model_config(70)
+    with torch.device('meta'):
+        model = LSTM(config) if config.arch == 'lstm' else GPT(config)
+    assert flops_per_token(model) > 6e5
+
+
+def test_edited_model_source_is_told(run_train, capsys, monkeypatch):
+    run = run_train()['run_dir']
+    monkeypatch.setattr(checkpoint, 'source_hash', lambda path: 'another')
+    checkpoint.load_run(run)
+    assert 'was trained with another model.py' in capsys.readouterr().err
 
 
 def torchrun(tmp_path, n, name, **settings):
