@@ -71,13 +71,16 @@ def read_prompt() -> str | None:
         except (OSError, UnicodeDecodeError) as e:
             stop(f'prompt_file={prompt_file}: {e.strerror if isinstance(e, OSError) else e}')
     on_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if on_terminal and not prompt and not prompt_file:
+        return None
     try:
-        if prompt_file == '-' or not (prompt or on_terminal or sys.stdin is None):
-            return sys.stdin.read()
-        prompt.encode()
+        text = prompt
+        if prompt_file == '-' or not (prompt or sys.stdin is None):
+            text = sys.stdin.read()
+        text.encode()
     except UnicodeError as e:
         stop(f'the prompt is not valid UTF-8 ({e.reason} at {e.start})')
-    return None if on_terminal and not prompt else prompt
+    return text
 
 
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev) -> tuple[str, int]:

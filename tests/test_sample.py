@@ -115,8 +115,8 @@ def test_prompt_that_is_no_utf8(trained):
     done = subprocess.run([sys.executable, ROOT / 'sample.py', 'out/tiny'], cwd=trained,
                           input=b'\xff', capture_output=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.decode().strip().splitlines() == [
-        'error: the prompt is not valid UTF-8 (invalid start byte at 0)']
+    message, = done.stderr.decode().strip().splitlines()
+    assert message.startswith('error: the prompt is not valid UTF-8 (')
 
 
 @pytest.mark.parametrize('settings, parts', [
