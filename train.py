@@ -325,6 +325,18 @@ def start_log(run: Path, ranks, dev, facts: dict, resumed_at: int | None) -> che
     return log
 
 
+def print_end(run: Path, best_val_loss: float, best_step: int, seconds: float) -> None:
+    """What came out of the run, and the exact commands for what to do next."""
+    plotted = checkpoint.plot_losses(run)
+    config = f'config/{CONFIG}.py ' if CONFIG else ''
+    print(f'best validation loss {best_val_loss:.4f} at step {best_step}, after {seconds:.0f} s of '
+          f'training; {run}/ has the checkpoints, log.jsonl' + (' and loss.png' if plotted else '')
+          + '\n\nnext:\n'
+          f'  python sample.py {run}                  # type a prompt, it goes on\n'
+          f'  python sample.py {run} --num_samples=3 --temperature=1.0 </dev/null\n'
+          f'  python train.py {config}--dataset=my_text.txt')
+
+
 def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
     check_settings()
@@ -464,16 +476,12 @@ def main() -> dict:
     text = make_sample(model, tokenizer)
     log.write('sample', step=step, text=text)
     log.write('end', step=step, seconds=seconds, best_val_loss=best_val_loss, best_step=best_step)
-    plotted = ranks.rank == 0 and checkpoint.plot_losses(run)
-    print0(f'\n{text}\n\nbest validation loss {best_val_loss:.4f} at step {best_step}, after '
-           f'{seconds:.0f} s of training; {run}/ has the checkpoints, log.jsonl'
-           + (' and loss.png' if plotted else '') + '\n\nnext:\n'
-           f'  python sample.py {run}                  # type a prompt, it goes on\n'
-           f'  python sample.py {run} --num_samples=3 --temperature=1.0 </dev/null\n'
-           f'  python train.py {f"config/{CONFIG}.py " if CONFIG else ""}--dataset=my_text.txt')
-    if fell_back:
-        print0(f'*** THIS WAS NOT {dataset.upper()} but {meta["about"]}. With a network, or with '
-               'DATA_MIRROR set, run the same command again ***')
+    if ranks.rank == 0:
+        print(f'\n{text}\n')
+        print_end(run, best_val_loss, best_step, seconds)
+        if fell_back:
+            print(f'*** THIS WAS NOT {dataset.upper()} but {meta["about"]}. With a network, or '
+                  'with DATA_MIRROR set, run the same command again ***')
     if lock:
         lock.close()
     parallel.finish()

@@ -10,12 +10,24 @@ import pytest
 import torch
 
 import train
+from core.settings import Stop
 
 # A model and a schedule small enough for a test, in the modern architecture.
 TINY = dict(batch_size=4, block_size=32, n_layer=2, n_head=2, n_embd=32, norm='rmsnorm',
             position='rope', mlp='swiglu', qk_norm=True, tied=False, bias=False, max_steps=6,
             warmup_steps=2, eval_interval=3, log_interval=1, sample_tokens=20, compile=False,
             device='cpu', dtype='float32', threads=1, learning_rate=3e-3)
+
+
+def stopped(capsys, run) -> str:
+    """The message of a stop: one line on standard error, status 2, nothing on standard output."""
+    capsys.readouterr()
+    with pytest.raises(Stop) as e:
+        run()
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == ''
+    assert err == f'error: {e.value.message}\n' and '\n' not in e.value.message
+    return e.value.message
 
 
 @pytest.fixture(scope='session')

@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from conftest import stopped
 
 from core.dataset import (
     HEADER,
@@ -17,18 +18,6 @@ from core.dataset import (
     open_shard,
     share,
 )
-from core.settings import Stop
-
-
-def stopped(capsys, run) -> str:
-    """The message of a stop: one line on standard error, status 2, nothing on standard output."""
-    capsys.readouterr()
-    with pytest.raises(Stop) as e:
-        run()
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == ''
-    assert err == f'error: {e.value.message}\n' and '\n' not in e.value.message
-    return e.value.message
 
 
 def write(folder, ids, split='train', vocab_size=256, shard_tokens=1000, pieces=1) -> ShardWriter:

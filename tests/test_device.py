@@ -6,6 +6,7 @@ import platform
 
 import pytest
 import torch
+from conftest import stopped
 
 from core import device as hardware
 from core.device import (
@@ -18,7 +19,6 @@ from core.device import (
     fit_micro_batch,
     peak_flops,
 )
-from core.settings import Stop
 
 GB = 1 << 30
 
@@ -37,17 +37,6 @@ def cpu_only(monkeypatch):
 def quick(monkeypatch):
     """No measuring of the peak."""
     monkeypatch.setattr(hardware, 'peak_flops', lambda *_: (2e12, 'made up'))
-
-
-def stopped(capsys, run) -> str:
-    """The message of a stop: one line on standard error, status 2, nothing on standard output."""
-    capsys.readouterr()
-    with pytest.raises(Stop) as e:
-        run()
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == ''
-    assert err == f'error: {e.value.message}\n' and '\n' not in e.value.message
-    return e.value.message
 
 
 def processor(monkeypatch, **fields) -> None:

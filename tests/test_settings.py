@@ -1,10 +1,12 @@
 """core/settings.py: the command line, config files, and the one way to stop."""
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import stopped
 
 import prepare
 import sample
@@ -49,17 +51,6 @@ def config(tmp_path, text: str, name: str = 'tiny.py') -> str:
     path = tmp_path / name
     path.write_text(text)
     return str(path)
-
-
-def stopped(capsys, run) -> str:
-    """The message of a stop: one line on standard error, status 2, nothing on standard output."""
-    capsys.readouterr()
-    with pytest.raises(Stop) as e:
-        run()
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == ''
-    assert err == f'error: {e.value.message}\n' and '\n' not in e.value.message
-    return e.value.message
 
 
 def refused(capsys, *argv, **more) -> str:
@@ -315,8 +306,7 @@ def test_stop_and_warn(capsys, monkeypatch):
 def test_help(tmp_path, capsys):
     path = tmp_path / 'stage.py'
     path.write_text(SOURCE)
-    script = {'__file__': str(path)}
-    exec(compile(SOURCE, str(path), 'exec'), script)
+    script = runpy.run_path(str(path))
     before = dict(script)
     for flag in ('--help', '-h'):
         with pytest.raises(SystemExit) as e:

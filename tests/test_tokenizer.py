@@ -3,9 +3,9 @@ import json
 
 import numpy as np
 import pytest
+from conftest import stopped
 
 from core import tokenizer as tokenizers
-from core.settings import Stop
 from core.tokenizer import SPECIAL, ByteTokenizer, CharTokenizer, Tokenizer, load
 
 # 1 to 4 bytes a character, a combining accent, a joined emoji, control characters, line ends.
@@ -18,17 +18,6 @@ def make(kind: str, text: str = TEXT) -> Tokenizer:
 
 
 kinds = pytest.mark.parametrize('kind', ['byte', 'char'])
-
-
-def stopped(capsys, run) -> str:
-    """The message of a stop: one line on standard error, status 2, nothing on standard output."""
-    capsys.readouterr()
-    with pytest.raises(Stop) as e:
-        run()
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == ''
-    assert err == f'error: {e.value.message}\n' and '\n' not in e.value.message
-    return e.value.message
 
 
 @kinds
