@@ -30,6 +30,17 @@ def stopped(capsys, run) -> str:
     return e.value.message
 
 
+def stopped_at_last(capsys, run) -> str:
+    """The same where progress bars or warnings come before: the message is the last line."""
+    capsys.readouterr()
+    with pytest.raises(Stop) as e:
+        run()
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == '' and '\n' not in e.value.message
+    assert ('\n' + err).endswith(f'\nerror: {e.value.message}\n') and err.count('error: ') == 1
+    return e.value.message
+
+
 @pytest.fixture(scope='session')
 def text_file(tmp_path_factory):
     """A file of 30,000 characters of ASCII source code, which every Python brings along."""

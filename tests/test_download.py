@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import stopped_at_last as stopped
 
 from core.dataset import NoNetwork, download, fetch
 from core.settings import Stop
@@ -111,17 +112,6 @@ def get(server, folder, **known) -> Path:
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
-
-
-def stopped(capsys, run) -> str:
-    """The message of a stop: status 2, a line of its own after the progress bars."""
-    capsys.readouterr()
-    with pytest.raises(Stop) as e:
-        run()
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == '' and '\n' not in e.value.message
-    assert ('\n' + err).endswith(f'\nerror: {e.value.message}\n') and err.count('error: ') == 1
-    return e.value.message
 
 
 # ---------------------------------------------------------------------------------------------

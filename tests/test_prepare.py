@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import stopped_at_last as stopped
 
 import prepare
 from core.dataset import NoNetwork, Tokens
-from core.settings import Stop
 from core.tokenizer import load
 
 TEXT = 'It was a dark and stormy night. Naïve 🎉!\n' * 5
@@ -47,17 +47,6 @@ def snapshot(folder) -> dict:
     """Every file below a folder with its time and content; lock files of no bytes left out."""
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(Path(folder).rglob('*'))
             if p.is_file() and not (p.name.endswith('.lock') and not p.stat().st_size)}
-
-
-def stopped(capsys, run) -> str:
-    """The message of a stop: status 2, a line of its own on standard error."""
-    capsys.readouterr()
-    with pytest.raises(Stop) as e:
-        run()
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == '' and '\n' not in e.value.message
-    assert ('\n' + err).endswith(f'\nerror: {e.value.message}\n')
-    return e.value.message
 
 
 def refused(capsys, *args, **settings) -> str:
