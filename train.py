@@ -5,13 +5,12 @@ log.jsonl, loss.png and checkpoints; the same command again resumes an unfinishe
 """
 import importlib.util
 import math
-import platform
-import shutil
 import statistics
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 import model as model_module
 import prepare
-from core import checkpoint, optim, parallel
+from core import checkpoint, optim, parallel, rundir
 from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import IGNORE, NoNetwork, load_split, share
@@ -73,6 +72,7 @@ muon_weight_decay = 0.0
 muon_momentum = 0.95
 ns_steps = 5                    # Newton-Schulz iterations in Muon
 grad_clip = 1.0                 # largest gradient norm; 0: no clipping
+spike_sigma = 0.0               # skip steps whose gradient norm is so far out; 0: none
 # schedule
 max_steps = 20_000              # 20,000 x 480 x 1,024 tokens = 9.8 billion
 max_minutes = 0.0               # if given: a few steps are timed and max_steps follows from it
@@ -92,6 +92,7 @@ device = ''                     # '': cuda, else mps, else cpu
 dtype = ''                      # '': bfloat16 where the hardware has it, else float16 on a GPU
 compile = True                  # torch.compile
 threads = 0                     # CPU threads; 0: torch's choice
+timeout_minutes = 10.0          # a rank that hears nothing from the others for so long gives up
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 slower
 # more logging
 wandb = False                   # needs pip install wandb
@@ -106,7 +107,8 @@ def check_settings() -> None:
                  learning_rate=(0, None), embed_learning_rate=(0, None), weight_decay=(0, None),
                  muon_learning_rate=(0, None), muon_weight_decay=(0, None), beta1=(0, 0.9999),
                  beta2=(0, 0.9999), muon_momentum=(0, 0.9999), ns_steps=(1, None),
-                 grad_clip=(0, None), eval_interval=(1, None), eval_tokens=(0, None),
+                 grad_clip=(0, None), spike_sigma=(0, None),
+                 timeout_minutes=(0.01, None), eval_interval=(1, None), eval_tokens=(0, None),
                  log_interval=(1, None), save_interval=(0, None), sample_interval=(0, None),
                  sample_tokens=(1, None), seed=(0, 2 ** 31 - 1), threads=(0, None),
                  n_kv_head=(0, None), head_dim=(0, None), n_hidden=(0, None), window=(0, None),
@@ -140,11 +142,27 @@ def choose_dataset() -> tuple[str, bool]:
         return fallback_dataset, True
 
 
+def get_data(ranks) -> tuple[Path, dict, bool]:
+    """The dataset's folder, the same on all ranks, its meta.json, and whether it is the fallback.
+
+    Rank 0 decides; the others wait, then find the dataset, or make it on their own machine.
+    """
+    chosen = choose_dataset() if ranks.rank == 0 else None
+    name, fell_back = parallel.broadcast(chosen, patient=True)
+    data = prepare.build(name, data_dir)
+    meta = prepare.read_meta(data)
+    if parallel.broadcast(meta['sha256'], patient=True) != meta['sha256']:
+        stop(f'{data} on this machine is not what rank 0 has; copy one of them to all machines')
+    if fell_back:
+        print0(f'*** THIS IS NOT {dataset.upper()}: without a network the run uses {data} ***')
+    return data, meta, fell_back
+
+
 def model_config(n_tokens: int) -> GPTConfig:
     """The architecture that the settings describe, for a tokenizer of n_tokens tokens."""
     if vocab_size and vocab_size < n_tokens:
         stop(f'vocab_size={vocab_size}: the tokenizer has {n_tokens} tokens; use 0 to derive it')
-    chosen = {field.name: globals()[field.name] for field in fields(GPTConfig)}
+    chosen = {f.name: globals()[f.name] for f in fields(GPTConfig)}
     padded = n_tokens if n_tokens < 1000 else math.ceil(n_tokens / 64) * 64
     chosen['vocab_size'] = vocab_size or padded
     if depth:
@@ -174,7 +192,7 @@ def run_identity(data: Path, meta: dict, tokenizer, config: GPTConfig) -> dict:
             'tokenizer': tokenizer.hash(),
             'optimizer': chosen('optimizer', 'learning_rate', 'weight_decay', 'beta1', 'beta2',
                                 'embed_learning_rate', 'muon_learning_rate', 'muon_weight_decay',
-                                'muon_momentum', 'ns_steps', 'grad_clip'),
+                                'muon_momentum', 'ns_steps', 'grad_clip', 'spike_sigma'),
             'schedule': chosen('schedule', 'max_steps', 'max_minutes', 'warmup_steps',
                                'decay_fraction', 'min_lr_fraction'),
             'seed': seed, 'batch_size': batch_size,
@@ -191,38 +209,19 @@ def build_optimizers(model, device) -> list:
         torch.bfloat16 if half else torch.float32)
 
 
-def find_run(base: Path, identity: dict) -> tuple[str, dict | None]:
-    """The run directory and the state to resume from, or None for a new run; says which."""
-    if init_from == 'resume':
-        found = checkpoint.steps(base)
-        if not found:
-            stop(f'init_from=resume: {base} holds no checkpoint; start it without init_from')
-        state = checkpoint.read_state(base, found[-1])
-        changed = checkpoint.differences(state['identity'], identity)
-        for name, was, now in changed:
-            what = f'{name} is {now}, but was {was} when {base} was begun'
-            if name.split('.')[0] in ('architecture', 'data', 'tokenizer') or name == \
-                    'optimizer.optimizer':
-                stop(f'init_from=resume: {what}; restore it, or start a new run with --out_dir')
-            warn(what)
-        return str(base), state
-    run, state = checkpoint.choose_run(base, identity)
-    if state:
-        print0(f'resuming {run} after step {state["step"]}: nothing that matters has changed')
-    elif run != base:
-        print0(f'{base} holds another or a finished run, so this one is {run}')
-    return str(run), state
-
-
 # ---------------------------------------------------------------------------------------------
 # The parts of the loop
 
 
-def train_step(model, optimizers, scaler, device, ranks, batches, factor: float, step: int):
-    """One optimizer step over this rank's micro-batches; returns loss and gradient norm (tensors).
+def train_step(model, optimizers, scaler, device, ranks, batches, factor: float, step: int,
+               limit: float = math.inf, request=None) -> tuple[float, float, str, bool]:
+    """One optimizer step over this rank's micro-batches, unless its gradient is no good.
 
     The gradient is that of the mean loss over all targets of all ranks, whatever their shares.
-    `factor` scales the learning rates.
+    `factor` scales the learning rates. If loss or gradient are not finite on any rank, or the
+    gradient's norm is above `limit`, weights and optimizer state stay as they are. Returns loss,
+    gradient norm, why the step was skipped ('' if it was not), and whether a `request` to stop has
+    come to any rank: the same on all ranks.
     """
     n_targets = torch.tensor(float(sum((y != IGNORE).sum() for _, y in batches)))
     n_targets = parallel.all_sum(n_targets, device)
@@ -237,31 +236,31 @@ def train_step(model, optimizers, scaler, device, ranks, batches, factor: float,
                 loss = model(x, y, reduction='sum') / n_targets
             scaler.scale(loss * ranks.world).backward()  # DDP divides gradients by world
         loss_sum += loss.detach()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(grads)
-    if grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, grad_norm)
-    optim.set_learning_rate(optimizers, factor)
-    # An overflow in fp16 must hold back all optimizers, not only the one whose gradients have it.
-    finite = not scaler.is_enabled() or bool(grad_norm.isfinite())
-    for optimizer in optimizers:
-        if finite:
-            scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    return parallel.all_sum(loss_sum, device), grad_norm
+    grad_norm = optim.clip_gradients(model, optimizers, scaler, grad_clip)
+    # The step's only wait for the device. One sum over the ranks carries all that they must agree
+    # on: were a single one to skip or to stop, the others would train another model, or wait.
+    asked = torch.tensor(float(bool(request and request.asked)), device=device.name)
+    report = torch.stack([loss_sum, grad_norm / ranks.world, asked])
+    loss, norm, asked = parallel.all_sum(report, device).tolist()
+    skipped = optim.problem(loss, norm, limit)
+    optim.apply_gradients(optimizers, scaler, factor, skip=bool(skipped))
+    return loss, norm, skipped, asked > 0
 
 
 @torch.no_grad()
-def evaluate(model, windows, tokenizer, rows: int, device, ranks) -> tuple[float, float]:
-    """Loss in nats per token and bits per byte over the windows of a split, each target once."""
-    model.eval()
+def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: False):
+    """Loss in nats per token and bits per byte over the windows of a split, each target once.
+
+    Returns None if asked() says, to all ranks alike, that the run is to stop.
+    """
     byte_lengths = tokenizer.byte_lengths()
     n = min(len(windows), math.ceil((eval_tokens or windows.n_targets) / windows.block_size))
     nats, targets, n_bytes = [], 0, 0
+    model.eval()
     for samples in share(0, n, ranks.rank, ranks.world, rows):
+        if asked():
+            model.train()
+            return None
         x, y = windows.batch(samples)
         with device.autocast():
             nats.append(model(x.to(device.name), y.to(device.name), reduction='sum'))
@@ -273,11 +272,57 @@ def evaluate(model, windows, tokenizer, rows: int, device, ranks) -> tuple[float
     return nats / targets, nats / math.log(2) / max(1.0, n_bytes)
 
 
-def make_sample(model, tokenizer) -> str:
-    """Text that the model writes without a prompt."""
-    rows = generate(model, [tokenizer.start()], sample_tokens, temperature=0.8, seed=seed,
-                    n_tokens=len(tokenizer))
-    return tokenizer.decode([ids[0] for ids in rows])
+def make_sample(model, tokenizer, asked=lambda: False) -> str:
+    """Text that the model writes without a prompt; cut short where asked() says to stop."""
+    ids = []
+    for row, in generate(model, [tokenizer.start()], sample_tokens, temperature=0.8, seed=seed,
+                         n_tokens=len(tokenizer)):
+        if asked():
+            break
+        ids.append(row)
+    return tokenizer.decode(ids)
+
+
+def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked) -> bool:
+    """Evaluate and write a sample, if step `at.step` is one for it; both go to the log and into at.
+
+    Returns whether asked() said to stop meanwhile: then nothing is noted, and both are still due.
+    """
+    text, scores = '', ()
+    if sample_interval and at.step % sample_interval == 0 and at.step < at.max_steps:
+        text = make_sample(model, tokenizer, asked)
+    if at.step % eval_interval == 0 or at.step == at.max_steps:
+        scores = evaluate(model, windows, tokenizer, rows, device, ranks, asked)
+    if asked():
+        return True
+    at.evaluated = at.step
+    if text:
+        log.write('sample', step=at.step, text=text)
+        print_above(ranks, f'--- sample at step {at.step}\n{text}\n---')
+    if scores:
+        at.val_loss, at.bits_per_byte = scores
+        if math.isfinite(at.val_loss) and at.val_loss < (at.best_val_loss or math.inf):
+            at.best_val_loss, at.best_step = at.val_loss, at.step
+        log.write('eval', step=at.step, tokens=at.step * batch_size * windows.block_size,
+                  seconds=at.seconds, val_loss=at.val_loss, bits_per_byte=at.bits_per_byte)
+        print_above(ranks, f'step {at.step}: validation loss {at.val_loss:.4f} nats per token, '
+                           f'{at.bits_per_byte:.4f} bits per byte, {at.seconds:.0f} s of training')
+    return False
+
+
+def time_steps(do_step, optimizers, scaler, device, n: int) -> list[float]:
+    """Seconds of each of n steps that change nothing: their learning rate is 0."""
+    times, scale = [], scaler.state_dict()
+    for _ in range(n):
+        began = time.perf_counter()
+        do_step(0, 0.0)
+        device.synchronize()
+        times.append(time.perf_counter() - began)
+    for o in optimizers:
+        o.state.clear()
+    if scale:
+        scaler.load_state_dict(scale)
+    return times
 
 
 def print_above(ranks, text: str) -> None:
@@ -304,32 +349,23 @@ def evaluate_run(ranks, device) -> dict:
             'bits_per_byte': bits_per_byte}
 
 
-def start_log(run: Path, ranks, dev, facts: dict, resumed_at: int | None) -> checkpoint.Log:
-    """The run's log, begun with all that is needed to understand it; on rank 0 only."""
-    if ranks.rank:
-        return checkpoint.Log(None)
-    if resumed_at is None:
-        (run / 'log.jsonl').unlink(missing_ok=True)  # of a run that never came to a checkpoint
-    else:
-        checkpoint.cut_log(run, resumed_at)
-    settings = settings_of(globals())
-    log = checkpoint.Log(run, checkpoint.service_loggers(run, settings, wandb, tensorboard))
-    if resumed_at is not None:
-        log.write('resume', step=resumed_at, device=dev.why, world=ranks.world)
-        return log
-    for source in (model_module.__file__, __file__):
-        shutil.copy(source, run)
-    log.write('start', settings=settings, git=checkpoint.git_hash(),
-              versions={'python': platform.python_version(), 'torch': torch.__version__},
-              device=dev.why, world=ranks.world, **facts)
-    return log
+def give_up(bar, saver, skipped: str) -> NoReturn:
+    """End a run in which no step is any good; rank 0 says why, and what is left."""
+    bar.close()
+    if not saver:
+        raise SystemExit(2)
+    stop(f'10 steps in a row were skipped, the last one for {skipped}; {saver.last_good()}; start '
+         'a new run with a lower learning rate, or look at the samples that log.jsonl names')
 
 
-def print_end(run: Path, best_val_loss: float, best_step: int, seconds: float) -> None:
+def print_end(run: Path, at) -> None:
     """What came out of the run, and the exact commands for what to do next."""
-    plotted = checkpoint.plot_losses(run)
+    plotted = rundir.plot_losses(run)
     config = f'config/{CONFIG}.py ' if CONFIG else ''
-    print(f'best validation loss {best_val_loss:.4f} at step {best_step}, after {seconds:.0f} s of '
+    best = f'{at.best_val_loss:.4f}' if at.best_val_loss else 'none'
+    if at.skipped:
+        print(f'{at.skipped} steps were skipped; log.jsonl says which and why ("event": "skip")')
+    print(f'best validation loss {best} at step {at.best_step}, after {at.seconds:.0f} s of '
           f'training; {run}/ has the checkpoints, log.jsonl' + (' and loss.png' if plotted else '')
           + '\n\nnext:\n'
           f'  python sample.py {run}                  # type a prompt, it goes on\n'
@@ -342,7 +378,7 @@ def main() -> dict:
     check_settings()
     ranks = parallel.find_ranks()
     dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
-    parallel.start(ranks, dev)
+    parallel.start(ranks, dev, timeout_minutes)
     print0(*dev.why, sep='\n')
 
     # Data, run directory, model
@@ -350,29 +386,23 @@ def main() -> dict:
         result = evaluate_run(ranks, dev)
         parallel.finish()
         return result
-    # Rank 0 decides; the others wait, then find the dataset, or make it on their own machine.
-    name, fell_back = parallel.broadcast(choose_dataset() if ranks.rank == 0 else None)
-    data = prepare.build(name, data_dir)
-    if fell_back:
-        print0(f'*** THIS IS NOT {dataset.upper()}: without a network the run uses {data} ***')
-    meta = prepare.read_meta(data)
+    data, meta, fell_back = get_data(ranks)
     tokenizer = tokenizers.load(data / 'tokenizer.json')
     config = model_config(len(tokenizer))
+    if meta['max_id'] >= config.vocab_size:
+        stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
     per_rank = math.ceil(batch_size / ranks.world)
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
         dev, per_rank, block_size, 1 if activation_checkpointing else config.n_layer, config.n_embd,
         ranks.local_world)
-    base = Path(out_dir) if out_dir else default_out_dir(data, fell_back)
-    if meta['max_id'] >= config.vocab_size:
-        stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
     train_windows = load_split(data, 'train', block_size, seed)
     val_windows = load_split(data, 'val', block_size, shuffle=False)
+    base = Path(out_dir) if out_dir else default_out_dir(data, fell_back)
     identity = run_identity(data, meta, tokenizer, config)
-    if parallel.broadcast(identity['data']) != identity['data']:
-        stop(f'{data} on this machine is not what rank 0 has; copy one of them to all machines')
-    run, state = parallel.broadcast(find_run(base, identity) if ranks.rank == 0 else None)
+    run, state = parallel.broadcast(rundir.find_run(base, identity, init_from == 'resume')
+                                    if ranks.rank == 0 else None)
     run = Path(run)
-    lock = checkpoint.lock(run) if ranks.rank == 0 else None
+    saver = checkpoint.Saver(run, state) if ranks.rank == 0 else None
     model = build_model(config, seed, dev.name)
     model.recompute = activation_checkpointing
     flops, tokens_per_step = flops_per_token(model), batch_size * block_size
@@ -381,112 +411,111 @@ def main() -> dict:
            f'epoch {len(train_windows) / batch_size:,.1f} steps')
 
     # Optimizers, compilation, what a checkpoint says
-    optimizers = build_optimizers(model, dev)
-    scaler = dev.scaler()
-    if state:
-        checkpoint.load_weights(model, run, state['step'])
+    optimizers, scaler = build_optimizers(model, dev), dev.scaler()
     trained = torch.compile(model, dynamic=False) if dev.compile else model
     trained = parallel.wrap(trained, ranks, dev)
 
-    def batches(step):
-        return [train_windows.batch(samples) for samples in
-                share(step * batch_size, batch_size, ranks.rank, ranks.world, rows)]
+    def do_step(step, factor, *rest):
+        shares = share(step * batch_size, batch_size, ranks.rank, ranks.world, rows)
+        batches = [train_windows.batch(samples) for samples in shares]
+        return train_step(trained, optimizers, scaler, dev, ranks, batches, factor, step, *rest)
 
-    def time_steps(n):
-        """Seconds of each of n steps that change nothing: their learning rate is 0."""
-        times, scale = [], scaler.state_dict()
-        for _ in range(n):
-            began = time.perf_counter()
-            train_step(trained, optimizers, scaler, dev, ranks, batches(0), 0.0, 0)
-            dev.synchronize()
-            times.append(time.perf_counter() - began)
-        for o in optimizers:
-            o.state.clear()
-        if scale:
-            scaler.load_state_dict(scale)
-        return times
-
-    compile_seconds = sum(time_steps(1)) if dev.compile else 0.0
+    compile_seconds = sum(time_steps(do_step, optimizers, scaler, dev, 1)) if dev.compile else 0.0
     if dev.compile:
         print0(f'compiled in {compile_seconds:.1f} s')
-    step, seconds, last_step, best_val_loss, best_step = 0, 0.0, max_steps, math.inf, 0
+    at = checkpoint.Progress(max_steps=max_steps)
     if state:
-        checkpoint.load_optimizers(model, optimizers, run, state['step'])
+        at = checkpoint.Progress.of(state)
+        at.max_steps = at.max_steps if max_minutes else max_steps
+        checkpoint.load_weights(model, run, at.step)
+        checkpoint.load_optimizers(model, optimizers, run, at.step)
         if scaler.is_enabled() and state['scaler']:
             scaler.load_state_dict(state['scaler'])
-        step, seconds = state['step'], state['seconds']
-        best_val_loss, best_step = state['best_val_loss'], state['best_step']
+    elif max_minutes:
+        each = statistics.median(time_steps(do_step, optimizers, scaler, dev, 8))
+        at.max_steps = parallel.broadcast(max(1, int(60 * max_minutes / each)))
     if max_minutes:
-        each = statistics.median(time_steps(8)) if not state else 0
-        last_step = state['max_steps'] if state else max(1, int(60 * max_minutes / each))
-        last_step = parallel.broadcast(last_step)
-        print0(f'max_minutes={max_minutes:g}: {last_step:,} steps')
-    log = start_log(run, ranks, dev, resumed_at=state and step, facts={
-        'dataset': identity['data'], 'config': asdict(config), 'micro_batch_size': rows,
-        'parameters': count_parameters(model), 'max_steps': last_step,
-        'flops_per_token': flops, 'compile_seconds': compile_seconds})
-    if ranks.rank == 0:
-        tokenizer.save(run / 'tokenizer.json')
+        print0(f'max_minutes={max_minutes:g}: {at.max_steps:,} steps')
+    log = rundir.Log(None)
+    if saver:
+        settings = settings_of(globals())
+        log = rundir.start_log(
+            run, state, settings, sources=(model_module.__file__, __file__),
+            others=rundir.service_loggers(run, settings, wandb, tensorboard), device=dev.why,
+            world=ranks.world, dataset=identity['data'], config=asdict(config),
+            micro_batch_size=rows, parameters=count_parameters(model), max_steps=at.max_steps,
+            flops_per_token=flops, compile_seconds=compile_seconds)
 
-    # The loop
-    bar = tqdm(total=last_step, initial=step, unit='step', disable=ranks.rank != 0)
-    val_loss = bits_per_byte = math.nan
-    since, began = step, time.perf_counter()
-    while step < last_step:
-        factor = optim.schedule(step, last_step, schedule, warmup_steps, decay_fraction,
-                                min_lr_fraction)
-        loss, grad_norm = train_step(trained, optimizers, scaler, dev, ranks, batches(step), factor,
-                                     step)
-        step += 1
-        bar.update()
-        evaluating = step % eval_interval == 0 or step == last_step
-        sampling = sample_interval and step % sample_interval == 0 and step < last_step
-        saving = step % (save_interval or eval_interval) == 0 or step == last_step
-        if step % log_interval == 0 or evaluating or sampling or saving:
-            loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # waits for the device
-            now = time.perf_counter()
-            speed = (step - since) * tokens_per_step / (now - began)
-            mfu = flops * speed / (dev.peak_flops * ranks.world)
-            seconds, since, began = seconds + now - began, step, now
-            log.write('step', step=step, tokens=step * tokens_per_step, seconds=seconds,
-                      train_loss=loss, learning_rate=optimizers[0].param_groups[0]['lr'],
-                      grad_norm=grad_norm, tokens_per_second=speed, mfu=mfu)
-            bar.set_postfix_str(f'loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.1%}')
-        if evaluating:
-            val_loss, bits_per_byte = evaluate(model, val_windows, tokenizer, rows, dev, ranks)
-            log.write('eval', step=step, tokens=step * tokens_per_step, seconds=seconds,
-                      val_loss=val_loss, bits_per_byte=bits_per_byte)
-            print_above(ranks, f'step {step}: validation loss {val_loss:.4f} nats per token, '
-                               f'{bits_per_byte:.4f} bits per byte, {seconds:.0f} s of training')
-            if val_loss < best_val_loss:
-                best_val_loss, best_step, saving = val_loss, step, True
-        if sampling:
-            text = make_sample(model, tokenizer)
-            log.write('sample', step=step, text=text)
-            print_above(ranks, f'--- sample at step {step}\n{text}\n---')
-        if saving and ranks.rank == 0:
-            checkpoint.save(run, step, model, optimizers, {
-                'step': step, 'seconds': seconds, 'max_steps': last_step, 'config': asdict(config),
-                'best_val_loss': best_val_loss, 'best_step': best_step,
-                'scaler': scaler.state_dict(), 'identity': identity})
-        if evaluating or sampling or saving:
+    # The loop. A turn begins with what is due between two steps, so that a run that was stopped in
+    # the middle of an evaluation begins with that evaluation when it goes on.
+    bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)
+    saved, stopping, in_a_row, times, text = replace(at), False, 0, [], ''
+    with rundir.StopRequest() as request, parallel.explained(ranks, at):
+        asked = lambda: parallel.any_rank(bool(request.asked))
+        while True:
+            ends = at.step == at.max_steps
+            if not stopping and at.evaluated < at.step:
+                stopping = take_stock(at, log, model, val_windows, tokenizer, rows, dev, ranks,
+                                      asked)
+            saving = at.step % (save_interval or eval_interval) == 0 or at.step == at.best_step
+            if (saving or stopping or ends) and at != saved and saver:
+                saver.save(model, optimizers, tokenizer, asdict(at) | {
+                    'config': asdict(config), 'scaler': scaler.state_dict(), 'identity': identity})
+                saved = replace(at)
+            if stopping or ends:
+                break
             began = time.perf_counter()
+            factor = optim.schedule(at.step, at.max_steps, schedule, warmup_steps, decay_fraction,
+                                    min_lr_fraction)
+            limit = optim.spike_limit(at.grad_norms, spike_sigma)
+            loss, grad_norm, skipped, stopping = do_step(at.step, factor, limit, request)
+            times.append(time.perf_counter() - began)
+            at.step, at.seconds = at.step + 1, at.seconds + times[-1]
+            bar.update()
+            if skipped:
+                at.skipped += 1
+                log.write('skip', step=at.step, reason=skipped, train_loss=loss,
+                          grad_norm=grad_norm, first_sample=(at.step - 1) * batch_size,
+                          last_sample=at.step * batch_size - 1)
+                print_above(ranks, f'step {at.step} skipped: {skipped}')
+                # a scaler that is still coming down to its scale overflows a few times
+                in_a_row += math.isfinite(grad_norm) or scaler.get_scale() <= 1
+                if in_a_row == 10:
+                    give_up(bar, saver, skipped)
+                continue
+            in_a_row = 0
+            at.grad_norms = [*at.grad_norms, grad_norm][-100:] if spike_sigma else []
+            if at.step % log_interval == 0 or at.step == at.max_steps:
+                speed = len(times) * tokens_per_step / sum(times)
+                mfu = flops * speed / (dev.peak_flops * ranks.world)
+                log.write('step', step=at.step, tokens=at.step * tokens_per_step,
+                          seconds=at.seconds, train_loss=loss,
+                          learning_rate=optimizers[0].param_groups[0]['lr'], grad_norm=grad_norm,
+                          tokens_per_second=speed, mfu=mfu)
+                bar.set_postfix_str(f'loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.1%}')
+                times = []
+        if ends and not stopping:
+            text = make_sample(model, tokenizer, asked)
     bar.close()
-
-    text = make_sample(model, tokenizer)
-    log.write('sample', step=step, text=text)
-    log.write('end', step=step, seconds=seconds, best_val_loss=best_val_loss, best_step=best_step)
-    if ranks.rank == 0:
+    if saver:
+        saver.finish(at.step)
+    if stopping:
+        print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on '
+               'from there')
+    elif saver:
+        log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
+                  best_step=at.best_step, sample=text)
         print(f'\n{text}\n')
-        print_end(run, best_val_loss, best_step, seconds)
+        print_end(run, at)
         if fell_back:
             print(f'*** THIS WAS NOT {dataset.upper()} but {meta["about"]}. With a network, or '
                   'with DATA_MIRROR set, run the same command again ***')
-    if lock:
-        lock.close()
+    if saver:
+        saver.lock.close()
     parallel.finish()
-    return {'run_dir': str(run), 'step': step, 'val_loss': val_loss, 'bits_per_byte': bits_per_byte,
-            'best_val_loss': best_val_loss, 'seconds': seconds}
+    return {'run_dir': str(run), 'step': at.step, 'stopped': stopping, 'seconds': at.seconds,
+            'val_loss': at.val_loss, 'bits_per_byte': at.bits_per_byte,
+            'best_val_loss': at.best_val_loss}
 
 
 if __name__ == '__main__':

@@ -1,60 +1,134 @@
-"""The run directory: where it is, its log, and its checkpoints.
+"""Checkpoints: out/<run>/step-00001000/, written whole or not at all, verified when read.
 
-out/<run>/ holds log.jsonl, tokenizer.json, loss.png, copies of the source, and checkpoints
-step-00001000/ with model.safetensors, optimizer.safetensors and state.json. A checkpoint is written
-under another name and renamed when it is whole. docs/formats.md has the details.
+A directory holds model.safetensors, optimizer.safetensors, tokenizer.json, state.json, and
+manifest.json with the size and hash of each. What has the name step-... was whole when it got that
+name; what a disk does to it afterwards shows in the hashes. Tensors are stored whole, under their
+parameter's name: a checkpoint does not know how many processes wrote it, and any number of them can
+read the parts they need. docs/formats.md has the details.
 """
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import model as model_module
 from core import tokenizer as tokenizers
+from core.dataset import file_hash
 from core.settings import stop, warn
 from model import GPTConfig, build_model
 
-# ---------------------------------------------------------------------------------------------
-# The directory and the log
+MANIFEST, VERSION = 'manifest.json', 1
 
 
-def choose_run(base: Path, identity: dict) -> tuple[Path, dict | None]:
-    """Where a run with this identity goes: (directory, state of the checkpoint to resume from).
+@dataclass
+class Progress:
+    """How far a run has come; state.json has these fields."""
+    step: int = 0                       # optimizer steps done
+    seconds: float = 0.0                # of training
+    max_steps: int = 0
+    evaluated: int = 0                  # evaluation and sample of the steps up to here are done
+    val_loss: float | None = None       # of the last evaluation; None where there was none
+    bits_per_byte: float | None = None
+    best_step: int = 0
+    best_val_loss: float | None = None
+    skipped: int = 0                    # steps whose loss or gradient was no good
+    grad_norms: list = field(default_factory=list)  # of the last 100 steps, with spike_sigma
 
-    An unfinished run of the same identity under `base`, `base`-2, ... is resumed; otherwise the
-    first free name begins a new one (state None).
+    @classmethod
+    def of(cls, state: dict) -> 'Progress':
+        """What the state.json of a checkpoint says."""
+        return cls(**{f.name: state[f.name] for f in fields(cls)})
+
+
+def step_folder(folder, step: int) -> Path:
+    return Path(folder) / f'step-{step:08d}'
+
+
+def steps(folder) -> list[int]:
+    """The steps of a run's checkpoints, ascending, damaged ones included."""
+    names = [path.name for path in Path(folder).glob('step-*')]
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r'step-\d{8}', name))
+
+
+def manifest(files: dict) -> str:
+    """The text of manifest.json for {name: {size, sha256}}; its checksum covers the rest of it."""
+    body = {'version': VERSION, 'files': files}
+    checksum = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, 'checksum': checksum}, indent=1) + '\n'
+
+
+def damage(checkpoint: Path, unread=()) -> str:
+    """What is wrong with the files of a checkpoint, '' if each is as its manifest says.
+
+    Of files named in `unread` only the size is looked at.
     """
-    number = 1
-    while True:
-        folder = base if number == 1 else base.with_name(f'{base.name}-{number}')
-        found = steps(folder)
-        if not found:  # nothing there, or a run that ended before its first checkpoint
-            return folder, None
-        if not is_finished(folder):
-            state = read_state(folder, found[-1])
-            if state['identity'] == identity:
-                return folder, state
-        number += 1
+    try:
+        text = (checkpoint / MANIFEST).read_text(encoding='utf-8')
+        files = json.loads(text)['files']
+        if text != manifest(files):
+            return f'{MANIFEST} is not as version {VERSION} writes it'
+        for name, expected in files.items():
+            size = (checkpoint / name).stat().st_size
+            if size != expected['size']:
+                return f'{name} has {size:,} bytes, should have {expected["size"]:,}'
+            if name not in unread and file_hash(checkpoint / name) != expected['sha256']:
+                return f'{name} is not what was written: its sha256 has changed'
+    except FileNotFoundError as e:
+        return f'{Path(e.filename).name} is missing'
+    except OSError as e:
+        return f'{Path(e.filename or checkpoint).name}: {e.strerror}'
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f'{MANIFEST} cannot be read'
+    return ''
 
 
-def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
-    """(name, old, new) of each field in which two identities differ, as 'architecture.n_layer'."""
-    found = []
-    for key in sorted({*old, *new}):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            found += differences(was, now, f'{prefix}{key}.')
-        elif was != now:
-            found.append((prefix + key, was, now))
-    return found
+def newest(folder, among: list[int] | None = None, unread=()) -> int:
+    """The newest undamaged step of a run, or of the steps `among`.
+
+    Warns of each damaged one that it passes over; stops if all are damaged.
+    """
+    for step in reversed(steps(folder) if among is None else among):
+        problem = damage(step_folder(folder, step), unread)
+        if not problem:
+            break
+        warn(f'{step_folder(folder, step)} is damaged ({problem}); it is passed over')
+    else:
+        stop(f'{folder}: every checkpoint asked for is damaged; nothing was changed: restore one '
+             'from a backup, or start a new run with another --out_dir')
+    return step
+
+
+def read_state(folder, step: int) -> dict:
+    """The state.json of one checkpoint. Stops if it is none."""
+    path = step_folder(folder, step) / 'state.json'
+    try:
+        state = json.loads(path.read_text(encoding='utf-8'))
+        if not (isinstance(state['identity'], dict) and isinstance(state['config'], dict)
+                and state['step'] == step and Progress.of(state)):
+            raise ValueError('not the state of this step of a run')
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        stop(f'{path}: cannot be read as the state of a run ({type(e).__name__}: {e}); delete '
+             f'{path.parent}, which is no checkpoint of this program')
+    return state
+
+
+def source_hash(path) -> str:
+    """First 16 hex digits of the SHA-256 of a source file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving
 
 
 def lock(folder: Path):
@@ -72,142 +146,105 @@ def lock(folder: Path):
     return file
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run's log ends with its end."""
-    lines = (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()
-    return bool(lines) and lines[-1].startswith('{"event": "end"')
+class Saver:
+    """Writes the checkpoints of a run: the files at once, flushing and hashing in a thread.
 
-
-class Log:
-    """Appends events to log.jsonl, one JSON object a line; does nothing when `folder` is None.
-
-    The numbers of an event that has a step also go to `others`, functions of (step, numbers).
+    Holds the lock of the run directory. `saved` is the last step that is complete: that of `state`
+    where a run resumes.
     """
 
-    def __init__(self, folder: Path | None, others=()):
-        self.file, self.others = None, others
-        if folder:
-            self.file = open(folder / 'log.jsonl', 'a', encoding='utf-8')
+    def __init__(self, run: Path, state: dict | None = None):
+        self.run, self.lock, self.thread = run, lock(run), None
+        self.saved = state['step'] if state else None
+        for left in run.glob('.tmp-step-*'):  # by a run that was killed while it saved
+            shutil.rmtree(left)
 
-    def write(self, event: str, **fields) -> None:
-        if not self.file:
+    def save(self, model, optimizers, tokenizer, state: dict) -> None:
+        """Save a step; once it is complete, all others but the best and the one before it go.
+
+        A full disk or another error of the file system is a warning, and leaves what was there as
+        it was. Stops if a tensor is not finite.
+        """
+        self.wait()
+        files = {'model': model_tensors(model), 'optimizer': optimizer_tensors(model, optimizers)}
+        for name, tensor in (item for tensors in files.values() for item in tensors.items()):
+            if not bool(tensor.isfinite().all()):
+                stop(f'{name} is not finite at step {state["step"]}, which is not saved; '
+                     f'{self.last_good()}')
+        tmp = self.run / f'.tmp-{step_folder(self.run, state["step"]).name}'
+        try:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir()
+            for kind, tensors in files.items():
+                save_file(tensors, tmp / f'{kind}.safetensors')
+            tokenizer.save(tmp / 'tokenizer.json')
+            (tmp / 'state.json').write_text(json.dumps(state, indent=1) + '\n', encoding='utf-8')
+        except (OSError, SafetensorError) as e:
+            self.give_up(tmp, e)
             return
-        fields = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x
-                  for name, x in fields.items()}  # JSON knows neither NaN nor infinity
-        self.file.write(json.dumps({'event': event, **fields}) + '\n')
-        self.file.flush()
-        numbers = {name: x for name, x in fields.items() if type(x) in (int, float)}
-        if step := numbers.pop('step', None):
-            for other in self.others:
-                other(step, numbers)
+        self.thread = threading.Thread(target=self.complete, args=(tmp, state))
+        self.thread.start()
+
+    def complete(self, tmp: Path, state: dict) -> None:
+        """Flush, hash, write the manifest, rename; then delete what is no longer needed."""
+        step = state['step']
+        final = step_folder(self.run, step)
+        try:
+            files = {}
+            for path in sorted(tmp.iterdir()):
+                flush(path)
+                files[path.name] = {'size': path.stat().st_size, 'sha256': file_hash(path)}
+            (tmp / MANIFEST).write_text(manifest(files), encoding='utf-8')
+            flush(tmp / MANIFEST)
+            flush(tmp)
+            flush(self.run / 'log.jsonl')
+            shutil.rmtree(final, ignore_errors=True)  # of the same step, damaged or done again
+            os.rename(tmp, final)
+            flush(self.run)
+        except OSError as e:
+            self.give_up(tmp, e)
+            return
+        self.saved = step
+        before = [old for old in steps(self.run) if old < step][-1:]
+        for old in set(steps(self.run)) - {state['best_step'], step, *before}:
+            shutil.rmtree(step_folder(self.run, old), ignore_errors=True)
+
+    def give_up(self, tmp: Path, e: Exception) -> None:
+        shutil.rmtree(tmp, ignore_errors=True)
+        warn(f'{tmp.name[5:]} could not be written ({e}); the checkpoints before it are as they '
+             'were, and the run goes on')
+
+    def last_good(self) -> str:
+        """A phrase that names the newest undamaged checkpoint."""
+        self.wait()
+        if not steps(self.run):
+            return 'there is no checkpoint yet'
+        return f'the last good checkpoint is {step_folder(self.run, newest(self.run))}'
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is complete, or given up."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def finish(self, step: int) -> None:
+        """Wait for the run's last checkpoint. Stops if it could not be written."""
+        self.wait()
+        if self.saved != step:
+            stop(f'the last step, {step}, could not be saved; {self.last_good()}; make room and '
+                 'run the same command again')
 
 
-def events(folder) -> list[dict]:
-    """All events in a run's log, in order; a line cut off by a kill is passed over."""
-    with open(Path(folder) / 'log.jsonl', encoding='utf-8') as f:
-        return [json.loads(line) for line in f if line.startswith('{') and line.endswith('}\n')]
-
-
-def read_log(folder, event: str) -> list[dict]:
-    """The events of one kind in a run's log, in order."""
-    return [e for e in events(folder) if e['event'] == event]
-
-
-def cut_log(folder: Path, step: int) -> None:
-    """Take everything after `step` out of the log: a resumed run does it again."""
-    kept = [json.dumps(e) + '\n' for e in events(folder)
-            if e.get('step', 0) <= step and e['event'] != 'end']
-    tmp = folder / '.tmp-log.jsonl'
-    tmp.write_text(''.join(kept), encoding='utf-8')
-    os.replace(tmp, folder / 'log.jsonl')
-
-
-def service_loggers(run: Path, settings: dict, wandb: bool, tensorboard: bool) -> list:
-    """Functions (step, {name: number}) that send a run's numbers to the services asked for."""
-    loggers = []
-    if wandb:
-        import wandb as service
-        service.init(project='scratchgpt', name=run.name, dir=run, config=settings)
-        loggers.append(lambda step, numbers: service.log(numbers, step=step))
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(run)
-        loggers.append(lambda step, numbers: [writer.add_scalar(name, x, step)
-                                              for name, x in numbers.items()])
-    return loggers
-
-
-def plot_losses(run: Path) -> bool:
-    """Draw loss.png from log.jsonl; False where matplotlib is not installed."""
+def flush(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
-    for event, key, style in (('step', 'train_loss', '-'), ('eval', 'val_loss', 'o-')):
-        found = read_log(run, event)
-        axes.plot([e['step'] for e in found], [e[key] for e in found], style,
-                  label=key.replace('_', ' '))
-    axes.set(xlabel='step', ylabel='nats per token', title=run.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run / 'loss.png', dpi=120)
-    return True
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def git_hash() -> str:
-    """The commit of the source that runs, with a + if it was edited; '' outside a repository."""
-    try:
-        here = Path(__file__).parent
-        git = lambda *words: subprocess.run(['git', *words], cwd=here, check=True, text=True,
-                                            capture_output=True).stdout.strip()
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
-    except (OSError, subprocess.CalledProcessError):
-        return ''
-
-
-def source_hash(path) -> str:
-    """First 16 hex digits of the SHA-256 of a source file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def step_folder(folder, step: int) -> Path:
-    return Path(folder) / f'step-{step:08d}'
-
-
-def steps(folder) -> list[int]:
-    """The steps of a run's checkpoints, ascending."""
-    names = [path.name for path in Path(folder).glob('step-*')]
-    return sorted(int(name[5:]) for name in names if re.fullmatch(r'step-\d{8}', name))
-
-
-def read_state(folder, step: int) -> dict:
-    """The state.json of one checkpoint."""
-    return json.loads((step_folder(folder, step) / 'state.json').read_text(encoding='utf-8'))
-
-
-def save(folder: Path, step: int, model, optimizers, state: dict) -> None:
-    """Write the checkpoint of `step`, then delete older ones except the best and the last two."""
-    final = step_folder(folder, step)
-    tmp = final.with_name(f'.tmp-{final.name}')
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    safetensors.torch.save_file(unique_tensors(model), tmp / 'model.safetensors')
-    safetensors.torch.save_file(optimizer_tensors(model, optimizers), tmp / 'optimizer.safetensors')
-    (tmp / 'state.json').write_text(json.dumps(state, indent=1) + '\n', encoding='utf-8')
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(tmp, final)
-    keep = {state['best_step'], *steps(folder)[-2:]}
-    for old in set(steps(folder)) - keep:
-        shutil.rmtree(step_folder(folder, old))
-
-
-def unique_tensors(model) -> dict[str, torch.Tensor]:
+def model_tensors(model) -> dict[str, torch.Tensor]:
     """The model's parameters by name; a shared one only under its first name."""
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}
 
@@ -219,57 +256,100 @@ def optimizer_tensors(model, optimizers) -> dict[str, torch.Tensor]:
             for p, state in optimizer.state.items() for key, value in state.items()}
 
 
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+
+def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """(file, name, tensor) of all tensors in a checkpoint's <kind>.safetensors or <kind>-*.
+
+    Stops if there is none, or one is not a safetensors file.
+    """
+    paths = sorted(checkpoint.glob(f'{kind}*.safetensors'))
+    if not paths:
+        stop(f'{checkpoint}: has no {kind}.safetensors on this machine; all machines of a run must '
+             'see the same out_dir')
+    for path in paths:
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError,
+                MemoryError) as e:
+            stop(f'{path}: cannot be read as safetensors ({type(e).__name__}: {e}); use another '
+                 'checkpoint')
+        for name, tensor in tensors.items():
+            yield path, name, tensor
+
+
 def load_weights(model, folder, step: int) -> None:
     """Fill the model's parameters from a checkpoint. Stops if names or shapes differ."""
-    path = step_folder(folder, step) / 'model.safetensors'
-    tensors = safetensors.torch.load_file(path)
     params = dict(model.named_parameters())
-    if params.keys() != tensors.keys():
-        wrong = sorted(params.keys() ^ tensors.keys())
-        stop(f'{path}: holds other parameters than this model ({", ".join(wrong[:3])}, ...)')
-    with torch.no_grad():
-        for name, p in params.items():
-            if p.shape != tensors[name].shape:
-                stop(f'{path}: {name} has shape {list(tensors[name].shape)}, '
-                     f'this model needs {list(p.shape)}')
-            p.copy_(tensors[name])
+    missing = set(params)
+    for path, name, tensor in read_tensors(step_folder(folder, step), 'model'):
+        if name not in params:
+            stop(f'{path}: holds {name!r}, which this model does not have')
+        fill(params[name], tensor, f'{path}: {name}')
+        missing.discard(name)
+    if missing:
+        stop(f'{step_folder(folder, step)}: {min(missing)} is missing in model.safetensors')
 
 
 def load_optimizers(model, optimizers, folder, step: int) -> None:
-    """Fill the state of the optimizers from a checkpoint."""
+    """Fill the state of the optimizers from a checkpoint. Stops if it is that of others."""
     params = dict(model.named_parameters())
     owner = {p: o for o in optimizers for group in o.param_groups for p in group['params']}
-    path = step_folder(folder, step) / 'optimizer.safetensors'
-    for name, tensor in safetensors.torch.load_file(path).items():
-        parameter, key = name.rsplit('/', 1)
+    for path, name, tensor in read_tensors(step_folder(folder, step), 'optimizer'):
+        parameter, _, key = name.rpartition('/')
+        if parameter not in params:
+            stop(f'{path}: holds {name!r}, the state of no parameter of this model')
         p = params[parameter]
-        owner[p].state[p][key] = tensor.to(p.device)
+        scalar = key == 'step'
+        state = torch.zeros((), device=tensor.device) if scalar else torch.empty_like(p)
+        fill(state, tensor, f'{path}: {name}')
+        owner[p].state[p][key] = state
+
+
+@torch.no_grad()
+def fill(target: torch.Tensor, tensor: torch.Tensor, what: str) -> None:
+    """Copy `tensor` into `target`. Stops if shape or dtype differ."""
+    for kind in ('shape', 'dtype'):
+        if getattr(target, kind) != getattr(tensor, kind):
+            stop(f'{what} has {kind} {getattr(tensor, kind)}, this model needs '
+                 f'{getattr(target, kind)}')
+    target.copy_(tensor)
 
 
 def load_run(run_dir: str, step: int = 0, device: str = 'cpu'):
     """Model (in eval mode), tokenizer and state.json of a run: of its best step, or of `step`.
 
-    Stops if the directory is no run, or has no checkpoint of that step.
+    If the best one is damaged, warns and takes the newest one that is not. Stops if the directory
+    is no run, or has no undamaged checkpoint, or none of that step.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
         runs = ', '.join(sorted(str(path.parent) for path in Path('out').glob('*/log.jsonl')))
-        stop(f'run_dir={run_dir!r}: no such directory; '
+        stop(f'run_dir={run_dir!r}: {"is a file" if folder.exists() else "no such directory"}; '
              + (f'there are {runs}' if runs else 'train first: python train.py'))
-    found = steps(folder)
+    found, unread = steps(folder), ('optimizer.safetensors',)
     if not found:
-        stop(f'{folder}: holds no checkpoint (step-*)')
+        stop(f'{folder}: holds no checkpoint (step-*); other formats are not read')
     if step and step not in found:
         stop(f'step={step}: {folder} has checkpoints of steps {", ".join(map(str, found))} only')
-    best = read_state(folder, found[-1])['best_step']
-    step = step or (best if best in found else found[-1])
+    if step:
+        step = newest(folder, [step], unread)
+    else:
+        last = newest(folder, unread=unread)
+        best = read_state(folder, last)['best_step']
+        step = newest(folder, [last, best], unread) if best in found and best != last else last
     state = read_state(folder, step)
-    tokenizer = tokenizers.load(folder / 'tokenizer.json')
-    config = GPTConfig(**state['config'])
+    tokenizer = tokenizers.load(step_folder(folder, step) / 'tokenizer.json')
+    try:
+        config = GPTConfig(**state['config'])
+    except (TypeError, ValueError) as e:
+        stop(f'{step_folder(folder, step)}/state.json: {e}')
     if config.vocab_size < len(tokenizer):
         stop(f'{folder}: its model has vocab_size={config.vocab_size}, its tokenizer.json '
              f'{len(tokenizer)} tokens; they do not belong together')
-    if state['identity']['source'] != source_hash(model_module.__file__):
+    if state['identity'].get('source') != source_hash(model_module.__file__):
         warn(f'{folder} was trained with another model.py; a copy of it is {folder}/model.py')
     model = build_model(config, device=device)
     load_weights(model, folder, step)

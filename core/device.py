@@ -59,6 +59,10 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
         why += f', {threads} threads'
     if kind == 'cuda':
         torch.cuda.set_device(name)
+    # Compiled for a CPU, the backward pass of an embedding adds in whatever order threads come,
+    # unless told not to; then it is no slower, and two runs are equal bit for bit.
+    torch.use_deterministic_algorithms(kind == 'cpu')
+    torch.utils.deterministic.fill_uninitialized_memory = False
     dtype, dtype_why = choose_dtype(kind, dtype, training)
     torch.set_float32_matmul_precision('high' if dtype == 'tf32' else 'highest')
     compile, compile_why = choose_compile(kind, name, compile)

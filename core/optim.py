@@ -1,5 +1,6 @@
 """AdamW groups, Muon, and the learning-rate schedules."""
 import math
+import statistics
 
 import torch
 from torch import nn
@@ -121,3 +122,47 @@ def set_learning_rate(optimizers, factor: float) -> None:
     """Set every group's rate to `factor` times its peak."""
     for group in (group for o in optimizers for group in o.param_groups):
         group['lr'] = group['base_lr'] * factor
+
+
+# ---------------------------------------------------------------------------------------------
+# A step that is only made if its gradient is good
+
+
+def clip_gradients(model: nn.Module, optimizers, scaler, grad_clip: float) -> torch.Tensor:
+    """Unscale the gradients and scale them down to the norm grad_clip (0: do not); their norm."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    if grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
+    return norm
+
+
+def spike_limit(grad_norms: list[float], sigma: float) -> float:
+    """The gradient norm above which a step is a spike: mean + sigma deviations of those before it.
+
+    Infinite as long as there are fewer than 20, and for sigma 0.
+    """
+    if not sigma or len(grad_norms) < 20:
+        return math.inf
+    return statistics.fmean(grad_norms) + sigma * statistics.pstdev(grad_norms)
+
+
+def problem(loss: float, grad_norm: float, limit: float) -> str:
+    """Why a step must be skipped, '' if its loss and gradient norm are good."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return f'loss {loss:g}, gradient norm {grad_norm:g}'
+    return f'gradient norm {grad_norm:.4g} is above {limit:.4g}' if grad_norm > limit else ''
+
+
+def apply_gradients(optimizers, scaler, factor: float, skip: bool) -> None:
+    """Step all optimizers at `factor` times their peak rates, or none, and drop the gradients.
+
+    Skipping is a branch: a NaN times 0 is a NaN, and a step with zero gradients moves AdamW.
+    """
+    set_learning_rate(optimizers, factor)
+    for optimizer in optimizers:
+        if not skip:
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()

@@ -7,12 +7,15 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from core.settings import stop
+
+patient_group = None    # of all ranks: for waiting while one of them prepares data
 
 
 @dataclass
@@ -33,16 +36,24 @@ def find_ranks() -> Ranks:
                  int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1)))
 
 
-def start(ranks: Ranks, device) -> None:
-    """Join the process group (nccl on GPUs, gloo elsewhere), if there is more than one process."""
+def start(ranks: Ranks, device, timeout_minutes: float) -> None:
+    """Join the process group (nccl on GPUs, gloo on CPUs), if there is more than one process.
+
+    A rank that waits for others longer than timeout_minutes gives up.
+    """
+    global patient_group
     if ranks.world > 1:
         if device.kind == 'mps':
             stop('device=mps: PyTorch cannot train on several Apple GPUs; use one process')
-        dist.init_process_group('nccl' if device.kind == 'cuda' else 'gloo')
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.kind == 'cuda' else 'gloo',
+                                timeout=timedelta(minutes=timeout_minutes))
+        patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
 
 
 def finish() -> None:
     """Leave the process group."""
+    global patient_group
+    patient_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -76,15 +87,40 @@ def all_sum(x: torch.Tensor, device) -> torch.Tensor:
     return x
 
 
-def broadcast(value):
-    """Rank 0's value (what JSON can hold) on every rank."""
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank; all ranks must ask together."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags)
+    return flags.item() > 0
+
+
+def broadcast(value, patient: bool = False):
+    """Rank 0's value (what JSON can hold) on every rank; `patient`: however long rank 0 takes."""
     if not dist.is_initialized():
         return value
-    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-    size = torch.tensor([len(data)], device=device)
-    dist.broadcast(size, 0)
+    group = patient_group if patient else None
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    size = torch.tensor([len(data)])
+    dist.broadcast(size, 0, group=group)
     if dist.get_rank():
-        data = torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(data, 0)
+        data = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(data, 0, group=group)
     return json.loads(bytes(data.tolist()))
+
+
+@contextlib.contextmanager
+def explained(ranks: Ranks, progress):
+    """Turns the error that silent or lost ranks cause in this one into a stop with a message.
+
+    `progress.step` is the number of steps done.
+    """
+    try:
+        yield
+    except RuntimeError as e:  # gloo's errors have no class of their own
+        if ranks.world == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e)):
+            raise
+        what = 'heard nothing from' if 'imed out' in str(e) else 'lost'
+        stop(f'rank {ranks.rank} of {ranks.world} {what} another rank in step {progress.step + 1}, '
+             f'so it ends ({str(e).strip().splitlines()[0]}); the same command resumes the run')

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from tqdm import tqdm
+
 
 class Stop(SystemExit):
     """Raised by `stop`: ends the program with status 2; `message` is the line that was printed."""
@@ -38,7 +40,7 @@ def stop(message: str) -> NoReturn:
 
 def warn(message: str) -> None:
     """Print a one-line warning on standard error; the work goes on."""
-    print('warning: ' + message, file=sys.stderr, flush=True)
+    tqdm.write('warning: ' + message, file=sys.stderr)  # does not tear a progress bar
 
 
 def is_setting(name: str, value) -> bool:
