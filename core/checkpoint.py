@@ -9,6 +9,7 @@ read the parts they need. docs/formats.md has the details.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from core.settings import stop, warn
 from model import GPTConfig, build_model
 
 MANIFEST, VERSION = 'manifest.json', 1
+NO_PICKLE = ' (a .pt, .bin or .ckpt file is a pickle, which could run anything: never loaded)'
 
 
 @dataclass
@@ -168,7 +170,7 @@ class Saver:
         self.wait()
         files = {'model': model_tensors(model), 'optimizer': optimizer_tensors(model, optimizers)}
         for name, tensor in (item for tensors in files.values() for item in tensors.items()):
-            if not bool(tensor.isfinite().all()):
+            if not torch.linalg.vector_norm(tensor, math.inf).isfinite():
                 stop(f'{name} is not finite at step {state["step"]}, which is not saved; '
                      f'{self.last_good()}')
         tmp = self.run / f'.tmp-{step_folder(self.run, state["step"]).name}'
@@ -286,7 +288,7 @@ def load_weights(model, folder, step: int) -> None:
     missing = set(params)
     for path, name, tensor in read_tensors(step_folder(folder, step), 'model'):
         if name not in params:
-            stop(f'{path}: holds {name!r}, which this model does not have')
+            stop(f'{path}: holds {name[:80]!r}, which this model does not have')
         fill(params[name], tensor, f'{path}: {name}')
         missing.discard(name)
     if missing:
@@ -300,7 +302,7 @@ def load_optimizers(model, optimizers, folder, step: int) -> None:
     for path, name, tensor in read_tensors(step_folder(folder, step), 'optimizer'):
         parameter, _, key = name.rpartition('/')
         if parameter not in params:
-            stop(f'{path}: holds {name!r}, the state of no parameter of this model')
+            stop(f'{path}: holds {name[:80]!r}, the state of no parameter of this model')
         p = params[parameter]
         scalar = key == 'step'
         state = torch.zeros((), device=tensor.device) if scalar else torch.empty_like(p)
@@ -328,10 +330,11 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu'):
     if not folder.is_dir():
         runs = ', '.join(sorted(str(path.parent) for path in Path('out').glob('*/log.jsonl')))
         stop(f'run_dir={run_dir!r}: {"is a file" if folder.exists() else "no such directory"}; '
-             + (f'there are {runs}' if runs else 'train first: python train.py'))
+             + (f'there are {runs}' if runs else 'train first: python train.py') + NO_PICKLE)
     found, unread = steps(folder), ('optimizer.safetensors',)
     if not found:
-        stop(f'{folder}: holds no checkpoint (step-*); other formats are not read')
+        names = ', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'nothing'
+        stop(f'{folder}: holds no checkpoint (step-*), only {names}' + NO_PICKLE)
     if step and step not in found:
         stop(f'step={step}: {folder} has checkpoints of steps {", ".join(map(str, found))} only')
     if step:
