@@ -427,6 +427,8 @@ def main() -> dict:
     if state:
         at = checkpoint.Progress.of(state)
         at.max_steps = at.max_steps if max_minutes else max_steps
+        if at.step > at.max_steps:
+            stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
         checkpoint.load_weights(model, run, at.step)
         checkpoint.load_optimizers(model, optimizers, run, at.step)
         if scaler.is_enabled() and state['scaler']:
@@ -449,7 +451,7 @@ def main() -> dict:
     # The loop. A turn begins with what is due between two steps, so that a run that was stopped in
     # the middle of an evaluation begins with that evaluation when it goes on.
     bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)
-    saved, stopping, in_a_row, times, text = replace(at), False, 0, [], ''
+    saved, stopping, in_a_row, times = replace(at), False, 0, []
     with rundir.StopRequest() as request, parallel.explained(ranks, at):
         asked = lambda: parallel.any_rank(bool(request.asked))
         while True:
@@ -494,11 +496,11 @@ def main() -> dict:
                           tokens_per_second=speed, mfu=mfu)
                 bar.set_postfix_str(f'loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.1%}')
                 times = []
-        if ends and not stopping:
+        bar.close()
+        if saver:
+            saver.finish(at.step)
+        if not stopping:
             text = make_sample(model, tokenizer, asked)
-    bar.close()
-    if saver:
-        saver.finish(at.step)
     if stopping:
         print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on '
                'from there')

@@ -292,7 +292,7 @@ def load_weights(model, folder, step: int) -> None:
         fill(params[name], tensor, f'{path}: {name}')
         missing.discard(name)
     if missing:
-        stop(f'{step_folder(folder, step)}: {min(missing)} is missing in model.safetensors')
+        stop(f'{step_folder(folder, step)}: {min(missing)} is missing in model*.safetensors')
 
 
 def load_optimizers(model, optimizers, folder, step: int) -> None:

@@ -102,6 +102,8 @@ def test_init_from_resume(run_train, capsys, tmp_path):
     run_train(out_dir='out/a')
     assert run_train(out_dir='out/a', init_from='resume', max_steps=8)['step'] == 8
     assert 'warning: schedule.max_steps is 8, but was 6' in capsys.readouterr().err
+    stopped(capsys, run_train, 'max_steps=7', 'has done 8 steps already', out_dir='out/a',
+            init_from='resume', max_steps=7)
     stopped(capsys, run_train, 'architecture.n_layer is 3, but was 2', out_dir='out/a',
             init_from='resume', n_layer=3)
     stopped(capsys, run_train, 'optimizer.optimizer is muon', out_dir='out/a', init_from='resume',

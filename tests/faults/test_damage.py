@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from harness import PROCESSES, assert_same, note
+from harness import PROCESSES, assert_same, bits, note
+from safetensors.torch import load_file, save_file
 
 import train
 from core import checkpoint
@@ -143,6 +144,29 @@ def test_later_stages_pass_over_a_damaged_best_one(run, capsys):
     if best == checkpoint.steps(whole)[-1]:
         assert checkpoint.load_run(str(whole))[2]['step'] == others[-1]
     assert 'model.safetensors is not what was written' in capsys.readouterr().err
+
+
+def test_tensors_in_several_files(run):
+    """As several writers would leave them."""
+    folder = run / 'step-00000006'
+    whole = bits_of(checkpoint.load_run(str(run), step=6)[0])
+    tensors = load_file(folder / 'model.safetensors')
+    names = sorted(tensors)
+    for i in range(3):
+        save_file({name: tensors[name] for name in names[i::3]},
+                  folder / f'model-{i + 1:05d}-of-00003.safetensors')
+    (folder / 'model.safetensors').unlink()
+    seal(folder)
+    assert bits_of(checkpoint.load_run(str(run), step=6)[0]) == whole
+    (folder / 'model-00002-of-00003.safetensors').unlink()
+    seal(folder)
+    with pytest.raises(Stop) as e:
+        checkpoint.load_run(str(run), step=6)
+    assert 'is missing in model' in e.value.message
+
+
+def bits_of(model) -> dict[str, bytes]:
+    return {name: bits(p.detach()) for name, p in model.named_parameters()}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -149,10 +149,9 @@ def test_full_tmpfs(tmp_path, text_file):
 
     try:
         wait_for(lambda: checkpoint.steps(inside / 'run'))
-        with open(inside / 'filler', 'wb', buffering=0) as f:
-            with contextlib.suppress(OSError):
-                while True:
-                    f.write(bytes(4096))
+        with open(inside / 'filler', 'wb', buffering=0) as f, contextlib.suppress(OSError):
+            while True:
+                f.write(bytes(4096))
         wait_for(lambda: warnings() >= 2)
         kept = checkpoint.steps(inside / 'run')
         failures = warnings()

@@ -51,7 +51,8 @@ def test_hung_rank(tmp_path, text_file):
     ranks.send(signal.SIGCONT, [1])
     assert ranks.wait(30) == [2, 2]
     assert 2.5 < waited < 10
-    assert re.search(r'error: rank 0 of 2 heard nothing from another rank in step \d+', ranks.text())
+    assert re.search(r'error: rank 0 of 2 heard nothing from another rank in step \d+, so it ends',
+                     ranks.text())
     note('one of two ranks hangs, timeout_minutes=0.05', 1,
          f'the other ends with a message after {waited:.1f} s')
 
