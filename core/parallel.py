@@ -3,9 +3,12 @@
 `torchrun --nproc_per_node=N train.py` starts N processes that find each other through environment
 variables; without torchrun there is one process and everything here is a no-op.
 """
+import atexit
 import contextlib
 import json
 import os
+import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -52,9 +55,10 @@ def start(ranks: Ranks, device, timeout_minutes: float) -> None:
 
 def finish() -> None:
     """Leave the process group."""
-    global patient_group
-    patient_group = None
     if dist.is_initialized():
+        # Gloo's threads need the interpreter to let go of their last tensors; if it ends at that
+        # moment, both wait for each other for ever.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
@@ -121,6 +125,8 @@ def explained(ranks: Ranks, progress):
     except RuntimeError as e:  # gloo's errors have no class of their own
         if ranks.world == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e)):
             raise
+        # The interpreter would wait for gloo's threads, and those for ranks that are gone.
+        atexit.register(lambda: (sys.stdout.flush(), os._exit(2)))
         what = 'heard nothing from' if 'imed out' in str(e) else 'lost'
         stop(f'rank {ranks.rank} of {ranks.world} {what} another rank in step {progress.step + 1}, '
              f'so it ends ({str(e).strip().splitlines()[0]}); the same command resumes the run')

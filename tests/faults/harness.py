@@ -26,8 +26,12 @@ PROCESSES.set_forkserver_preload(['train', 'harness'])
 
 
 def note(fault: str, tries: int, outcome: str) -> None:
-    """A line of the table that the test session ends with."""
-    FAULTS[fault] = (tries, outcome)
+    """A line of the table that the test session ends with; the same outcome again is added to it."""
+    before, what = FAULTS.get(fault, (0, outcome))
+    if what == outcome:
+        FAULTS[fault] = (before + tries, outcome)
+    elif tries > before:
+        FAULTS[fault] = (tries, outcome)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_step_is_skipped(run_train, monkeypatch, capsys, where, kind):
     assert all(t.isfinite().all() for t in tensors_of(run, 6).values())
     captured = capsys.readouterr()
     assert '2 steps were skipped; log.jsonl says which' in captured.out
-    note(f'{kind} in the {where} of two steps', 2,
+    note('NaN, inf or -inf in loss or gradient', 2,
          'steps skipped and logged with their samples, weights and moments bitwise unchanged')
 
 

@@ -34,8 +34,8 @@ def test_dead_rank(tmp_path, text_file, victim):
     assert re.search(rf'error: rank {1 - victim} of 2 lost another rank in step \d+, so it ends '
                      r'.*; the same command resumes the run', ranks.text(1 - victim))
     assert 'Traceback' not in ranks.text(1 - victim)
-    note('one of two ranks killed', 2, f'the other ends with a message after '
-         f'{time.monotonic() - began:.1f} s')
+    assert time.monotonic() - began < 10
+    note('one of two ranks killed', 1, 'the other ends with a message within seconds')
 
 
 def test_hung_rank(tmp_path, text_file):
