@@ -26,7 +26,7 @@ PROCESSES.set_forkserver_preload(['train', 'harness'])
 
 
 def note(fault: str, tries: int, outcome: str) -> None:
-    """A line of the table that the test session ends with; the same outcome again is added to it."""
+    """A line of the table that the session ends with; tries of the same outcome are added up."""
     before, what = FAULTS.get(fault, (0, outcome))
     if what == outcome:
         FAULTS[fault] = (before + tries, outcome)

@@ -21,10 +21,12 @@ SETTINGS = dict(max_steps=12, eval_interval=100, save_interval=2, dropout=0.1)
 
 
 def between_steps(monkeypatch, first, last, break_it, mend_it) -> None:
-    """Call break_it() before step `first` and mend_it() before step `last`."""
+    """Call break_it() before step `first`, mend_it() before step `last`; no save is under way."""
     real = train.train_step
 
     def step(*args, **options):
+        while args[7] in (first, last) and list(Path('out/cut').glob('.tmp*')):
+            time.sleep(0.001)
         if args[7] == first:
             break_it()
         if args[7] == last:
