@@ -183,16 +183,17 @@ def default_out_dir(data: Path, fell_back: bool) -> Path:
     return Path('out') / name
 
 
-def run_identity(data: Path, meta: dict, tokenizer, config: GPTConfig) -> dict:
+def run_identity(meta: dict, tokenizer, config: GPTConfig) -> dict:
     """All that must be unchanged for a run to be the same run, by topic."""
     def chosen(*names):
         return {name: globals()[name] for name in names}
     return {'architecture': asdict(config),
-            'data': {'name': data.name, 'sha256': meta['sha256']},
+            'data': {name: meta[name] for name in ('name', 'sha256', 'train_tokens', 'val_tokens')},
             'tokenizer': tokenizer.hash(),
-            'optimizer': chosen('optimizer', 'learning_rate', 'weight_decay', 'beta1', 'beta2',
-                                'embed_learning_rate', 'muon_learning_rate', 'muon_weight_decay',
-                                'muon_momentum', 'ns_steps', 'grad_clip', 'spike_sigma'),
+            'optimizer': chosen('optimizer', 'depth', 'learning_rate', 'weight_decay', 'beta1',
+                                'beta2', 'embed_learning_rate', 'muon_learning_rate',
+                                'muon_weight_decay', 'muon_momentum', 'ns_steps', 'grad_clip',
+                                'spike_sigma'),
             'schedule': chosen('schedule', 'max_steps', 'max_minutes', 'warmup_steps',
                                'decay_fraction', 'min_lr_fraction'),
             'seed': seed, 'batch_size': batch_size,
@@ -288,12 +289,14 @@ def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked) -
 
     Returns whether asked() said to stop meanwhile: then nothing is noted, and both are still due.
     """
-    text, scores = '', ()
-    if sample_interval and at.step % sample_interval == 0 and at.step < at.max_steps:
+    text, scores, ends = '', (), at.step == at.max_steps
+    sampling = sample_interval and at.step % sample_interval == 0 and not ends
+    evaluating = at.step % eval_interval == 0 or ends
+    if sampling:
         text = make_sample(model, tokenizer, asked)
-    if at.step % eval_interval == 0 or at.step == at.max_steps:
+    if evaluating:
         scores = evaluate(model, windows, tokenizer, rows, device, ranks, asked)
-    if asked():
+    if (sampling or evaluating) and asked():
         return True
     at.evaluated = at.step
     if text:
@@ -352,10 +355,11 @@ def evaluate_run(ranks, device) -> dict:
 def give_up(bar, saver, skipped: str) -> NoReturn:
     """End a run in which no step is any good; rank 0 says why, and what is left."""
     bar.close()
+    left = parallel.broadcast(saver and saver.last_good(), patient=True)
     if not saver:
         raise SystemExit(2)
-    stop(f'10 steps in a row were skipped, the last one for {skipped}; {saver.last_good()}; start '
-         'a new run with a lower learning rate, or look at the samples that log.jsonl names')
+    stop(f'10 steps in a row were skipped, the last one for {skipped}; {left}; start a new run '
+         'with a lower learning rate, or look at the samples that log.jsonl names')
 
 
 def print_end(run: Path, at) -> None:
@@ -378,7 +382,8 @@ def main() -> dict:
     check_settings()
     ranks = parallel.find_ranks()
     dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
-    parallel.start(ranks, dev, timeout_minutes)
+    at = checkpoint.Progress(max_steps=max_steps)
+    parallel.start(ranks, dev, timeout_minutes, at)
     print0(*dev.why, sep='\n')
 
     # Data, run directory, model
@@ -398,11 +403,12 @@ def main() -> dict:
     train_windows = load_split(data, 'train', block_size, seed)
     val_windows = load_split(data, 'val', block_size, shuffle=False)
     base = Path(out_dir) if out_dir else default_out_dir(data, fell_back)
-    identity = run_identity(data, meta, tokenizer, config)
-    run, state = parallel.broadcast(rundir.find_run(base, identity, init_from == 'resume')
-                                    if ranks.rank == 0 else None)
+    identity = run_identity(meta, tokenizer, config)
+    saver = state = None
+    if ranks.rank == 0:
+        saver, state = rundir.find_run(base, identity, init_from == 'resume')
+    run, state = parallel.broadcast(saver and [str(saver.run), state], patient=True)
     run = Path(run)
-    saver = checkpoint.Saver(run, state) if ranks.rank == 0 else None
     model = build_model(config, seed, dev.name)
     model.recompute = activation_checkpointing
     flops, tokens_per_step = flops_per_token(model), batch_size * block_size
@@ -420,12 +426,14 @@ def main() -> dict:
         batches = [train_windows.batch(samples) for samples in shares]
         return train_step(trained, optimizers, scaler, dev, ranks, batches, factor, step, *rest)
 
-    compile_seconds = sum(time_steps(do_step, optimizers, scaler, dev, 1)) if dev.compile else 0.0
+    # A step to warm up. It compiles, and DDP arranges its buckets anew after it: without this, the
+    # first step of a resumed run would add up gradients in another order.
+    warm_up = dev.compile or ranks.world > 1
+    compile_seconds = sum(time_steps(do_step, optimizers, scaler, dev, 1)) if warm_up else 0.0
     if dev.compile:
         print0(f'compiled in {compile_seconds:.1f} s')
-    at = checkpoint.Progress(max_steps=max_steps)
     if state:
-        at = checkpoint.Progress.of(state)
+        at.restore(state)
         at.max_steps = at.max_steps if max_minutes else max_steps
         if at.step > at.max_steps:
             stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
@@ -444,15 +452,15 @@ def main() -> dict:
         log = rundir.start_log(
             run, state, settings, sources=(model_module.__file__, __file__),
             others=rundir.service_loggers(run, settings, wandb, tensorboard), device=dev.why,
-            world=ranks.world, dataset=identity['data'], config=asdict(config),
-            micro_batch_size=rows, parameters=count_parameters(model), max_steps=at.max_steps,
-            flops_per_token=flops, compile_seconds=compile_seconds)
+            world=ranks.world, identity=identity, config=asdict(config), micro_batch_size=rows,
+            parameters=count_parameters(model), max_steps=at.max_steps, flops_per_token=flops,
+            compile_seconds=compile_seconds)
 
     # The loop. A turn begins with what is due between two steps, so that a run that was stopped in
     # the middle of an evaluation begins with that evaluation when it goes on.
     bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)
-    saved, stopping, in_a_row, times = replace(at), False, 0, []
-    with rundir.StopRequest() as request, parallel.explained(ranks, at):
+    saved, stopping, times = replace(at), False, []
+    with rundir.StopRequest() as request:
         asked = lambda: parallel.any_rank(bool(request.asked))
         while True:
             ends = at.step == at.max_steps
@@ -481,11 +489,11 @@ def main() -> dict:
                           last_sample=at.step * batch_size - 1)
                 print_above(ranks, f'step {at.step} skipped: {skipped}')
                 # a scaler that is still coming down to its scale overflows a few times
-                in_a_row += math.isfinite(grad_norm) or scaler.get_scale() <= 1
-                if in_a_row == 10:
+                at.skipped_in_a_row += math.isfinite(grad_norm) or scaler.get_scale() <= 1
+                if at.skipped_in_a_row >= 10:
                     give_up(bar, saver, skipped)
                 continue
-            in_a_row = 0
+            at.skipped_in_a_row = 0
             at.grad_norms = [*at.grad_norms, grad_norm][-100:] if spike_sigma else []
             if at.step % log_interval == 0 or at.step == at.max_steps:
                 speed = len(times) * tokens_per_step / sum(times)
@@ -501,6 +509,7 @@ def main() -> dict:
             saver.finish(at.step)
         if not stopping:
             text = make_sample(model, tokenizer, asked)
+            stopping = asked()
     if stopping:
         print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on '
                'from there')

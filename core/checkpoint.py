@@ -44,12 +44,14 @@ class Progress:
     best_step: int = 0
     best_val_loss: float | None = None
     skipped: int = 0                    # steps whose loss or gradient was no good
+    skipped_in_a_row: int = 0           # of them, those since the last good one
     grad_norms: list = field(default_factory=list)  # of the last 100 steps, with spike_sigma
 
-    @classmethod
-    def of(cls, state: dict) -> 'Progress':
-        """What the state.json of a checkpoint says."""
-        return cls(**{f.name: state[f.name] for f in fields(cls)})
+    def restore(self, state: dict) -> 'Progress':
+        """Take everything from the state.json of a checkpoint."""
+        for f in fields(self):
+            setattr(self, f.name, state[f.name])
+        return self
 
 
 def step_folder(folder, step: int) -> Path:
@@ -116,7 +118,7 @@ def read_state(folder, step: int) -> dict:
     try:
         state = json.loads(path.read_text(encoding='utf-8'))
         if not (isinstance(state['identity'], dict) and isinstance(state['config'], dict)
-                and state['step'] == step and Progress.of(state)):
+                and state['step'] == step and Progress().restore(state)):
             raise ValueError('not the state of this step of a run')
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         stop(f'{path}: cannot be read as the state of a run ({type(e).__name__}: {e}); delete '
@@ -138,28 +140,41 @@ def lock(folder: Path):
 
     Stops if another process has it: two trainers in one directory would undo each other's work.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / '.lock', 'a')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / '.lock', 'a')
+    except OSError as e:
+        stop(f'{e.filename}: {e.strerror}; choose another --out_dir')
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         stop(f'{folder} is in use by another process that trains in it; wait for it, or give this '
              'run another --out_dir')
+    except OSError as e:
+        warn(f'{folder} cannot be locked ({e.strerror}): see to it that nobody else trains in it')
     return file
 
 
 class Saver:
     """Writes the checkpoints of a run: the files at once, flushing and hashing in a thread.
 
-    Holds the lock of the run directory. `saved` is the last step that is complete: that of `state`
-    where a run resumes.
+    Holds the lock of the run directory. `saved` is the last step that is complete, 0 without one.
     """
 
-    def __init__(self, run: Path, state: dict | None = None):
-        self.run, self.lock, self.thread = run, lock(run), None
-        self.saved = state['step'] if state else None
-        for left in run.glob('.tmp-step-*'):  # by a run that was killed while it saved
-            shutil.rmtree(left)
+    def __init__(self, run: Path):
+        self.run, self.lock, self.thread, self.saved = run, lock(run), None, 0
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """Undo what a save left that failed or was killed."""
+        for old in self.run.glob('.old-step-*'):    # a step that was about to be replaced
+            final = self.run / old.name.removeprefix('.old-')
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(old, final)
+        for tmp in self.run.glob('.tmp-step-*'):
+            shutil.rmtree(tmp, ignore_errors=True)
 
     def save(self, model, optimizers, tokenizer, state: dict) -> None:
         """Save a step; once it is complete, all others but the best and the one before it go.
@@ -175,14 +190,13 @@ class Saver:
                      f'{self.last_good()}')
         tmp = self.run / f'.tmp-{step_folder(self.run, state["step"]).name}'
         try:
-            shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir()
             for kind, tensors in files.items():
                 save_file(tensors, tmp / f'{kind}.safetensors')
             tokenizer.save(tmp / 'tokenizer.json')
             (tmp / 'state.json').write_text(json.dumps(state, indent=1) + '\n', encoding='utf-8')
         except (OSError, SafetensorError) as e:
-            self.give_up(tmp, e)
+            self.give_up(state['step'], e)
             return
         self.thread = threading.Thread(target=self.complete, args=(tmp, state))
         self.thread.start()
@@ -200,21 +214,27 @@ class Saver:
             flush(tmp / MANIFEST)
             flush(tmp)
             flush(self.run / 'log.jsonl')
-            shutil.rmtree(final, ignore_errors=True)  # of the same step, damaged or done again
+            if final.exists():  # the same step again, or damaged: there until the new one is
+                os.rename(final, self.run / f'.old-{final.name}')
             os.rename(tmp, final)
+            self.saved = step
             flush(self.run)
         except OSError as e:
-            self.give_up(tmp, e)
+            self.give_up(step, e)
             return
-        self.saved = step
+        self.clean_up()
         before = [old for old in steps(self.run) if old < step][-1:]
         for old in set(steps(self.run)) - {state['best_step'], step, *before}:
             shutil.rmtree(step_folder(self.run, old), ignore_errors=True)
 
-    def give_up(self, tmp: Path, e: Exception) -> None:
-        shutil.rmtree(tmp, ignore_errors=True)
-        warn(f'{tmp.name[5:]} could not be written ({e}); the checkpoints before it are as they '
-             'were, and the run goes on')
+    def give_up(self, step: int, e: Exception) -> None:
+        """After an error of the file system: put back what was there, and say so."""
+        self.clean_up()
+        if self.saved == step:
+            warn(f'step-{step:08d} is written, but perhaps not on the disk yet ({e})')
+        else:
+            warn(f'step-{step:08d} could not be written ({e}); the checkpoints before it are as '
+                 'they were, and the run goes on')
 
     def last_good(self) -> str:
         """A phrase that names the newest undamaged checkpoint."""
@@ -305,7 +325,7 @@ def load_optimizers(model, optimizers, folder, step: int) -> None:
             stop(f'{path}: holds {name[:80]!r}, the state of no parameter of this model')
         p = params[parameter]
         scalar = key == 'step'
-        state = torch.zeros((), device=tensor.device) if scalar else torch.empty_like(p)
+        state = torch.zeros((), device=p.device) if scalar else torch.empty_like(p)
         fill(state, tensor, f'{path}: {name}')
         owner[p].state[p][key] = state
 

@@ -5,6 +5,7 @@ variables; without torchrun there is one process and everything here is a no-op.
 """
 import atexit
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -39,13 +40,15 @@ def find_ranks() -> Ranks:
                  int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1)))
 
 
-def start(ranks: Ranks, device, timeout_minutes: float) -> None:
+def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), if there is more than one process.
 
-    A rank that waits for others longer than timeout_minutes gives up.
+    A rank that waits for others longer than timeout_minutes gives up; its message names the step
+    after `progress.step`.
     """
     global patient_group
     if ranks.world > 1:
+        sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress)
         if device.kind == 'mps':
             stop('device=mps: PyTorch cannot train on several Apple GPUs; use one process')
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.kind == 'cuda' else 'gloo',
@@ -114,19 +117,16 @@ def broadcast(value, patient: bool = False):
     return json.loads(bytes(data.tolist()))
 
 
-@contextlib.contextmanager
-def explained(ranks: Ranks, progress):
-    """Turns the error that silent or lost ranks cause in this one into a stop with a message.
-
-    `progress.step` is the number of steps done.
-    """
-    try:
-        yield
-    except RuntimeError as e:  # gloo's errors have no class of their own
-        if ranks.world == 1 or not (isinstance(e, dist.DistError) or 'gloo' in str(e)):
-            raise
-        # The interpreter would wait for gloo's threads, and those for ranks that are gone.
-        atexit.register(lambda: (sys.stdout.flush(), os._exit(2)))
-        what = 'heard nothing from' if 'imed out' in str(e) else 'lost'
-        stop(f'rank {ranks.rank} of {ranks.world} {what} another rank in step {progress.step + 1}, '
-             f'so it ends ({str(e).strip().splitlines()[0]}); the same command resumes the run')
+def explain(otherwise, ranks: Ranks, progress, kind, error, trace) -> None:
+    """Says in one line that other ranks are silent or lost, if that is what ended this process."""
+    lost = isinstance(error, dist.DistError) or 'gloo' in str(error)    # gloo has no class for it
+    if not lost:
+        otherwise(kind, error, trace)
+        return
+    what = 'heard nothing from' if 'imed out' in str(error) else 'lost'
+    print(f'[rank {ranks.rank}] error: {what} another of {ranks.world} ranks in step '
+          f'{progress.step + 1} ({str(error).strip().splitlines()[0]}); so this one ends, and the '
+          'same command resumes the run', file=sys.stderr, flush=True)
+    # The interpreter would wait for gloo's threads, and those for ranks that are gone. It has
+    # waited for other threads, such as one that saves, when this is called.
+    atexit.register(os._exit, 2)

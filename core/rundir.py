@@ -9,45 +9,72 @@ import platform
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import torch
 
 from core import checkpoint
+from core.checkpoint import Saver
 from core.settings import stop, warn
 
 
-def find_run(base: Path, identity: dict, insist: bool = False) -> tuple[str, dict | None]:
-    """Where a run with this identity goes: (directory, state of the checkpoint to resume from).
+def find_run(base: Path, identity: dict, insist: bool = False) -> tuple[Saver, dict | None]:
+    """Where a run with this identity goes: (its locked directory, state to resume from or None).
 
     An unfinished run of the same identity under `base`, `base`-2, ... is resumed; otherwise the
     first free name begins a new one (state None). With `insist` (init_from=resume) it is the one in
     `base`: what has changed is a warning, or a stop where it makes the checkpoint useless.
     """
-    number, folder = 1, base
-    while not insist:
-        if not checkpoint.steps(folder):  # nothing there, or it ended before its first one
-            if number > 1:
-                print(f'{base} holds another or a finished run, so this one is {folder}')
-            return str(folder), None
-        if not is_finished(folder):
-            state = checkpoint.read_state(folder, checkpoint.newest(folder))
-            if state['identity'] == identity:
-                print(f'resuming {folder} after step {state["step"]}: nothing that matters has '
-                      'changed')
-                return str(folder), state
+    if insist:
+        if not checkpoint.steps(base):
+            stop(f'init_from=resume: {base} holds no checkpoint; start it without init_from')
+        saver = Saver(base)
+        return saver, check_changes(base, read_newest(saver), identity)
+    number = 0
+    while True:
         number += 1
-        folder = base.with_name(f'{base.name}-{number}')
-    if not checkpoint.steps(base):
-        stop(f'init_from=resume: {base} holds no checkpoint; start it without init_from')
-    state = checkpoint.read_state(base, checkpoint.newest(base))
+        folder = base if number == 1 else base.with_name(f'{base.name}-{number}')
+        # Nobody else may write while it is looked at; but another run's directory is passed by.
+        if is_finished(folder) or checkpoint.steps(folder) and identity != identity_of(folder):
+            continue
+        saver = Saver(folder)
+        if is_finished(folder):     # since it was first looked at
+            saver.lock.close()
+            continue
+        if checkpoint.steps(folder):
+            state = read_newest(saver)
+            print(f'resuming {folder} after step {state["step"]}: nothing that matters has changed')
+            return saver, state
+        if number > 1:
+            print(f'{base} holds another or a finished run, so this one is {folder}')
+        return saver, None
+
+
+def read_newest(saver: Saver) -> dict:
+    """The state of the newest undamaged checkpoint. Stops if there is none."""
+    saver.saved = checkpoint.newest(saver.run)
+    return checkpoint.read_state(saver.run, saver.saved)
+
+
+def identity_of(folder: Path) -> dict | None:
+    """The identity with which a run was begun or last resumed."""
+    found = [e['identity'] for e in events(folder) if 'identity' in e]
+    return found[-1] if found else None
+
+
+def check_changes(base: Path, state: dict, identity: dict) -> dict:
+    """The state, if it can be resumed with another identity; each change is a warning or a stop."""
     for name, was, now in differences(state['identity'], identity):
         what = f'{name} is {now}, but was {was} when {base} was begun'
         if name.split('.')[0] in ('architecture', 'data', 'tokenizer') or name == \
                 'optimizer.optimizer':
             stop(f'init_from=resume: {what}; restore it, or start a new run with --out_dir')
+        if name == 'schedule.max_minutes' and now:
+            stop(f'init_from=resume: {what}; give the number of steps instead: --max_minutes=0 '
+                 '--max_steps=...')
         warn(what)
-    return str(base), state
+    return state
 
 
 def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
@@ -71,19 +98,23 @@ def is_finished(folder: Path) -> bool:
 class StopRequest:
     """Notes that SIGTERM, SIGUSR1 or Ctrl-C asks this process to end; a second one ends it at once.
 
-    A context; `asked` is the signal's name, '' before one comes.
+    A context; `asked` is the signal's name, '' before one comes. A second one so soon after it that
+    no person can have sent it is the same one again: Slurm signals every process of a job, and
+    torchrun hands its own signal on to those that have had it already.
     """
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __enter__(self):
-        self.asked = ''
+        self.asked, self.since = '', 0.0
         self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
         return self
 
     def receive(self, number, frame) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self.since > 0.5:
             os._exit(128 + number)
-        self.asked = signal.Signals(number).name
+        if self.asked:
+            return
+        self.asked, self.since = signal.Signals(number).name, time.monotonic()
         # print() is not allowed here: the signal may have come in the middle of another print()
         os.write(2, f'\n{self.asked}: ends after this step and a checkpoint; once more: at '
                     'once\n'.encode())
@@ -97,13 +128,13 @@ class Log:
     """Appends events to log.jsonl, one JSON object a line; does nothing when `folder` is None.
 
     The numbers of an event that has a step also go to `others`, functions of (step, numbers). A
-    full disk is a warning: what could not be written is written with a later event.
+    full disk is a warning: what could not be written is kept, and written with a later event.
     """
 
     def __init__(self, folder: Path | None, others=()):
-        self.file, self.others = None, others
+        self.file, self.others, self.pending = None, others, b''
         if folder:
-            self.file = open(folder / 'log.jsonl', 'a', encoding='utf-8')
+            self.file = open(folder / 'log.jsonl', 'ab', buffering=0)
 
     def write(self, event: str, **fields) -> None:
         """Append one event."""
@@ -111,9 +142,10 @@ class Log:
             return
         fields = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x
                   for name, x in fields.items()}  # JSON knows neither NaN nor infinity
+        self.pending += (json.dumps({'event': event, **fields}) + '\n').encode()
         try:
-            self.file.write(json.dumps({'event': event, **fields}) + '\n')
-            self.file.flush()
+            while self.pending:
+                self.pending = self.pending[self.file.write(self.pending):]
         except OSError as e:
             warn(f'{self.file.name} cannot be written now ({e.strerror}); the run goes on')
         numbers = {name: x for name, x in fields.items() if type(x) in (int, float)}
@@ -173,7 +205,7 @@ def start_log(run: Path, state: dict | None, settings: dict, sources, others, **
             shutil.copy(source, run)
         log = Log(run, others)
     except OSError as e:
-        stop(f'{e.filename}: {e.strerror}; make room, or choose another --out_dir')
+        stop(f'{e.filename or run}: {e.strerror}; make room, or choose another --out_dir')
     log.write('start', settings=settings, git=git_hash(), **facts,
               versions={'python': platform.python_version(), 'torch': torch.__version__})
     return log
@@ -195,7 +227,7 @@ def service_loggers(run: Path, settings: dict, wandb: bool, tensorboard: bool) -
 
 
 def plot_losses(run: Path) -> bool:
-    """Draw loss.png from log.jsonl; False where matplotlib is not installed."""
+    """Draw loss.png from log.jsonl; False where that cannot be done (no matplotlib, no room)."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -209,7 +241,11 @@ def plot_losses(run: Path) -> bool:
     axes.set(xlabel='step', ylabel='nats per token', title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(run / 'loss.png', dpi=120)
+    try:
+        figure.savefig(run / 'loss.png', dpi=120)
+    except OSError as e:
+        warn(f'{run}/loss.png could not be written ({e.strerror})')
+        return False
     return True
 
 

@@ -4,6 +4,7 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 
 import argparse
+import gc
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def run_train(tmp_path, text_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(**settings):
+        gc.collect()    # closes the locks of runs that were stopped, as the end of a process does
         settings = {**TINY, 'dataset': str(text_file), **settings}
         with monkeypatch.context() as patch:
             for name, value in settings.items():

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_run_directory(run_train):
     assert run == Path('out/tiny') and out['step'] == 6
     log = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
     assert log[0]['event'] == 'start' and log[-1]['event'] == 'end'
-    assert log[0]['settings']['n_embd'] == 32 and log[0]['dataset']['sha256']
+    assert log[0]['settings']['n_embd'] == 32 and log[0]['identity']['data']['sha256']
     steps = [e for e in log if e['event'] == 'step']
     assert [e['step'] for e in steps] == [1, 2, 3, 4, 5, 6]
     assert {'tokens', 'seconds', 'train_loss', 'learning_rate', 'grad_norm', 'tokens_per_second',
@@ -108,12 +109,35 @@ def test_init_from_resume(run_train, capsys, tmp_path):
             init_from='resume', n_layer=3)
     stopped(capsys, run_train, 'optimizer.optimizer is muon', out_dir='out/a', init_from='resume',
             optimizer='muon')
+    stopped(capsys, run_train, 'schedule.max_minutes is 1', '--max_steps', out_dir='out/a',
+            init_from='resume', max_minutes=1.0)
     other = tmp_path / 'other.txt'
     other.write_text('a completely different text, again and again. ' * 300)
-    stopped(capsys, run_train, 'architecture', out_dir='out/a', init_from='resume',
+    stopped(capsys, run_train, 'architecture.vocab_size', out_dir='out/a', init_from='resume',
             dataset=str(other))
-    stopped(capsys, run_train, 'out/none holds no checkpoint', out_dir='out/none',
-            init_from='resume')
+
+
+def test_resume_with_other_data_or_tokenizer_is_refused(run_train, capsys, tmp_path, monkeypatch):
+    """Also where the model would fit: the same number of characters, or the same characters."""
+    text = tmp_path / 'a.txt'
+    text.write_text('to be, or not to be: that is the question. ' * 300)
+    run_train(out_dir='out/a', dataset=str(text))
+    same = dict(out_dir='out/a', init_from='resume')
+    for old, new in (('question', 'noitseuq'), ('q', 'Q')):
+        text.write_text(text.read_text().replace(old, new))
+        shutil.rmtree('data')
+        stopped(capsys, run_train, 'data.sha256 is ', 'but was', 'restore it', dataset=str(text),
+                **same)
+    text.write_text(text.read_text().replace('Q', 'q').replace('noitseuq', 'question'))
+    shutil.rmtree('data')
+    with monkeypatch.context() as patch:
+        real = train.prepare.read_meta
+        patch.setattr(train.prepare, 'read_meta', lambda data: real(data) | {'val_tokens': 7})
+        stopped(capsys, run_train, 'data.val_tokens is 7', dataset=str(text), **same)
+    with monkeypatch.context() as patch:
+        identity = train.run_identity
+        patch.setattr(train, 'run_identity', lambda *args: identity(*args) | {'tokenizer': 'x'})
+        stopped(capsys, run_train, 'tokenizer is x, but was', dataset=str(text), **same)
 
 
 def test_eval_only_writes_nothing(run_train, capsys, tmp_path):

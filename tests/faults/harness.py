@@ -2,6 +2,7 @@
 
 Processes are forked from one that has imported torch already, so that a start takes a second.
 """
+import atexit
 import itertools
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import resource
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,7 +55,13 @@ def child(folder, output, env, settings, inject) -> None:
     train.hardware.peak_flops = quick_peak
     if inject:
         inject(train, int(env.get('RANK', 0)))
-    train.main()
+    try:
+        train.main()
+    except Exception:   # what the interpreter of a script does with it
+        sys.excepthook(*sys.exc_info())
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.exit(1)
 
 
 class Ranks:
@@ -157,7 +165,7 @@ def assert_same(run, other) -> None:
 
 def assert_clean(run) -> None:
     """Nothing temporary is left, and every checkpoint is whole."""
-    assert not list(Path(run).glob('.tmp*'))
+    assert not [*Path(run).glob('.tmp*'), *Path(run).glob('.old*')]
     for step in checkpoint.steps(run):
         assert checkpoint.damage(checkpoint.step_folder(run, step)) == ''
 

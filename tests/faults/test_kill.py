@@ -1,13 +1,15 @@
 """SIGKILL at any time: the run goes on as if nothing had happened."""
-import gc
+import itertools
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 from harness import Ranks, assert_clean, assert_same, finished, last_step, note
 
+import train
 from core import checkpoint, rundir
 
 LONG = dict(eval_interval=40, save_interval=8, optimizer='muon', dropout=0.1)
@@ -63,7 +65,7 @@ def check_kills(tmp_path, text_file, world, kills, compiled, label) -> None:
     assert_same(tmp_path / 'out/whole', tmp_path / 'out/cut')
     assert_clean(tmp_path / 'out/cut')
     interval = settings['save_interval']
-    assert lost_outside <= interval and lost_inside < 2 * interval
+    assert lost_outside <= interval and lost_inside <= 2 * interval
     note(f'SIGKILL, {label}', hits,
          f'weights, optimizer state and log bitwise those of an uninterrupted run; {inside} hit a '
          f'save; at most {lost_outside} steps lost outside of one (saves are {interval} apart), '
@@ -99,7 +101,6 @@ def killed_at(monkeypatch, target, name, number, before=True):
 
 def test_killed_within_an_epoch_and_at_its_boundary(run_train, monkeypatch):
     """27,000 tokens in batches of 32 x 32: epochs of 26.4 steps; batch 26 is of both."""
-    import train
     settings = dict(max_steps=60, batch_size=32, eval_interval=100, save_interval=1, dropout=0.1)
     run_train(out_dir='out/whole', **settings)
     at = 0
@@ -109,7 +110,6 @@ def test_killed_within_an_epoch_and_at_its_boundary(run_train, monkeypatch):
             killed_at(patch, train, 'train_step', kill - at + 1)
             with pytest.raises(Killed):
                 run_train(out_dir='out/cut', **settings)
-        gc.collect()    # closes the lock, as the end of a process does
         at = kill
         assert checkpoint.steps('out/cut')[-1] == kill
     run_train(out_dir='out/cut', **settings)
@@ -134,9 +134,38 @@ def test_killed_between_any_two_steps_of_a_save(run_train, monkeypatch, name):
                 with pytest.raises(Killed):
                     run_train(out_dir=run, **settings)
             tries += 1
-            gc.collect()
             assert run_train(out_dir=run, **settings)['run_dir'] == run
             assert_same(whole, run)
             assert_clean(run)
     note('killed before or after any fsync, rename or mkdir of a save', tries,
+         'bitwise equal, nothing left behind')
+
+
+@pytest.mark.parametrize('target, name', [
+    (os, 'rename'), (shutil, 'rmtree'), pytest.param(os, 'fsync', marks=pytest.mark.slow)])
+def test_killed_while_a_step_is_saved_again(run_train, monkeypatch, target, name):
+    """A signal cut an evaluation short; resumed, its step is saved anew, with the evaluation."""
+    settings = dict(max_steps=6, eval_interval=3, dropout=0.1)
+    whole = run_train(out_dir='out/whole', **settings)['run_dir']
+    tries = 0
+    for number, before in itertools.product(range(1, 12), (True, False)):
+        run = f'out/cut-{number}-{before}'
+        with monkeypatch.context() as patch:
+            real = train.train_step
+            patch.setattr(train, 'train_step', lambda *args: (*real(*args)[:3], args[7] == 2))
+            assert run_train(out_dir=run, **settings)['stopped']
+        assert checkpoint.read_state(run, 3)['evaluated'] < 3
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.threading, 'Thread', Inline)
+            killed_at(patch, target, name, number, before)
+            try:
+                run_train(out_dir=run, **settings)
+                break       # fewer calls than that
+            except Killed:
+                tries += 1
+        assert run_train(out_dir=run, **settings)['run_dir'] == run
+        assert_same(whole, run)
+        assert_clean(run)
+    assert tries >= 2
+    note('killed while a step is saved for the second time', tries,
          'bitwise equal, nothing left behind')
