@@ -27,9 +27,9 @@ def find_run(base: Path, identity: dict, insist: bool = False) -> tuple[Saver, d
     `base`: what has changed is a warning, or a stop where it makes the checkpoint useless.
     """
     if insist:
-        if not checkpoint.steps(base):
+        saver = Saver(base) if base.is_dir() else None
+        if not saver or not checkpoint.steps(base):
             stop(f'init_from=resume: {base} holds no checkpoint; start it without init_from')
-        saver = Saver(base)
         return saver, check_changes(base, read_newest(saver), identity)
     number = 0
     while True:
