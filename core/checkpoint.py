@@ -6,6 +6,7 @@ name; what a disk does to it afterwards shows in the hashes. Tensors are stored 
 parameter's name: a checkpoint does not know how many processes wrote it, and any number of them can
 read the parts they need. docs/formats.md has the details.
 """
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -158,7 +159,7 @@ def lock(folder: Path):
 class Saver:
     """Writes the checkpoints of a run: the files at once, flushing and hashing in a thread.
 
-    Holds the lock of the run directory. `saved` is the last step that is complete, 0 without one.
+    Holds the lock of the run directory. `saved` is the newest step if it is complete, else 0.
     """
 
     def __init__(self, run: Path):
@@ -172,7 +173,8 @@ class Saver:
             if final.exists():
                 shutil.rmtree(old, ignore_errors=True)
             else:
-                os.rename(old, final)
+                with contextlib.suppress(OSError):  # on a failing disk: at the next start
+                    os.rename(old, final)
         for tmp in self.run.glob('.tmp-step-*'):
             shutil.rmtree(tmp, ignore_errors=True)
 
@@ -183,6 +185,7 @@ class Saver:
         it was. Stops if a tensor is not finite.
         """
         self.wait()
+        self.saved = 0      # until this one is complete
         files = {'model': model_tensors(model), 'optimizer': optimizer_tensors(model, optimizers)}
         for name, tensor in (item for tensors in files.values() for item in tensors.items()):
             if not torch.linalg.vector_norm(tensor, math.inf).isfinite():
@@ -217,11 +220,11 @@ class Saver:
             if final.exists():  # the same step again, or damaged: there until the new one is
                 os.rename(final, self.run / f'.old-{final.name}')
             os.rename(tmp, final)
-            self.saved = step
             flush(self.run)
         except OSError as e:
             self.give_up(step, e)
             return
+        self.saved = step
         self.clean_up()
         before = [old for old in steps(self.run) if old < step][-1:]
         for old in set(steps(self.run)) - {state['best_step'], step, *before}:
@@ -230,11 +233,8 @@ class Saver:
     def give_up(self, step: int, e: Exception) -> None:
         """After an error of the file system: put back what was there, and say so."""
         self.clean_up()
-        if self.saved == step:
-            warn(f'step-{step:08d} is written, but perhaps not on the disk yet ({e})')
-        else:
-            warn(f'step-{step:08d} could not be written ({e}); the checkpoints before it are as '
-                 'they were, and the run goes on')
+        warn(f'step-{step:08d} could not be written ({e}); the checkpoints before it are as they '
+             'were, and the run goes on')
 
     def last_good(self) -> str:
         """A phrase that names the newest undamaged checkpoint."""

@@ -225,12 +225,21 @@ def test_depth_is_one_knob(run_train, capsys, monkeypatch):
     (dict(device='cuda'), ['device=cuda', '--device=cpu']),
     (dict(dtype='int8'), ['dtype=int8', 'bfloat16']),
     (dict(init_from='nowhere'), ['init_from=nowhere']),
+    (dict(timeout_minutes=0.0), ['timeout_minutes=0.0', 'at least']),
+    (dict(spike_sigma=-1.0), ['spike_sigma=-1.0', 'at least 0']),
 ])
 def test_bad_settings(run_train, capsys, tmp_path, settings, parts):
     if settings.get('device') == 'cuda' and torch.cuda.is_available():
         pytest.skip('this machine has a GPU')
     stopped(capsys, run_train, *parts, **settings)
     assert not (tmp_path / 'out').exists()
+
+
+def test_out_dir_that_cannot_be(run_train, capsys, tmp_path):
+    (tmp_path / 'file').write_text('')
+    stopped(capsys, run_train, 'file', 'choose another --out_dir', out_dir='file')
+    stopped(capsys, run_train, 'file/run', 'choose another --out_dir', out_dir='file/run')
+    assert (tmp_path / 'file').read_text() == ''
 
 
 def test_damaged_data(run_train, capsys, tmp_path):
