@@ -164,12 +164,12 @@ def test_ctrl_c_at_the_command_line(tmp_path, text_file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', SIGNALS)
-def test_signal_to_torchrun(tmp_path, text_file, number, monkeypatch):
+def test_signal_to_torchrun(tmp_path, text_file, number):
     """It hands the signal on to its processes, which save; its own exit status is 1."""
-    monkeypatch.setenv('TORCHELASTIC_SIGNALS_TO_HANDLE', 'SIGTERM,SIGINT,SIGUSR1')
     run = tmp_path / 'out/a'
     process = start_train(tmp_path, sys.executable, '-m', 'torch.distributed.run',
                           '--nproc_per_node=2', f'--master_port={30100 + os.getpid() % 400}',
+                          '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1',
                           dataset=text_file, out_dir='out/a', max_steps=100_000,
                           eval_interval=100_000)
     wait_for_step(run, process)
