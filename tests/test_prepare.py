@@ -354,7 +354,7 @@ def test_no_network(monkeypatch, capsys):
     assert snapshot('data') == {}
 
 
-MIRROR = os.environ.get('DATA_MIRROR', '')
+MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRROR'])
 
 
 @pytest.mark.skipif(not MIRROR or not Path(MIRROR, 'shakespeare.txt').is_file(),
