@@ -110,6 +110,7 @@ class StopRequest:
         return self
 
     def receive(self, number, frame) -> None:
+        """The handler: note the first signal, end at the second."""
         if self.asked and time.monotonic() - self.since > 0.5:
             os._exit(128 + number)
         if self.asked:
