@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import prepare
 import train
 from core import device as hardware
 from core import tokenizer as tokenizers
@@ -89,7 +88,7 @@ def bench_train() -> dict:
     dev = hardware.choose(train.device, train.dtype, train.compile, train.threads)
     print(*dev.why, sep='\n')
     known = train.vocab_size or len(tokenizers.load(
-        prepare.build(train.dataset, train.data_dir) / 'tokenizer.json'))
+        train.get_data(Ranks())[0] / 'tokenizer.json'))
     config = train.model_config(known)
     rows = train.micro_batch_size or hardware.fit_micro_batch(
         dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)

@@ -494,14 +494,18 @@ class LSTM(nn.Module):
         return self.lm_head(last_positions(x, n_logits, n_real) if n_logits else x)
 
 
-def build_model(config: GPTConfig, seed: int = 0, device='cpu') -> nn.Module:
-    """A model with initialized fp32 weights on `device`; the same weights for the same seed."""
+def build_model(config: GPTConfig, seed: int | None = 0, device='cpu') -> nn.Module:
+    """A model with initialized fp32 weights on `device`; the same weights for the same seed.
+
+    With seed None the weights are left as the memory was, for whoever loads others.
+    """
     with torch.device('meta'):
         model = LSTM(config) if config.arch == 'lstm' else GPT(config)
     model.to_empty(device=device)
     if config.tied:
         model.lm_head.weight = model.wte.weight
-    init_weights(model, seed)
+    if seed is not None:
+        init_weights(model, seed)
     return model
 
 
@@ -532,6 +536,20 @@ def init_weights(model: nn.Module, seed: int) -> None:
             generator = torch.Generator(p.device)
             generator.manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
             p.normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Fill a model with the weights of another that may know fewer tokens, or more positions.
+
+    The rows of new tokens are the mean of the others, which makes them as improbable as any: the
+    logit of a row of zeros would be 0, where GPT-2's are around -100.
+    """
+    known = dict(source.named_parameters())
+    for name, p in target.named_parameters():
+        n = min(len(p), len(known[name]))
+        p[:n] = known[name][:n]
+        p[n:] = known[name].mean(dim=0)
 
 
 def count_parameters(model: nn.Module) -> int:

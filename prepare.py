@@ -1,8 +1,8 @@
 """Raw text to token shards: python prepare.py shakespeare, or python prepare.py my_novels/.
 
 A dataset is a folder data/<name>/ with shards of token ids, tokenizer.json and meta.json. It is
-named (RECIPES below), or made from any local text file or folder of text. train.py calls `build`
-by itself for a dataset that is missing.
+named (RECIPES below), or made from any local text file or folder of text, with a tokenizer that is
+trained on it or brought along. train.py calls `build` by itself for a dataset that is missing.
 """
 import contextlib
 import fcntl
@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from core import checkpoint, hf
 from core import tokenizer as tokenizers
+from core.clean import gutenberg_encoding, strip_gutenberg
 from core.dataset import NoNetwork, ShardWriter, fetch
 from core.settings import check_bounds, check_choice, configure, stop, warn
 
@@ -26,14 +28,15 @@ POSITIONAL = ('dataset',)
 
 dataset = ''                # a name (see RECIPES), or a text file or a folder of text files
 name = ''                   # folder under data_dir; '': the dataset's, or <path's>_<tokenizer>
-tokenizer = ''              # char or byte; '': the named dataset's own, char for a path
+tokenizer = ''              # char, byte, bpe, gpt2, or where a model is whose tokenizer is taken;
+                            # '': the named dataset's own, char for a path
+vocab_size = 0              # tokens of a bpe, special ones included; 0: the dataset's own, or 4,096
 val_fraction = 0.1          # the last part of the characters, kept for validation
 errors = 'strict'           # invalid UTF-8: strict stops at it, replace puts U+FFFD and counts
 shard_tokens = 100_000_000  # most tokens in one shard file
 data_dir = 'data'           # where datasets and downloads live
 
 TEXT_SUFFIXES = ('.txt', '.md', '.rst', '.py')
-BLOCK = 1 << 20             # characters encoded at a time
 
 
 class Document(NamedTuple):
@@ -49,17 +52,18 @@ class Recipe(NamedTuple):
     licence: str
     tokenizer: str
     documents: Callable[[str], Iterator[Document]]  # takes the folder for downloads
+    vocab_size: int = 0     # of a bpe
 
 
 # ---------------------------------------------------------------------------------------------
 # Raw text
 
 
-def read_text(path: Path, errors: str = 'strict') -> Document:
-    """One UTF-8 text file, without a byte order mark and with \\n line ends.
+def read_text(path: Path, errors: str = 'strict', encoding: str = 'utf-8') -> Document:
+    """One text file, without a byte order mark and with \\n line ends.
 
     Stops, naming file and byte offset, if it is binary, empty or (unless errors='replace') not
-    valid UTF-8.
+    valid in its encoding.
     """
     try:
         raw = path.read_bytes()
@@ -68,7 +72,7 @@ def read_text(path: Path, errors: str = 'strict') -> Document:
     if (at := raw.find(b'\0')) >= 0:
         stop(f'{path}: a binary file (NUL byte at offset {at}); only text can be prepared')
     try:
-        text, replaced = raw.decode('utf-8'), 0
+        text, replaced = raw.decode(encoding), 0
     except UnicodeDecodeError as e:
         if errors == 'strict':
             stop(f'{path}: invalid UTF-8 at byte offset {e.start} (0x{raw[e.start]:02x}); '
@@ -110,12 +114,59 @@ def python_char(downloads: str) -> Iterator[Document]:
         yield read_text(path)._replace(source=path.name)
 
 
+def python(downloads: str) -> Iterator[Document]:
+    """All of the running Python's standard library but its tests."""
+    library = Path(sysconfig.get_paths()['stdlib'])
+    apart = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'lib2to3'}
+    for path in sorted(library.rglob('*.py')):
+        if not apart & set(path.relative_to(library).parts) and path.read_bytes().strip():
+            yield read_text(path)._replace(source=str(path.relative_to(library)))
+
+
+AUSTEN = {  # name -> repository of GITenberg, file, commit, SHA-256
+    'emma': (
+        'Emma_158', '158-0.txt', '9943f6422b9246e7ad37625d6bd014b035fbfdea',
+        '89b601ce13c21eca31766bdd1a554842fc9ecb7d3638cc769f41712a523e24cf'),
+    'lady_susan': (
+        'Lady-Susan_946', '946.txt', '6894e1c45de254d687d5a6b50f81e877e540c842',
+        'ec421b0d2419494da0ba8db1b950b510ccbbebe3cf75bf15271c00b4334ff136'),
+    'mansfield_park': (
+        'Mansfield-Park_141', '141-0.txt', '013305e32f51ac4db88f39e220cb65d390213336',
+        '15904304b4c9dd3847a96d60707e6ffb30e3558557e3cff7bc8887d17e145ba8'),
+    'northanger_abbey': (
+        'Northanger-Abbey_121', '121-0.txt', 'c1b554e6d17c67d26b4fbd4bcc92d7eb4f27b2e7',
+        'bbd0f21dbcd079832245a4b9990caeada34965059974a99d2990507461b8647f'),
+    'persuasion': (
+        'Persuasion_105', '105-8.txt', 'd408e95fc4098953e8dd8eb7cac6023802cb54f4',
+        'cce830b4ba2eb09dd95c49bd1a2b55db9d859f21064da933b7f3abab73d02ebe'),
+    'pride_and_prejudice': (
+        'Pride-and-Prejudice_1342', '1342-0.txt', '81db45c9c48c592f0b77f01fc59e677ad0a5634e',
+        '48e0522844402a86a3ea98f0947ba85ea54838db3c59022299298ed968a5a163'),
+    'sense_and_sensibility': (
+        'Sense-and-Sensibility_161', '161.txt', '1cd7ffed1c21536f6ee2fea4d68c96e2c12ce14c',
+        '9109bd8aabe8f36d0814bd6f5afad1e278b1369d66c0d3846667f0659e119d27'),
+}
+
+
+def austen(downloads: str) -> Iterator[Document]:
+    """Jane Austen's seven novels without Project Gutenberg's header and licence."""
+    for name, (repository, file, commit, sha256) in AUSTEN.items():
+        path = fetch(f'austen/{name}.txt', 'https://raw.githubusercontent.com/GITenberg/'
+                     f'{repository}/{commit}/{file}', downloads, sha256)
+        document = read_text(path, encoding=gutenberg_encoding(path.read_bytes()))
+        yield document._replace(text=strip_gutenberg(document.text))
+
+
 RECIPES = {
     'shakespeare': Recipe('tiny Shakespeare: 40,000 lines of his plays, 1.1 MB',
                           'public domain', 'char', shakespeare),
     # Bytes, not characters: 9 modules use 60 rare characters, which would only widen the model.
     'python_char': Recipe('source of the Python standard library on this machine, about 5 MB',
                           'PSF License Version 2', 'byte', python_char),
+    'python': Recipe('source of the Python standard library on this machine, without its tests',
+                     'PSF License Version 2', 'bpe', python, 8192),
+    'austen': Recipe("Jane Austen's seven novels, 4.4 MB", 'public domain in the US', 'bpe', austen,
+                     4096),
 }
 # Sets that are too large to be downloaded unasked.
 LARGE = {'openwebtext': ('9 billion tokens of web pages, as GPT-2 was trained on',
@@ -127,7 +178,7 @@ LARGE = {'openwebtext': ('9 billion tokens of web pages, as GPT-2 was trained on
 
 def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str = '',
           val_fraction: float | None = None, errors: str = 'strict',
-          shard_tokens: int = 100_000_000) -> Path:
+          shard_tokens: int = 100_000_000, vocab_size: int = 0) -> Path:
     """Make the dataset unless it is there already, and return its folder.
 
     `dataset` is a named dataset, a folder under `data_dir`, or a path to text. A dataset made from
@@ -151,14 +202,17 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
     if not recipe and not path.exists():
         stop(f'dataset {dataset!r}: neither a named dataset ({", ".join([*RECIPES, *LARGE])}), '
              f'nor a folder in {data_dir}/, nor a path to text')
-    kind = tokenizer or (recipe.tokenizer if recipe else 'char')
-    name = name or (dataset if recipe and kind == recipe.tokenizer else f'{path.stem}_{kind}')
+    name = name or folder_name(dataset, tokenizer, vocab_size)
     if name in ('', '.', '..', 'downloads') or name != Path(name).name:
         stop(f'name={name}: must be a plain folder name (other than downloads)')
     folder = Path(data_dir) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f'.{name}.lock')):
-        wanted = {'source': dataset if recipe else str(path.resolve()), 'tokenizer': kind}
+        wanted = {'source': dataset if recipe else str(path.resolve()),
+                  'tokenizer': tokenizer_label(dataset, tokenizer, vocab_size)}
+        ready = ready_tokenizer(tokenizer or (recipe.tokenizer if recipe else ''), data_dir)
+        if ready:   # of which nothing is learnt from the text
+            wanted['tokenizer_hash'] = ready.hash()
         if val_fraction is not None:
             wanted['val_fraction'] = val_fraction
         if recipe and up_to_date(folder, wanted):  # a recipe's text does not change
@@ -170,15 +224,63 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
             meta = {'name': name, 'about': recipe.about if recipe else f'text from {dataset}',
                     'licence': recipe.licence if recipe else 'unknown: your own text',
                     'val_fraction': 0.1, **wanted}
-            write_dataset(folder, documents, meta, shard_tokens)
+            whole = ''.join(document.text for document in documents)
+            tok = ready or learn_tokenizer(
+                wanted['tokenizer'], whole[:int(len(whole) * (1 - meta['val_fraction']))], whole)
+            write_dataset(folder, documents, tok, meta, shard_tokens)
     return folder
 
 
-def find(dataset: str, data_dir: str = 'data') -> Path:
+def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
+    """Names a tokenizer in one word: char, byte, gpt2, bpe4096, or the last part of a path."""
+    recipe = RECIPES.get(dataset)
+    kind = tokenizer or (recipe.tokenizer if recipe else 'char')
+    if kind not in (*tokenizers.KINDS, *hf.GPT2_SIZES) and '/' not in kind and \
+            not Path(kind).exists():
+        stop(f'tokenizer={kind}: must be char, byte, bpe, gpt2, or where a model is: a run, a '
+             'folder, or a name on the hub such as Qwen/Qwen3-0.6B')
+    if kind != 'bpe':
+        return Path(kind).name
+    size = vocab_size or (recipe.vocab_size if recipe else 0) or 4096
+    if size < 256 + len(tokenizers.SPECIAL):
+        stop(f'vocab_size={size}: a bpe has at least {256 + len(tokenizers.SPECIAL)} tokens: the '
+             'bytes and the special ones')
+    return f'bpe{size}'
+
+
+def folder_name(dataset: str, tokenizer: str, vocab_size: int) -> str:
+    """The name of a dataset's folder: that of a named one with its own tokenizer, or
+    <dataset>_<tokenizer>."""
+    label = tokenizer_label(dataset, tokenizer, vocab_size)
+    own = dataset in RECIPES and label == tokenizer_label(dataset, '', 0)
+    return dataset if own else f'{Path(dataset).stem}_{label}'
+
+
+def ready_tokenizer(tokenizer: str, data_dir: str):
+    """A tokenizer that needs no training: gpt2, or that of a model (see find_model); or None."""
+    if tokenizer in ('', *tokenizers.KINDS):
+        return None
+    if tokenizer in hf.GPT2_SIZES:
+        return tokenizers.gpt2(Path(data_dir) / 'downloads')
+    return checkpoint.load_tokenizer(tokenizer, data_dir)
+
+
+def learn_tokenizer(label: str, text: str, whole: str):
+    """A tokenizer for the training text; characters are taken from the validation text as well."""
+    if label.startswith('bpe'):
+        tok = tokenizers.BPETokenizer.train([text], int(label[3:]))
+        if len(tok) < int(label[3:]):
+            warn(f'vocab_size={label[3:]}: after {len(tok):,} tokens no pair of them occurs twice, '
+                 'so there are no more')
+        return tok
+    return tokenizers.KINDS[label].train(whole)
+
+
+def find(dataset: str, data_dir: str = 'data', tokenizer: str = '', vocab_size: int = 0) -> Path:
     """The folder of a dataset that is there already. Stops if it is not."""
     path = Path(dataset)
-    known = [path, Path(data_dir) / dataset, *(Path(data_dir) / f'{path.stem}_{kind}'
-                                               for kind in tokenizers.KINDS)]
+    known = [path, Path(data_dir) / dataset,
+             Path(data_dir) / folder_name(dataset, tokenizer, vocab_size)]
     found = [folder for folder in known if (folder / 'meta.json').is_file()]
     if not found:
         stop(f'dataset {dataset!r}: not prepared yet: python prepare.py {dataset}')
@@ -233,32 +335,33 @@ def up_to_date(folder: Path, wanted: dict) -> bool:
     return not changed
 
 
-def write_dataset(folder: Path, documents: list[Document], meta: dict, shard_tokens: int) -> None:
-    """Train the tokenizer, encode, and let the finished folder appear under its name at once."""
-    whole = ''.join(document.text for document in documents)
-    tok = tokenizers.KINDS[meta['tokenizer']].train(whole)
-    cut = int(len(whole) * (1 - meta['val_fraction']))
+def write_dataset(folder: Path, documents: list[Document], tok, meta: dict,
+                  shard_tokens: int) -> None:
+    """Encode, and let the finished folder appear under its name at once."""
+    characters = sum(len(document.text) for document in documents)
+    cut = int(characters * (1 - meta['val_fraction']))
     tmp = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     writers = {split: ShardWriter(tmp, split, len(tok), shard_tokens)
                for split in ('train', 'val')}
     position = 0
-    with tqdm(total=len(whole), unit='char', unit_scale=True, desc='encoding') as bar:
+    with tqdm(total=characters, unit='char', unit_scale=True, desc='encoding') as bar:
         for number, (_, text, _) in enumerate(documents):
             here = min(max(cut - position, 0), len(text))
             for split, part in (('train', text[:here]), ('val', text[here:])):
-                for i in range(0, len(part), BLOCK):
-                    writers[split].write(tok.encode(part[i:i + BLOCK]))
-                    bar.update(len(part[i:i + BLOCK]))
+                for block in tokenizers.blocks(part, 1 << 24):
+                    for ids in tok.encode_batch(list(tokenizers.blocks(block))):
+                        writers[split].write(ids)
+                    bar.update(len(block))
             position += len(text)
             if number < len(documents) - 1:
                 last = 'train' if position <= cut else 'val'
-                writers[last].write([tok.special['<|endoftext|>']])
+                writers[last].write([tok.eos])
     for writer in writers.values():
         writer.flush()
     tok.save(tmp / 'tokenizer.json')
-    meta |= {'documents': len(documents), 'characters': len(whole),
+    meta |= {'documents': len(documents), 'characters': characters,
              'bytes': sum(len(document.text.encode()) for document in documents),
              'replaced': sum(document.replaced for document in documents),
              'train_tokens': writers['train'].n_tokens, 'val_tokens': writers['val'].n_tokens,
@@ -283,10 +386,13 @@ def report(folder: Path, meta: dict) -> None:
 
 def main() -> dict:
     """Build the dataset that the settings name; returns its meta.json."""
-    check_bounds(globals(), val_fraction=(0, 0.9), shard_tokens=(1, None))
-    check_choice(globals(), tokenizer=('', *tokenizers.KINDS), errors=('strict', 'replace'))
+    check_bounds(globals(), val_fraction=(0, 0.9), shard_tokens=(1, None), vocab_size=(0, None))
+    check_choice(globals(), errors=('strict', 'replace'))
+    if vocab_size and not tokenizer_label(dataset, tokenizer, vocab_size).startswith('bpe'):
+        stop(f'vocab_size={vocab_size}: only a bpe can have any size; add --tokenizer=bpe')
     try:
-        folder = build(dataset, data_dir, name, tokenizer, val_fraction, errors, shard_tokens)
+        folder = build(dataset, data_dir, name, tokenizer, val_fraction, errors, shard_tokens,
+                       vocab_size)
     except NoNetwork as e:
         stop(no_network(dataset, e))
     print(f'ready: python train.py config/shakespeare.py --dataset={folder.name}')

@@ -1,5 +1,7 @@
 """Text from a trained model: python sample.py out/shakespeare --prompt="ROMEO:".
 
+The model is a run, a Hugging Face folder (GPT-2, Llama, Qwen3), or a name on its hub, like gpt2.
+
 The prompt comes from --prompt, from a file, from standard input, or, on a terminal, from the
 keyboard. Text goes to standard output as it comes, everything else to standard error.
 """
@@ -15,7 +17,7 @@ from model import generate
 
 POSITIONAL = ('run_dir',)
 
-run_dir = ''                # a run directory, such as out/shakespeare
+run_dir = ''                # a run such as out/shakespeare, a Hugging Face folder, or a name: gpt2
 step = 0                    # which checkpoint; 0: the best one
 prompt = ''                 # text to continue
 prompt_file = ''            # read the prompt from this file; - is standard input
@@ -85,7 +87,7 @@ def read_prompt() -> str | None:
 
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
-    end = tokenizer.special['<|endoftext|>']
+    end = tokenizer.eos
     stops = StopStrings([s.replace('\\n', '\n') for s in stop_strings.split(',') if s])
     to_text, written, n = tokenizer.stream(), [], 0
 
@@ -109,7 +111,7 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev) -> tuple[
 
 def write_samples(model, tokenizer, text: str, dev) -> list[str]:
     """Continue `text` num_samples times; prints tokens per second to standard error."""
-    ids = tokenizer.encode(text) or tokenizer.start()
+    ids = tokenizer.prompt(text)
     if len(ids) > model.config.block_size:
         warn(f'the prompt has {len(ids):,} tokens, the model sees the last '
              f'{model.config.block_size:,} of them')

@@ -24,19 +24,29 @@ from core import tokenizer as tokenizers
 from core.dataset import IGNORE, NoNetwork, load_split, share
 from core.parallel import print0
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
-from model import GPTConfig, build_model, count_parameters, flops_per_token, generate
+from model import (
+    GPTConfig,
+    build_model,
+    copy_weights,
+    count_parameters,
+    flops_per_token,
+    generate,
+)
 
-CONFIG, FLAGS = '', ()          # filled by configure: the config file's name, what flags changed
+# filled by configure: the config file's name, what flags changed, what flags or it changed
+CONFIG, FLAGS, GIVEN = '', (), ()
 
 # run
 out_dir = ''                    # run directory; '': out/<config name>
-init_from = 'scratch'           # scratch, or resume: insist on going on with the run in out_dir
+init_from = 'scratch'           # scratch; resume: insist on going on with the run in out_dir; or a
+                                # model: a run, a Hugging Face folder, a name such as gpt2
 eval_only = False               # evaluate the run in out_dir and stop; nothing is written
 seed = 1337
 # data
 dataset = 'openwebtext'         # a name that prepare.py knows, a folder of data/, or a path to text
 fallback_dataset = ''           # taken, loudly, when dataset needs a network and there is none
 data_dir = 'data'
+tokenizer = ''                  # the dataset's (see prepare.py); '': its own, or that of init_from
 batch_size = 480                # sequences per optimizer step, over all processes
 micro_batch_size = 0            # sequences per forward pass; 0: as memory allows
 block_size = 1024               # tokens in a sequence
@@ -59,7 +69,8 @@ window = 0                      # sliding-window attention; 0: all positions
 tied = True                     # head and embedding share one matrix
 dropout = 0.0
 bias = True                     # in linear layers and layernorms
-vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 above 1,000
+vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 above 1,000; a
+                                # bpe is trained to have so many
 # optimizer
 optimizer = 'adamw'             # adamw, or muon for the matrices inside the blocks
 learning_rate = 6e-4            # AdamW's peak
@@ -113,8 +124,7 @@ def check_settings() -> None:
                  sample_tokens=(1, None), seed=(0, 2 ** 31 - 1), threads=(0, None),
                  n_kv_head=(0, None), head_dim=(0, None), n_hidden=(0, None), window=(0, None),
                  vocab_size=(0, None), norm_eps=(0, 1), rope_theta=(1, None))
-    check_choice(globals(), init_from=('scratch', 'resume'), optimizer=('adamw', 'muon'),
-                 schedule=optim.SCHEDULES)
+    check_choice(globals(), optimizer=('adamw', 'muon'), schedule=optim.SCHEDULES)
     for service in ('wandb', 'tensorboard'):
         if globals()[service] and not importlib.util.find_spec(service):
             stop(f'{service}=True: it is not installed: pip install {service}')
@@ -124,6 +134,16 @@ def check_settings() -> None:
     fixed = [name for name in ('n_layer', 'n_head', 'n_embd') if name in FLAGS]
     if depth and fixed:
         stop(f'depth={depth}: derives {fixed[0]}, which was also given; leave one of the two out')
+    own = {f.name for f in fields(GPTConfig)} - {'block_size', 'vocab_size', 'dropout'} | {'depth'}
+    given = sorted(own & set(GIVEN))
+    if from_model() and given:
+        stop(f'{given[0]}={globals()[given[0]]}: the model in init_from={init_from} has its own; '
+             'leave it out')
+
+
+def from_model() -> bool:
+    """Whether training begins with the weights of another model."""
+    return init_from not in ('scratch', 'resume')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,14 +152,23 @@ def check_settings() -> None:
 
 def choose_dataset() -> tuple[str, bool]:
     """The dataset, made if it is missing, or the fallback where there is no network; and which."""
+    if from_model():
+        # downloaded before all ranks ask for it
+        checkpoint.find_model(init_from, data_dir, setting='init_from')
     try:
-        prepare.build(dataset, data_dir)
+        build_dataset(dataset, False)
         return dataset, False
     except NoNetwork as e:
         if not fallback_dataset:
             stop(prepare.no_network(dataset, e))
         warn(str(e))
         return fallback_dataset, True
+
+
+def build_dataset(name: str, fell_back: bool) -> Path:
+    """The folder of a dataset with the tokenizer that the settings ask for; the fallback's own."""
+    wanted = '' if fell_back else tokenizer or (init_from if from_model() else '')
+    return prepare.build(name, data_dir, tokenizer=wanted, vocab_size=vocab_size)
 
 
 def get_data(ranks) -> tuple[Path, dict, bool]:
@@ -149,7 +178,7 @@ def get_data(ranks) -> tuple[Path, dict, bool]:
     """
     chosen = choose_dataset() if ranks.rank == 0 else None
     name, fell_back = parallel.broadcast(chosen, patient=True)
-    data = prepare.build(name, data_dir)
+    data = build_dataset(name, fell_back)
     meta = prepare.read_meta(data)
     if parallel.broadcast(meta['sha256'], patient=True) != meta['sha256']:
         stop(f'{data} on this machine is not what rank 0 has; copy one of them to all machines')
@@ -163,8 +192,7 @@ def model_config(n_tokens: int) -> GPTConfig:
     if vocab_size and vocab_size < n_tokens:
         stop(f'vocab_size={vocab_size}: the tokenizer has {n_tokens} tokens; use 0 to derive it')
     chosen = {f.name: globals()[f.name] for f in fields(GPTConfig)}
-    padded = n_tokens if n_tokens < 1000 else math.ceil(n_tokens / 64) * 64
-    chosen['vocab_size'] = vocab_size or padded
+    chosen['vocab_size'] = vocab_size or padded(n_tokens)
     if depth:
         chosen |= {'n_layer': depth, 'n_head': depth, 'n_embd': 64 * depth}
     try:
@@ -173,9 +201,32 @@ def model_config(n_tokens: int) -> GPTConfig:
         stop(str(e))
 
 
+def initial_model(tokenizer):
+    """The model in init_from, for a dataset with this tokenizer, and the config to train it with.
+
+    Its architecture stays; block_size and dropout are the settings', and the vocabulary grows if
+    the tokenizer has more tokens than the model knows. Stops if it does not know the same ones.
+    """
+    source, known, _ = checkpoint.load_run(init_from, data_dir=data_dir)
+    if known.tokens != tokenizer.tokens[:len(known)]:
+        stop(f'init_from={init_from}: its tokenizer is not that of the dataset; leave out '
+             f'--tokenizer, or prepare the text with --tokenizer={init_from}')
+    if source.config.position == 'learned' and block_size > source.config.block_size:
+        stop(f'block_size={block_size}: the model in init_from={init_from} knows only '
+             f'{source.config.block_size} positions')
+    config = replace(source.config, block_size=block_size, dropout=dropout, vocab_size=max(
+        source.config.vocab_size, padded(len(tokenizer), source.config.vocab_size)))
+    return source, config
+
+
+def padded(n_tokens: int, known: int = 0) -> int:
+    """A vocabulary size for so many tokens: a multiple of 64 where it is large, as GPUs like it."""
+    return n_tokens if n_tokens < 1000 or n_tokens <= known else math.ceil(n_tokens / 64) * 64
+
+
 def default_out_dir(data: Path, fell_back: bool) -> Path:
     """out/<config>, with the dataset in its name where it is not the config's own."""
-    name = CONFIG or 'gpt2'
+    name = CONFIG or (Path(init_from).name if from_model() else 'gpt2')
     if fell_back:
         name = data.name
     elif 'dataset' in FLAGS and data.name != name:
@@ -197,7 +248,8 @@ def run_identity(meta: dict, tokenizer, config: GPTConfig) -> dict:
             'schedule': chosen('schedule', 'max_steps', 'max_minutes', 'warmup_steps',
                                'decay_fraction', 'min_lr_fraction'),
             'seed': seed, 'batch_size': batch_size,
-            'source': checkpoint.source_hash(model_module.__file__)}
+            'source': checkpoint.source_hash(model_module.__file__),
+            **({'init_from': init_from} if from_model() else {})}
 
 
 def build_optimizers(model, device) -> list:
@@ -336,16 +388,16 @@ def print_above(ranks, text: str) -> None:
 
 def evaluate_run(ranks, device) -> dict:
     """--eval_only: the best checkpoint of a run on the validation split; writes nothing."""
-    data = prepare.find(dataset, data_dir)
+    data = prepare.find(dataset, data_dir, tokenizer, vocab_size)
     base = Path(out_dir) if out_dir else default_out_dir(data, fell_back=False)
-    model, tokenizer, state = checkpoint.load_run(str(base), device=device.name)
-    if tokenizer.hash() != tokenizers.load(data / 'tokenizer.json').hash():
+    model, known, state = checkpoint.load_run(str(base), device=device.name)
+    if known.hash() != tokenizers.load(data / 'tokenizer.json').hash():
         stop(f'{base} and {data} have different vocabularies; evaluate it on the data it knows')
     config = model.config
     windows = load_split(data, 'val', config.block_size, shuffle=False)
     rows = micro_batch_size or hardware.fit_micro_batch(
         device, 64, config.block_size, 1, config.n_embd, ranks.local_world)
-    val_loss, bits_per_byte = evaluate(model, windows, tokenizer, rows, device, ranks)
+    val_loss, bits_per_byte = evaluate(model, windows, known, rows, device, ranks)
     print0(f'{base}, step {state["step"]}, on {data}: validation loss {val_loss:.4f} nats per '
            f'token, {bits_per_byte:.4f} bits per byte')
     return {'run_dir': str(base), 'step': state['step'], 'val_loss': val_loss,
@@ -393,7 +445,8 @@ def main() -> dict:
         return result
     data, meta, fell_back = get_data(ranks)
     tokenizer = tokenizers.load(data / 'tokenizer.json')
-    config = model_config(len(tokenizer))
+    source, config = initial_model(tokenizer) if from_model() else (
+        None, model_config(len(tokenizer)))
     if meta['max_id'] >= config.vocab_size:
         stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
     per_rank = math.ceil(batch_size / ranks.world)
@@ -410,6 +463,9 @@ def main() -> dict:
     run, state = parallel.broadcast(saver and [str(saver.run), state], patient=True)
     run = Path(run)
     model = build_model(config, seed, dev.name)
+    if source:
+        copy_weights(source, model)
+        del source
     model.recompute = activation_checkpointing
     flops, tokens_per_step = flops_per_token(model), batch_size * block_size
     print0(f'{count_parameters(model):,} parameters, {flops / 1e6:,.2f} MFLOP per token; a step is '

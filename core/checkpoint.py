@@ -16,7 +16,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import model as model_module
+from core import hf, hf_tokenizer
 from core import tokenizer as tokenizers
-from core.dataset import file_hash
+from core.dataset import NoNetwork, file_hash
 from core.settings import stop, warn
 from model import GPTConfig, build_model
 
@@ -340,21 +341,48 @@ def fill(target: torch.Tensor, tensor: torch.Tensor, what: str) -> None:
     target.copy_(tensor)
 
 
-def load_run(run_dir: str, step: int = 0, device: str = 'cpu'):
+def find_model(name: str, data_dir: str = 'data', weights: bool = True,
+               setting: str = 'run_dir') -> Path:
+    """The folder of a run, or of a Hugging Face model (see hf.find). Stops if there is neither."""
+    folder = Path(name)
+    if folder.is_dir() and steps(folder):
+        return folder
+    try:
+        if found := hf.find(name, Path(data_dir) / 'downloads', weights):
+            return found
+    except NoNetwork as e:
+        stop(f'{setting}={name}: {e}; put its folder into DATA_MIRROR, or give a path')
+    if folder.is_dir():
+        names = ', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'nothing'
+        stop(f'{folder}: holds no checkpoint (step-*) and no config.json, only {names}' + NO_PICKLE)
+    runs = ', '.join(sorted(str(path.parent) for path in Path('out').glob('*/log.jsonl')))
+    return stop(f'{setting}={name!r}: {"is a file" if folder.exists() else "no such directory"}, '
+                'and no name on the hub; '
+                + (f'there are {runs}' if runs else 'train first: python train.py') + NO_PICKLE)
+
+
+def load_tokenizer(name: str, data_dir: str = 'data'):
+    """The tokenizer of a run, or of a Hugging Face model."""
+    folder = find_model(name, data_dir, weights=False, setting='tokenizer')
+    if found := steps(folder):
+        return tokenizers.load(step_folder(folder, found[-1]) / 'tokenizer.json')
+    return hf_tokenizer.read_tokenizer(folder / 'tokenizer.json')
+
+
+def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = 'data'):
     """Model (in eval mode), tokenizer and state.json of a run: of its best step, or of `step`.
 
-    If the best one is damaged, warns and takes the newest one that is not. Stops if the directory
-    is no run, or has no undamaged checkpoint, or none of that step.
+    It may also be a Hugging Face model (see hf.find), whose step is 0. If the best one is damaged,
+    warns and takes the newest one that is not. Stops if there is no undamaged checkpoint, or none
+    of that step.
     """
-    folder = Path(run_dir)
-    if not folder.is_dir():
-        runs = ', '.join(sorted(str(path.parent) for path in Path('out').glob('*/log.jsonl')))
-        stop(f'run_dir={run_dir!r}: {"is a file" if folder.exists() else "no such directory"}; '
-             + (f'there are {runs}' if runs else 'train first: python train.py') + NO_PICKLE)
+    folder = find_model(run_dir, data_dir)
     found, unread = steps(folder), ('optimizer.safetensors',)
     if not found:
-        names = ', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'nothing'
-        stop(f'{folder}: holds no checkpoint (step-*), only {names}' + NO_PICKLE)
+        if step:
+            stop(f'step={step}: {folder} is a Hugging Face model, which has no steps')
+        model, tokenizer = hf.load(folder, device)
+        return model, tokenizer, {'step': 0, 'config': asdict(model.config), 'identity': {}}
     if step and step not in found:
         stop(f'step={step}: {folder} has checkpoints of steps {", ".join(map(str, found))} only')
     if step:
@@ -374,6 +402,6 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu'):
              f'{len(tokenizer)} tokens; they do not belong together')
     if state['identity'].get('source') != source_hash(model_module.__file__):
         warn(f'{folder} was trained with another model.py; a copy of it is {folder}/model.py')
-    model = build_model(config, device=device)
+    model = build_model(config, None, device)
     load_weights(model, folder, step)
     return model.eval(), tokenizer, state

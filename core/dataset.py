@@ -25,13 +25,15 @@ class NoNetwork(Exception):
     """The file is not on this machine and could not be reached; the message says what was tried."""
 
 
-def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0) -> Path:
+def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0, headers: dict | None = None,
+          optional: bool = False) -> Path | None:
     """The path of the file `name`: from the mirror directory, an earlier download, or `url`.
 
     DATA_MIRROR=<dir>, if set, is looked at first and used in place. A download goes to `folder`,
     appears under its final name only when whole and right, and leaves its hash beside it in
     `<name>.sha256`; `sha256` (64 hex digits) and `size` (bytes) are checked when given, otherwise
-    the hash of the first download is what later ones must have.
+    the hash of the first download is what later ones must have. `headers` go with the request. If
+    the server has no such file, returns None where it is `optional`.
     Raises NoNetwork if no server can be reached. Stops on an answer that is not the file.
     """
     mirror = os.environ.get('DATA_MIRROR')
@@ -45,11 +47,12 @@ def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0) -> Path:
     if not sha256 and record.is_file():
         sha256 = record.read_text().partition(' ')[0]
     if not path.is_file():
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(folder) / f'{name}.part'
-        download(url, part, size)
+        if not download(url, part, size, headers=headers, optional=optional):
+            return None
         verify(part, sha256, size, delete=True, shown=url)
-        record.write_text(f'{file_hash(part)}  {name}\n')  # the format of sha256sum -c
+        record.write_text(f'{file_hash(part)}  {path.name}\n')  # the format of sha256sum -c
         os.replace(part, path)
     return verify(path, sha256, size)
 
@@ -80,12 +83,14 @@ def verify(path: Path, sha256: str, size: int, delete: bool = False, shown: str 
     return path
 
 
-def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10, 60)) -> None:
-    """Stream `url` into the file `part`, going on where an earlier try stopped.
+def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10, 60),
+             headers: dict | None = None, optional: bool = False) -> bool:
+    """Stream `url` into the file `part`, going on where an earlier try stopped; True if it came.
 
     Retries dropped connections, stalls and 5xx answers `attempts` times in all, waiting 1, 2, 4 s.
     An interrupted part is continued only if the server confirms (If-Range) that the file is still
-    the same one. Raises NoNetwork when no connection could be made, stops on any other failure.
+    the same one. A 404 returns False where the file is `optional`. Raises NoNetwork when no
+    connection could be made, stops on any other failure.
     """
     validator_file = part.with_name(part.name + '.etag')
     reached, problem = False, ''
@@ -94,11 +99,11 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
             tqdm.write(f'{url}: {problem}; trying again', file=sys.stderr)
             time.sleep(2 ** (attempt - 1))
         try:
-            headers = {'Accept-Encoding': 'identity'}
+            asked = {**(headers or {}), 'Accept-Encoding': 'identity'}
             done = part.stat().st_size if part.exists() and validator_file.exists() else 0
             if done:
-                headers |= {'Range': f'bytes={done}-', 'If-Range': validator_file.read_text()}
-            with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+                asked |= {'Range': f'bytes={done}-', 'If-Range': validator_file.read_text()}
+            with requests.get(url, headers=asked, stream=True, timeout=timeout) as answer:
                 reached = True
                 if answer.status_code == 416:  # the part is longer than the file now is
                     part.unlink(missing_ok=True)
@@ -107,6 +112,8 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
                 if answer.status_code >= 500 or answer.status_code in (408, 429):
                     problem = f'HTTP status {answer.status_code}'
                     continue
+                if optional and answer.status_code == 404:
+                    return False
                 if answer.status_code not in (200, 206):
                     stop(f'{url}: HTTP status {answer.status_code} {answer.reason}; '
                          'check the address, or put the file into DATA_MIRROR')
@@ -129,12 +136,12 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
             stop(f'{url}: {e}; check the address, or put the file into DATA_MIRROR')
         if not total or part.stat().st_size == total:
             validator_file.unlink(missing_ok=True)
-            return
+            return True
         problem = f'the body ended after {part.stat().st_size:,} of {total:,} bytes'
     if not reached:
         raise NoNetwork(f'{url} cannot be reached ({problem})')
-    stop(f'{url}: {problem}, after {attempts} tries; run the same command again to go on, '
-         'or put the file into DATA_MIRROR')
+    return stop(f'{url}: {problem}, after {attempts} tries; run the same command again to go '
+                'on, or put the file into DATA_MIRROR')
 
 
 def write_body(answer, part: Path, start: int, total: int, url: str) -> None:

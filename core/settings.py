@@ -77,8 +77,9 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
 
     Words ending in .py are config files, --name=value are flags, other words fill the settings
     listed in the script's POSITIONAL, the last of them taking the rest. Sets
-    CONFIG to the name of the last config file and FLAGS to the names of the settings given as
-    flags. `also` are the globals of another script, for the names that `script` lacks.
+    CONFIG to the name of the last config file, FLAGS to the names of the settings given as flags,
+    and GIVEN to all that were given. `also` are the globals of another script, for the names that
+    `script` lacks.
     Stops with a message on anything unknown, of the wrong type or unreadable.
     """
     sys.excepthook = interrupted
@@ -88,7 +89,7 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     known = {name: script for name in settings_of(script)}
     known = {name: also for name in settings_of(also or {})} | known
     positional = list(script.get('POSITIONAL', ()))
-    words, flags, config = [], [], ''
+    words, flags, given, config = [], [], [], ''
     for word in argv:
         if word.startswith('--'):
             name, equals, text = word[2:].partition('=')
@@ -99,6 +100,7 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
             for name, value in read_config(word).items():
                 owner = find_owner(known, name, f'{word}: {name}={value!r}')
                 owner[name] = convert(owner[name], name, value, f'{word}: {name}={value!r}')
+                given.append(name)
             config = Path(word).stem
         elif positional:
             words.append(word)
@@ -108,7 +110,7 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     for i, name in enumerate(positional[:len(words)]):
         script[name] = ','.join(words[i:]) if i == len(positional) - 1 else words[i]
     for scope in filter(None, (script, also)):
-        scope |= {'CONFIG': config, 'FLAGS': tuple(flags)}
+        scope |= {'CONFIG': config, 'FLAGS': tuple(flags), 'GIVEN': (*given, *flags)}
 
 
 def interrupted(kind, value, trace) -> None:

@@ -1,11 +1,12 @@
-"""Text to token ids and back: character and byte tokenizers behind one interface.
+"""Text to token ids and back: characters, bytes and byte-level BPE behind one interface.
 
 Every tokenizer has
-    kind                    'char' or 'byte'
+    kind                    'char', 'byte' or 'bpe'
     encode(text) -> ids     special-token strings in the text stay text
     decode(ids) -> text     lossless for what encode made
     tokens                  the bytes of each id, in order; a special token's are its name
     special                 name -> id of the reserved tokens
+    bos, eos                ids that begin (None: nothing does) and end a text
     save(path)              one JSON file; `load(path)` reads any kind
 
 A model may have more ids than its tokenizer has tokens (vocabularies are padded for speed): whoever
@@ -13,30 +14,68 @@ samples must mask ids from `len(tokenizer)` on.
 """
 import codecs
 import hashlib
+import heapq
 import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import regex  # comes with tiktoken
+import tiktoken
+from tqdm import tqdm
 
+from core.dataset import fetch
 from core.settings import stop
 
 # Reserved by every trained tokenizer, so that a base model can become a chat model unchanged.
-SPECIAL = ('<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|end|>')
+ROLES = ('system', 'user', 'assistant')
+SPECIAL = ('<|endoftext|>', *(f'<|{role}|>' for role in ROLES), '<|end|>')
+# The same as encode_chat, for other programs.
+CHAT_TEMPLATE = ("{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + "
+                 "message['content'] + '<|end|>' -}}{%- endfor -%}"
+                 "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}")
+
+# How text is split before pairs are merged: merges never cross a boundary between two pieces.
+PATTERNS = {
+    # Llama 3's, its (?i:...) contractions written out: only so does llama.cpp split all text alike.
+    'llama3': r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
+              r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    'gpt2': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
 
 
 class Tokenizer:
     """What all kinds share; a kind adds `encode` and its entry in KINDS."""
     kind = ''
 
-    def __init__(self, ordinary: list[bytes]):
-        self.special = {name: len(ordinary) + i for i, name in enumerate(SPECIAL)}
-        self.tokens = list(ordinary) + [name.encode() for name in SPECIAL]
+    def __init__(self, ordinary: list[bytes], special: dict[str, int] | None = None):
+        self.special = special or {name: len(ordinary) + i for i, name in enumerate(SPECIAL)}
+        self.tokens = list(ordinary)
+        self.bos, self.eos, self.add_bos = None, self.special.get('<|endoftext|>'), False
+        taken = set(self.special.values())
+        if len(taken) < len(self.special) or min(taken) < len(ordinary):
+            raise ValueError('two tokens with one id')
+        if max(taken) > len(ordinary) + 100_000:
+            raise ValueError(f'special token id {max(taken)} is far beyond the others')
+        names = {i: name.encode() for name, i in self.special.items()}
+        self.tokens += [names.get(i, b'') for i in range(len(ordinary), max(taken) + 1)]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def encode_batch(self, texts: list[str]) -> list:
+        """The ids of several texts; BPE encodes them on all cores."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
         """Text of a sequence of ids; bytes that are no valid UTF-8 become U+FFFD.
@@ -63,9 +102,54 @@ class Tokenizer:
         return lengths
 
     def start(self) -> list[int]:
-        """The ids to begin from without a prompt: a line break, else the end of another text."""
-        newline = self.tokens.index(b'\n') if b'\n' in self.tokens else None
-        return [self.special['<|endoftext|>'] if newline is None else newline]
+        """The ids to begin from without a prompt: bos, a line break, or the end of another text."""
+        newline = self.tokens.index(b'\n') if b'\n' in self.tokens else self.eos
+        return [newline if self.bos is None else self.bos]
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids to continue from: those of the text, after bos where the model is used to it."""
+        return ([self.bos] if self.add_bos else []) + self.encode(text) or self.start()
+
+    def encode_chat(self, messages: list[dict], reply: bool = False) -> list[int]:
+        """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML).
+
+        messages are {'role': 'system', 'user' or 'assistant', 'content': text}. With `reply` the
+        ids end where the assistant begins to answer. What looks like a special token in a content
+        stays text, so nobody can write himself another role. Raises ValueError for another role.
+        """
+        missing = [name for name in SPECIAL if name not in self.special]
+        if missing:
+            stop(f'this tokenizer has no {missing[0]}: it knows no chats; its special tokens are '
+                 f'{", ".join(list(self.special)[:8])}')
+        ids = []
+        for message in messages:
+            if message['role'] not in ROLES:
+                raise ValueError(f'role {message["role"]!r}: must be one of {", ".join(ROLES)}')
+            ids += [self.special[f'<|{message["role"]}|>'], *self.encode(message['content']),
+                    self.special['<|end|>']]
+        return ids + [self.special['<|assistant|>']] * reply
+
+    def decode_chat(self, ids) -> list[dict]:
+        """The messages of a conversation's ids: the inverse of encode_chat.
+
+        A last turn may lack its end. Raises ValueError if anything else stands outside of a turn.
+        """
+        role_of = {self.special[f'<|{role}|>']: role for role in ROLES}
+        messages, turn, closed = [], [], True
+        for i in [*ids, None]:
+            if i in role_of and closed:
+                messages.append({'role': role_of[i]})
+                turn, closed = [], False
+            elif i is None or i == self.special['<|end|>'] and not closed:
+                if not closed:
+                    messages[-1]['content'] = self.decode(turn)
+                closed = True
+            elif closed or i in self.special.values():
+                raise ValueError(f'{self.decode([i])!r} at token {len(turn)} of turn '
+                                 f'{len(messages)}: not a conversation')
+            else:
+                turn.append(i)
+        return messages
 
     def state(self) -> dict:
         """What the kind needs beyond its name to be rebuilt, as JSON."""
@@ -113,9 +197,10 @@ class CharTokenizer(Tokenizer):
 class ByteTokenizer(Tokenizer):
     """One id a UTF-8 byte: any text at all, in 256 ids and no training."""
     kind = 'byte'
+    BYTES = [bytes([i]) for i in range(256)]
 
     def __init__(self):
-        super().__init__([bytes([i]) for i in range(256)])
+        super().__init__(self.BYTES)
 
     @classmethod
     def train(cls, text: str) -> 'ByteTokenizer':
@@ -125,7 +210,215 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode('utf-8'))
 
 
-KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer)}
+class BPETokenizer(Tokenizer):
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019, section 2.2).
+
+    A text is split into pieces by `pattern`; within a piece, the adjacent pair of tokens whose
+    union has the lowest id is merged, until none has one: ids are ranks, and nothing else is kept.
+    tiktoken does the work. `bos` and `eos` are names of special tokens ('': there is none).
+    """
+    kind = 'bpe'
+
+    def __init__(self, pattern: str, ranks: list[str], special: dict[str, int], bos: str = '',
+                 eos: str = '<|endoftext|>', add_bos: bool = False, normalize: str = ''):
+        super().__init__([unprintable(token) for token in ranks], special)
+        self.pattern, self.normalize, self.add_bos = pattern, normalize, add_bos
+        self.n_ordinary = len(ranks)
+        self.bos = special[bos] if bos else None
+        self.eos = special[eos]
+        if normalize not in ('', 'NFC'):
+            raise ValueError(f'normalize={normalize!r}')
+        ranks = {token: i for i, token in enumerate(self.tokens[:self.n_ordinary])}
+        if len(ranks) < self.n_ordinary or not all(bytes([i]) in ranks for i in range(256)):
+            raise ValueError('two tokens are alike, or one of the 256 bytes has none')
+        self.encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens={})
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = 'llama3',
+              workers: int = 0) -> 'BPETokenizer':
+        """A tokenizer of vocab_size tokens, special ones included, or fewer if texts are short."""
+        pieces = count_pieces(texts, PATTERNS[pattern], workers)
+        tokens = learn_merges(pieces, vocab_size - len(SPECIAL))
+        return cls(PATTERNS[pattern], [printable(token) for token in tokens],
+                   {name: len(tokens) + i for i, name in enumerate(SPECIAL)})
+
+    def encode(self, text: str) -> list[int]:
+        if self.normalize:
+            text = unicodedata.normalize(self.normalize, text)
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        if self.normalize:
+            texts = [unicodedata.normalize(self.normalize, text) for text in texts]
+        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def state(self) -> dict:
+        names = {i: name for name, i in self.special.items()}
+        return {'pattern': self.pattern, 'bos': names.get(self.bos, ''), 'eos': names[self.eos],
+                'add_bos': self.add_bos, 'normalize': self.normalize,
+                'ranks': [printable(token) for token in self.tokens[:self.n_ordinary]]}
+
+
+# Bytes as printable characters, GPT-2's way: most stand for themselves, the others from U+0100 on.
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_TO_CHAR = {b: chr(b) for b in _PLAIN}
+BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+def printable(token: bytes) -> str:
+    """A token as text without spaces and control characters: b' the' is 'Ġthe'."""
+    return ''.join(map(BYTE_TO_CHAR.__getitem__, token))
+
+
+def unprintable(text: str) -> bytes:
+    """The inverse of `printable`. Raises KeyError for characters that it never makes."""
+    return bytes(map(CHAR_TO_BYTE.__getitem__, text))
+
+
+def gpt2(downloads) -> BPETokenizer:
+    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all.
+
+    From encoder.json in DATA_MIRROR/gpt2, in the folder `downloads`, or from OpenAI. Its ids are in
+    the order of the merges, so vocab.bpe, which lists these, is not needed.
+    """
+    path = fetch('gpt2/encoder.json', 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/'
+                 'main/encoder.json', downloads, size=1_042_301,
+                 sha256='196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')
+    ids = json.loads(path.read_text(encoding='utf-8'))
+    end = ids.pop('<|endoftext|>')
+    return BPETokenizer(PATTERNS['gpt2'], sorted(ids, key=ids.get), bos='<|endoftext|>',
+                        special={name: end + i for i, name in enumerate(SPECIAL)})
+
+
+# ---------------------------------------------------------------------------------------------
+# Training a byte-level BPE
+
+
+def blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """Parts of about `size` characters, each ending with a letter before a space and a letter.
+
+    No pattern has a piece that crosses such a place, so the parts encode to the ids of the whole.
+    """
+    begin = 0
+    while len(text) - begin > size:
+        found = re.compile(r'(?<=[^\W\d_]) (?=[^\W\d_])').search(text, begin + size)
+        if not found:
+            break
+        yield text[begin:found.start()]
+        begin = found.start()
+    yield text[begin:]
+
+
+def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counter:
+    """How often each piece occurs in the texts; counted by `workers` processes (0: all cores)."""
+    parts = [part for text in texts for part in blocks(text)]
+    size = sum(map(len, parts))
+    if not workers:  # a process more pays from some megabytes on; forking is only safe on Linux
+        workers = os.cpu_count() if size > 1 << 22 and sys.platform == 'linux' else 1
+    processes = multiprocessing.get_context('fork')
+    others = []
+    for i in range(1, workers):
+        receiver, sender = processes.Pipe(duplex=False)
+        processes.Process(target=count_share, args=(parts[i::workers], pattern, sender),
+                          daemon=True).start()
+        sender.close()
+        others.append(receiver)
+    counts = Counter()
+    split = regex.compile(pattern).findall
+    for part in tqdm(parts[::workers], desc='counting', leave=False, disable=size < 1 << 22):
+        counts.update(split(part))
+    for receiver in others:
+        try:
+            counts.update(receiver.recv())
+        except EOFError:
+            stop('a process that counts pieces of text was killed: too little memory? use less '
+                 'text for the tokenizer')
+    return counts
+
+
+def count_share(parts: list[str], pattern: str, sender) -> None:
+    """One process's share of count_pieces; the parent's end takes it along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    split = regex.compile(pattern).findall
+    counts = Counter()
+    for part in parts:
+        counts.update(split(part))
+    sender.send(counts)
+
+
+def learn_merges(pieces: dict[str, int], n_tokens: int) -> list[bytes]:
+    """The tokens of a BPE: the 256 bytes, then again and again the union of the most frequent pair.
+
+    pieces: how often each occurs. Stops early when no pair occurs twice. Among equally frequent
+    pairs the one with the lowest ids comes first, so the result is a function of the counts.
+
+    All distinct pieces lie in one array of ids, each with its neighbours' positions. For each pair
+    the positions where it began when it came up are kept. A pair contains the newest token of its
+    time, so all its places come up in one merge, and later merges only take places away: counts
+    never rise. So a heap with counts that may be too high is enough: a pair that comes to its top
+    is counted anew, and put back if it has become less frequent.
+    """
+    encoded = sorted((piece.encode(), n) for piece, n in pieces.items() if len(piece.encode()) > 1)
+    lengths = np.array([len(piece) + 1 for piece, _ in encoded], dtype=np.int64)
+    ids = np.frombuffer(b'\0'.join([b'', *(piece for piece, _ in encoded), b'']), np.uint8)
+    ids = ids.astype(np.int32)
+    ids[np.cumsum(lengths)] = ids[0] = OUTSIDE
+    weight = np.repeat(np.array([0, *(n for _, n in encoded)]), [1, *lengths])
+    after = np.arange(1, len(ids) + 1, dtype=np.int32)      # position of the right neighbour
+    before = np.arange(-1, len(ids) - 1, dtype=np.int32)    # and of the left one
+    after[-1] = len(ids) - 1
+    tokens = [bytes([i]) for i in range(256)]
+    places, heap = {}, []                                   # (a, b) -> positions of a before b
+
+    def add(at) -> None:
+        """Note new pairs, given by the positions of their first token."""
+        if not len(at):
+            return
+        keys = ids[at].astype(np.int64) << 32 | ids[after[at]]
+        order = np.argsort(keys, kind='stable')
+        keys, at = keys[order], at[order]
+        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+        counts = np.add.reduceat(weight[at], starts)
+        for key, n, part in zip(keys[starts].tolist(), counts.tolist(),
+                                np.split(at, starts[1:])):
+            if n > 1:
+                heapq.heappush(heap, (-n, key))
+                places[key] = part
+
+    add(np.flatnonzero((ids >= 0) & (ids[after] >= 0)))
+    with tqdm(total=n_tokens, initial=256, desc='merging', unit='token', leave=False) as bar:
+        while len(tokens) < n_tokens and heap:
+            n, key = heapq.heappop(heap)
+            a, b = key >> 32, key & 0xffffffff
+            first = places.pop(key)
+            first = first[(ids[first] == a) & (ids[after[first]] == b)]
+            if (now := int(weight[first].sum())) < -n:
+                if now > 1:
+                    heapq.heappush(heap, (-now, key))
+                    places[key] = first
+                continue
+            if a == b:      # in a row of a's every second pair is taken, from the left
+                index = np.arange(len(first))
+                begins = np.concatenate([[True], first[1:] != after[first[:-1]]])
+                first = first[(index - np.maximum.accumulate(index * begins)) % 2 == 0]
+            new = len(tokens)
+            tokens.append(tokens[a] + tokens[b])
+            second = after[first]
+            right = after[second]
+            ids[first], ids[second] = new, GONE
+            after[first], before[right] = right, first
+            left = before[first]
+            left = left[(ids[left] >= 0) & (ids[left] != new)]
+            add(np.concatenate([left, first[ids[right] >= 0]]))
+            bar.update()
+    return tokens
+
+
+OUTSIDE, GONE = -1, -2      # ids of the positions between two pieces, and of merged seconds
+
+KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer)}
 
 
 def load(path) -> Tokenizer:
@@ -133,7 +426,7 @@ def load(path) -> Tokenizer:
     try:
         found = json.loads(Path(path).read_text(encoding='utf-8'))
         kind, special = found.pop('kind'), found.pop('special')
-        tokenizer = KINDS[kind](**found)
+        tokenizer = KINDS[kind](**found, **({'special': special} if kind == 'bpe' else {}))
     except FileNotFoundError:
         stop(f'{path}: no such tokenizer file')
     except (ValueError, KeyError, TypeError, AttributeError) as e:

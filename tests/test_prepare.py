@@ -151,7 +151,7 @@ def test_no_validation():
 
 
 def test_several_shards_and_blocks(monkeypatch):
-    monkeypatch.setattr(prepare, 'BLOCK', 7)
+    monkeypatch.setattr(prepare.tokenizers.blocks, '__defaults__', (7,))
     folder = prepare.build(write('novel.txt', TEXT), tokenizer='byte', shard_tokens=50)
     assert ''.join(decoded(folder)) == TEXT
     assert len(list(folder.glob('train-*.bin'))) == -(-meta_of(folder)['train_tokens'] // 50)

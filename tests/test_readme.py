@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import prepare
+from core.tokenizer import CharTokenizer
 
 ROOT = Path(prepare.__file__).parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -42,7 +43,8 @@ def folder(tmp_path_factory):
     meta = {'name': 'shakespeare', 'about': 'a test', 'licence': 'none', 'source': 'shakespeare',
             'tokenizer': 'char', 'val_fraction': 0.1, 'sha256': '0' * 64}
     (folder / 'data').mkdir()
-    prepare.write_dataset(folder / 'data' / 'shakespeare', [prepare.Document('', text)], meta, 9999)
+    prepare.write_dataset(folder / 'data' / 'shakespeare', [prepare.Document('', text)],
+                          CharTokenizer.train(text), meta, 9999)
     (folder / 'my_novels').mkdir()
     (folder / 'my_novels' / 'one.txt').write_text(text)
     return folder

@@ -143,8 +143,9 @@ def test_settings_of_another_script(tmp_path, capsys):
     configure(script, [path, '--block_size=7', '--n_layer=4'], also)
     assert (script['batch_size'], script['block_size'], 'n_layer' in script) == (5, 7, False)
     assert also == {'n_layer': 4, 'batch_size': 99, 'CONFIG': 'tiny',
-                    'FLAGS': ('block_size', 'n_layer')}
-    assert script['CONFIG'] == 'tiny' and script['FLAGS'] == ('block_size', 'n_layer')
+                    'FLAGS': ('block_size', 'n_layer'),
+                    'GIVEN': ('n_layer', 'batch_size', 'block_size', 'n_layer')}
+    assert all(script[name] == also[name] for name in ('CONFIG', 'FLAGS', 'GIVEN'))
     assert "did you mean 'n_layer'?" in stopped(
         capsys, lambda: configure(script, ['--nlayer=4'], also))
 

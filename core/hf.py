@@ -1,0 +1,360 @@
+"""Hugging Face folders: their configs, tensor names and tokenizer.json, to ours and back.
+
+A folder holds config.json, model.safetensors (or shards with an index), tokenizer.json. Its model
+is GPT-2, Llama or Qwen3, which are settings of our GPT; whatever else it may be, and whatever these
+have that we do not, is refused by its name. Nothing of a folder is executed, no pickle is opened.
+"""
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from core.dataset import fetch
+from core.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
+from core.settings import stop
+from core.tokenizer import CHAT_TEMPLATE, Tokenizer
+from model import GPT, GPTConfig, build_model
+
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # what openai-community calls them
+COMPLETE = '.complete'      # in a downloaded folder: all of it is there
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.h5', '.msgpack')
+
+# ---------------------------------------------------------------------------------------------
+# Where a model is
+
+
+def is_folder(path) -> bool:
+    """Whether `path` looks like a Hugging Face folder."""
+    return (Path(path) / 'config.json').is_file()
+
+
+def find(name: str, downloads='data/downloads', weights: bool = True) -> Path | None:
+    """The folder of a model: a path, a name in DATA_MIRROR, or one on the hub ('Qwen/Qwen3-0.6B').
+
+    From the hub come only JSON and safetensors files, by plain HTTPS (HF_ENDPOINT for a mirror of
+    it, HF_TOKEN for what needs a login), without `weights` only the JSON. None if `name` cannot be
+    a model's; stops if the hub has no such model, raises NoNetwork if it cannot be reached.
+    """
+    mirror = os.environ.get('DATA_MIRROR')
+    for known in (Path(name), *([Path(mirror) / name] if mirror else [])):
+        if is_folder(known):
+            return known
+    name = f'openai-community/{name}' if name in GPT2_SIZES else name
+    organization = re.fullmatch(r'([\w-][\w.-]*)/[\w-][\w.-]*', name)
+    if not organization or Path(organization[1]).exists():  # a path with a slip of the pen
+        return None
+    folder = Path(downloads) / name
+    if (folder / COMPLETE).is_file():
+        return folder
+    url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{name}/resolve/main'
+    token = os.environ.get('HF_TOKEN')
+    headers = {'Authorization': f'Bearer {token}'} if token else {}
+    get = lambda file, optional: fetch(f'{name}/{file}', f'{url}/{file}', downloads,
+                                       headers=headers, optional=optional)
+    for file in ('config.json', 'tokenizer.json'):
+        get(file, False)
+    for file in ('tokenizer_config.json', *([INDEX] if weights else [])):
+        get(file, True)
+    if weights:
+        for file in shards(folder) if (folder / INDEX).is_file() else [WEIGHTS]:
+            if not get(file, True):
+                stop(f'{url}/{file}: not there; the model may be kept as a pickle (.bin), which '
+                     'could run anything and is never loaded: convert it where you trust it')
+        (folder / COMPLETE).touch()
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# config.json
+
+
+class Fields:
+    """A part of config.json; each field is taken with its type checked."""
+
+    def __init__(self, path: Path, found: dict):
+        self.path, self.found = path, found
+
+    def get(self, name: str, kind: type, default=None):
+        """The field `name`; `default` where it is missing or null, or a stop if there is none."""
+        value = self.found.get(name)
+        value = default if value is None else value
+        if value is None:
+            stop(f'{self.path}: {name} is missing')
+        fits = type(value) is kind or kind is float and type(value) is int
+        if not fits or kind is int and not 0 <= value < 1 << 31:
+            stop(f'{self.path}: {name}={str(value)[:80]!r}: must be of type {kind.__name__}')
+        return kind(value)
+
+    def refuse(self, **required) -> None:
+        """Stop if a field is there with another value than the one that our model computes."""
+        for name, value in required.items():
+            if self.found.get(name) not in (None, value):
+                stop(f'{self.path}: {name}={str(self.found[name])[:80]}: not supported, only '
+                     f'{value}')
+
+
+def read_config(folder) -> GPTConfig:
+    """The architecture that a folder's config.json describes. Stops at what our GPT is not."""
+    path = Path(folder) / 'config.json'
+    found = Fields(path, read_json(path))
+    kind = found.get('model_type', str)
+    if kind not in ('gpt2', 'llama', 'qwen3'):
+        stop(f'{path}: model_type={kind[:80]!r}: only gpt2, llama and qwen3 can be read')
+    chosen = gpt2_config(found) if kind == 'gpt2' else llama_config(found, kind)
+    try:
+        return GPTConfig(vocab_size=found.get('vocab_size', int), **chosen)
+    except ValueError as e:
+        stop(f'{path}: {e}')
+
+
+def gpt2_config(found: Fields) -> dict:
+    """GPTConfig's fields from a GPT-2's."""
+    found.refuse(activation_function='gelu_new', add_cross_attention=False, scale_attn_weights=True,
+                 scale_attn_by_inverse_layer_idx=False)
+    n_embd = found.get('n_embd', int)
+    return dict(block_size=found.get('n_positions', int), n_layer=found.get('n_layer', int),
+                n_head=found.get('n_head', int), n_embd=n_embd,
+                n_hidden=found.get('n_inner', int, 4 * n_embd), norm='layernorm',
+                norm_eps=found.get('layer_norm_epsilon', float, 1e-5), position='learned',
+                mlp='gelu', tied=found.get('tie_word_embeddings', bool, True), bias=True)
+
+
+def llama_config(found: Fields, kind: str) -> dict:
+    """GPTConfig's fields from a Llama's or a Qwen3's."""
+    found.refuse(hidden_act='silu', use_sliding_window=False)
+    rope = found.get('rope_parameters', dict, found.found.get('rope_scaling') or {})
+    scaling = rope.get('rope_type', rope.get('type', 'default'))
+    if scaling != 'default':
+        stop(f'{found.path}: RoPE scaling {str(scaling)[:80]!r} is not supported, only plain RoPE; '
+             'a model without it (Llama 2 and 3, Qwen3) can be read')
+    theta = Fields(found.path, {**found.found, **rope}).get('rope_theta', float, 10000.0)
+    n_embd, n_head = found.get('hidden_size', int), found.get('num_attention_heads', int)
+    bias = found.get('attention_bias', bool, False)
+    if bias and (kind == 'qwen3' or not found.get('mlp_bias', bool, False)):
+        stop(f'{found.path}: attention_bias=True without biases in the MLP is not supported')
+    return dict(block_size=found.get('max_position_embeddings', int),
+                n_layer=found.get('num_hidden_layers', int), n_head=n_head, n_embd=n_embd,
+                n_kv_head=found.get('num_key_value_heads', int, n_head),
+                head_dim=found.get('head_dim', int,
+                                   128 if kind == 'qwen3' else n_embd // max(1, n_head)),
+                n_hidden=found.get('intermediate_size', int), norm='rmsnorm',
+                norm_eps=found.get('rms_norm_eps', float, 1e-6), position='rope', rope_theta=theta,
+                mlp='swiglu', qk_norm=kind == 'qwen3', bias=bias,
+                tied=found.get('tie_word_embeddings', bool, False))
+
+
+def architecture(config: GPTConfig) -> str:
+    """The public architecture that a model is: gpt2, llama or qwen3. Stops if it is none."""
+    wanted = {'arch': 'gpt', 'window': 0}
+    if config.norm == 'layernorm':
+        kind = 'gpt2'
+        wanted |= {'position': 'learned', 'mlp': 'gelu', 'qk_norm': False,
+                   'n_kv_head': config.n_head, 'head_dim': config.n_embd // config.n_head}
+    else:
+        kind = 'qwen3' if config.qk_norm else 'llama'
+        wanted |= {'position': 'rope', 'mlp': 'swiglu'}
+        wanted |= {'bias': False} if config.qk_norm else {}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            stop(f'{name}={getattr(config, name)}: no architecture of Hugging Face has it; '
+                 f'{kind}, the nearest one, has {name}={value}')
+    return kind
+
+
+def config_json(config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict:
+    """What config.json says of a model; the inverse of read_config."""
+    kind = architecture(config)
+    names = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
+    # Two spellings of the dtype and of RoPE's theta: for transformers 5, and for 4.
+    shared = {'architectures': [names[kind]], 'model_type': kind, 'vocab_size': config.vocab_size,
+              'tie_word_embeddings': config.tied, 'bos_token_id': tokenizer.bos,
+              'eos_token_id': tokenizer.eos, 'dtype': dtype, 'torch_dtype': dtype}
+    if kind == 'gpt2':
+        return shared | {
+            'n_positions': config.block_size, 'n_embd': config.n_embd, 'n_layer': config.n_layer,
+            'n_head': config.n_head, 'n_inner': config.n_hidden, 'activation_function': 'gelu_new',
+            'layer_norm_epsilon': config.norm_eps, 'resid_pdrop': config.dropout,
+            'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
+    return shared | {
+        'hidden_size': config.n_embd, 'intermediate_size': config.n_hidden,
+        'num_hidden_layers': config.n_layer, 'num_attention_heads': config.n_head,
+        'num_key_value_heads': config.n_kv_head, 'head_dim': config.head_dim, 'hidden_act': 'silu',
+        'max_position_embeddings': config.block_size, 'rms_norm_eps': config.norm_eps,
+        'attention_bias': config.bias, 'rope_theta': config.rope_theta,
+        'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_theta},
+        **({'mlp_bias': config.bias} if kind == 'llama' else {'use_sliding_window': False})}
+
+
+# ---------------------------------------------------------------------------------------------
+# Tensor names
+
+LLAMA_NAMES = {
+    'wte': 'model.embed_tokens', 'ln_f': 'model.norm', 'lm_head': 'lm_head', 'h': 'model.layers',
+    'ln_1': 'input_layernorm', 'ln_2': 'post_attention_layernorm', 'attn': 'self_attn'}
+GPT2_NAMES = {
+    'wte': 'transformer.wte', 'wpe': 'transformer.wpe', 'ln_f': 'transformer.ln_f',
+    'lm_head': 'lm_head', 'h': 'transformer.h', 'q_proj': 'c_attn', 'k_proj': 'c_attn',
+    'v_proj': 'c_attn', 'o_proj': 'c_proj', 'up_proj': 'c_fc', 'down_proj': 'c_proj'}
+# What old files hold beside the weights: masks, and angles that follow from rope_theta.
+BUFFERS = re.compile(r'.*(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)')
+
+
+def hf_name(name: str, kind: str) -> str:
+    """Hugging Face's name of our parameter: 'h.0.attn.q_proj.weight' for llama is
+    'model.layers.0.self_attn.q_proj.weight'; GPT-2's q, k and v share one tensor."""
+    names = GPT2_NAMES if kind == 'gpt2' else LLAMA_NAMES
+    return '.'.join(names.get(part, part) for part in name.split('.'))
+
+
+def third(name: str, kind: str) -> int | None:
+    """Which third of GPT-2's c_attn our parameter is; None if it is a tensor of its own."""
+    projection = name.split('.')[-2]
+    if kind != 'gpt2' or projection not in ('q_proj', 'k_proj', 'v_proj'):
+        return None
+    return 'qkv'.index(projection[0])
+
+
+def is_transposed(name: str, kind: str) -> bool:
+    """Whether Hugging Face keeps this weight as (in, out): GPT-2's Conv1D does."""
+    return kind == 'gpt2' and name.endswith('_proj.weight')
+
+
+def to_hf(model: GPT) -> dict[str, torch.Tensor]:
+    """The model's parameters under Hugging Face's names; GPT-2 without biases gets zero ones."""
+    config, kind = model.config, architecture(model.config)
+    found = {name: p.detach() for name, p in model.named_parameters()}
+    if kind == 'gpt2' and not config.bias:
+        for name, p in list(found.items()):
+            if name.endswith(('_proj.weight', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
+                found[name.removesuffix('weight') + 'bias'] = p.new_zeros(p.size(0))
+    tensors = {}
+    for name, p in found.items():
+        p, key = p.T if is_transposed(name, kind) else p, hf_name(name, kind)
+        # q, k and v come in this order
+        tensors[key] = p if key not in tensors else torch.cat([tensors[key], p], dim=-1)
+    return {key: p.contiguous() for key, p in tensors.items()}
+
+
+def shards(folder: Path) -> list[str]:
+    """The names of the files that the index of a sharded model lists."""
+    index = read_json(folder / INDEX).get('weight_map')
+    files = sorted(set(index.values()), key=str) if isinstance(index, dict) else []
+    if not files or not all(isinstance(file, str) and re.fullmatch(r'[\w.-]+\.safetensors', file)
+                            for file in files):
+        stop(f'{folder / INDEX}: weight_map does not name safetensors files in this folder')
+    return files
+
+
+def open_weights(folder: Path) -> dict:
+    """{tensor name: open safetensors file}. Stops if files are missing, damaged or pickles."""
+    files = shards(folder) if (folder / INDEX).is_file() else [WEIGHTS]
+    found = {}
+    for file in files:
+        path = folder / file
+        if not path.is_file():
+            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+            stop(f'{path}: missing' + (
+                f'; {pickles[0]} is a pickle, which could run anything, and is never loaded: '
+                'convert it where you trust it, with transformers: '
+                f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)'
+                if pickles else '; download it again'))
+        try:
+            file = safe_open(path, 'pt')
+            found |= dict.fromkeys(file.keys(), file)
+        except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError,
+                MemoryError) as e:
+            stop(f'{path}: cannot be read as safetensors ({type(e).__name__}: {e}); download it '
+                 'again')
+    return found
+
+
+def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
+    """{our parameter: tensor in the folder}. Stops if one is missing, of another shape, or unknown.
+
+    Looks at the files' headers only, so that a wrong config.json costs no memory.
+    """
+    kind = architecture(config)
+    if config.n_layer > len(files):
+        stop(f'{folder}: config.json asks for {config.n_layer:,} layers, but there are only '
+             f'{len(files)} tensors')
+    # openai-community/gpt2 and its like are saved without the prefix
+    prefix = 'transformer.' if kind == 'gpt2' and 'wte.weight' in files else ''
+    found = {}
+    for name, p in build_model(config, None, 'meta').named_parameters():
+        key = found[name] = hf_name(name, kind).removeprefix(prefix)
+        if key not in files:
+            stop(f'{folder}: its weights lack {key}, which config.json asks for')
+        shape = list(files[key].get_slice(key).get_shape())
+        expected = list(p.T.shape if is_transposed(name, kind) else p.shape)
+        if third(name, kind) is not None:
+            expected[-1] *= 3
+        if shape != expected:
+            stop(f'{folder}: {key} has shape {shape}, config.json asks for {expected}')
+    unknown = [key for key in sorted(set(files) - set(found.values()))
+               if not BUFFERS.fullmatch(key) and not (config.tied and key == 'lm_head.weight')]
+    if unknown:
+        stop(f'{folder}: its weights hold {unknown[0][:80]!r}, which config.json does not ask for')
+    return found
+
+
+@torch.no_grad()
+def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer]:
+    """Model (fp32, in eval mode) and tokenizer of a Hugging Face folder."""
+    folder = Path(folder)
+    config, files = read_config(folder), open_weights(folder)
+    keys = match(config, folder, files)
+    tokenizer = read_tokenizer(folder / 'tokenizer.json')
+    if len(tokenizer) > config.vocab_size:
+        stop(f'{folder}: tokenizer.json has {len(tokenizer):,} tokens, config.json says '
+             f'vocab_size={config.vocab_size:,}')
+    model, kind = build_model(config, None, device), architecture(config)
+    for name, p in model.named_parameters():
+        tensor, part = files[keys[name]].get_tensor(keys[name]), third(name, kind)
+        tensor = tensor if part is None else tensor.chunk(3, dim=-1)[part]
+        p.copy_(tensor.T if is_transposed(name, kind) else tensor)
+    return model.eval(), tokenizer
+
+
+def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
+         shard_bytes: int = 5_000_000_000) -> None:
+    """Write a folder that transformers 4 and 5 load without any code of ours."""
+    config = model.config
+    tensors = {key: p.to(getattr(torch, dtype)) for key, p in to_hf(model).items()}
+    groups, room = [{}], shard_bytes
+    for key, p in tensors.items():
+        if groups[-1] and p.nbytes > room:
+            groups.append({})
+            room = shard_bytes
+        groups[-1][key] = p
+        room -= p.nbytes
+    folder.mkdir(parents=True)
+    index = {}
+    for i, group in enumerate(groups):
+        file = WEIGHTS if len(groups) == 1 else \
+            f'model-{i + 1:05d}-of-{len(groups):05d}.safetensors'
+        save_file(group, folder / file, metadata={'format': 'pt'})
+        index |= dict.fromkeys(group, file)
+    eos, bos = tokenizer.eos, tokenizer.bos
+    ends = [tokenizer.special[name] for name in ('<|end|>',) if name in tokenizer.special]
+    names = {i: name for name, i in tokenizer.special.items()}
+    files = {
+        'config.json': config_json(config, tokenizer, dtype),
+        'generation_config.json': {'bos_token_id': bos, 'eos_token_id': [eos, *ends],
+                                   'pad_token_id': eos},
+        'tokenizer.json': tokenizer_json(tokenizer),
+        'tokenizer_config.json': {
+            'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': names.get(bos),
+            'eos_token': names[eos], 'pad_token': names[eos], 'add_bos_token': tokenizer.add_bos,
+            'model_max_length': config.block_size, 'clean_up_tokenization_spaces': False,
+            **({'chat_template': CHAT_TEMPLATE} if ends else {})}}
+    if len(groups) > 1:
+        files[INDEX] = {'metadata': {'total_size': sum(p.nbytes for p in tensors.values())},
+                        'weight_map': index}
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False) + '\n',
+                                   encoding='utf-8')

@@ -1,0 +1,235 @@
+"""tokenizer.json, the format of Hugging Face's `tokenizers`: our tokenizers to it, and back."""
+import json
+from pathlib import Path
+
+from core.settings import stop
+from core.tokenizer import (
+    PATTERNS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    printable,
+    unprintable,
+)
+
+JSON_BYTES = 1 << 26        # the largest JSON file that is read
+BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False,
+              'use_regex': False}
+ANY_CHARACTER = r'[\s\S]'
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Stops, naming the file, if it is none, or suspiciously large."""
+    try:
+        if path.stat().st_size > JSON_BYTES:
+            stop(f'{path}: {path.stat().st_size:,} bytes, too large for what it should hold')
+        found = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(found, dict):
+            raise ValueError(f'a {type(found).__name__}, not an object')
+    except FileNotFoundError:
+        stop(f'{path}: missing; a Hugging Face folder has one')
+    except (OSError, ValueError, RecursionError) as e:
+        stop(f'{path}: cannot be read as JSON ({type(e).__name__}: {e}); download it again')
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Ours to theirs
+
+
+def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens whose union is `token`, as merging its bytes in the order of ranks gives them;
+    None if that gives more than two."""
+    parts, limit = [bytes([b]) for b in token], ranks[token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:])]
+        best = min(pairs)
+        if best == limit:
+            return None
+        i = pairs.index(best)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
+
+
+def merges_of(tokenizer: BPETokenizer) -> list[tuple[bytes, bytes]]:
+    """The merge that makes each token of more than one byte, in the order of their ids."""
+    tokens = tokenizer.tokens[:tokenizer.n_ordinary]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return [merge_of(token, ranks) for token in tokens if len(token) > 1]
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """tokenizer.json of the `tokenizers` library for one of ours: it gives the same ids."""
+    split = lambda pattern: {'type': 'Split', 'pattern': {'Regex': pattern},
+                             'behavior': 'Isolated', 'invert': False}
+    merges, splits, decoder = [], [BYTE_LEVEL], BYTE_LEVEL
+    if isinstance(tokenizer, CharTokenizer):
+        vocab = {char: i for i, char in enumerate(tokenizer.chars)}
+        splits, decoder = [split(ANY_CHARACTER)], {'type': 'Fuse'}
+    else:
+        ordinary = tokenizer.tokens[:min(tokenizer.special.values())]
+        vocab = {printable(token): i for i, token in enumerate(ordinary)}
+    if isinstance(tokenizer, BPETokenizer):
+        merges = [f'{printable(a)} {printable(b)}' for a, b in merges_of(tokenizer)]
+        splits = [split(tokenizer.pattern), BYTE_LEVEL]
+    normalize = getattr(tokenizer, 'normalize', '')
+    return {
+        'version': '1.0', 'truncation': None, 'padding': None,
+        'added_tokens': [{'id': i, 'content': name, 'single_word': False, 'lstrip': False,
+                          'rstrip': False, 'normalized': False, 'special': True}
+                         for name, i in sorted(tokenizer.special.items(), key=lambda x: x[1])],
+        'normalizer': {'type': normalize} if normalize else None,
+        'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': splits},
+        'post_processor': begin_with(tokenizer) if tokenizer.add_bos else None,
+        'decoder': decoder,
+        'model': {'type': 'BPE', 'dropout': None, 'unk_token': None,
+                  'continuing_subword_prefix': None, 'end_of_word_suffix': None,
+                  'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': True,
+                  'vocab': vocab | tokenizer.special, 'merges': merges}}
+
+
+def begin_with(tokenizer: Tokenizer) -> dict:
+    """The post-processor that puts bos before every text."""
+    bos = next(name for name, i in tokenizer.special.items() if i == tokenizer.bos)
+    special, text = {'SpecialToken': {'id': bos, 'type_id': 0}}, {'Sequence': {'id': 'A',
+                                                                             'type_id': 0}}
+    other = {'Sequence': {'id': 'B', 'type_id': 1}}
+    return {'type': 'TemplateProcessing', 'single': [special, text],
+            'pair': [special, text, special, other],
+            'special_tokens': {bos: {'id': bos, 'ids': [tokenizer.bos], 'tokens': [bos]}}}
+
+
+# ---------------------------------------------------------------------------------------------
+# Theirs to ours
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, with bos and eos from the files beside it.
+
+    Stops, naming the part, at anything but a byte-level BPE, or one of ours.
+    """
+    found = read_json(path)
+    try:
+        return make_tokenizer(found, path.parent)
+    except NotSupported as e:
+        stop(f'{path}: {e}; only byte-level BPE, and our own character and byte tokenizers, '
+             'can be read')
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError,
+            RecursionError) as e:
+        stop(f'{path}: not a tokenizer that can be read ({type(e).__name__}: {str(e)[:200]})')
+
+
+class NotSupported(Exception):
+    """A tokenizer has a part that ours have not; the message names it."""
+
+
+def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes. Raises NotSupported, or as bad data does."""
+    model, special = found['model'], {}
+    if model['type'] != 'BPE' or model.get('byte_fallback'):
+        raise NotSupported(f'its model is {str(model["type"])[:80]}'
+                           + ' with byte fallback' * bool(model.get('byte_fallback')))
+    vocab = dict(model['vocab'])
+    for token in found['added_tokens']:
+        special[token['content']] = token['id']
+        vocab.pop(token['content'], None)
+    if not special:
+        raise NotSupported('it has no special token that could end a text')
+    ordinary = sorted(vocab, key=vocab.get)
+    if [vocab[token] for token in ordinary] != list(range(len(ordinary))):
+        raise NotSupported('the ids of its ordinary tokens are not 0, 1, 2, ...')
+    pattern = split_pattern(found['pre_tokenizer'])
+    if pattern == ANY_CHARACTER:
+        return with_special(CharTokenizer(''.join(ordinary)), special)
+    if not model['merges'] and [unprintable(token) for token in ordinary] == ByteTokenizer.BYTES:
+        return with_special(ByteTokenizer(), special)
+    normalizer = found.get('normalizer') or {'type': ''}
+    if normalizer['type'] not in ('', 'NFC'):
+        raise NotSupported(f'its normalizer is {str(normalizer["type"])[:80]}')
+    check_merges(model['merges'], ordinary)
+    bos, eos = bos_and_eos(folder, special)
+    tokenizer = BPETokenizer(pattern, ordinary, special, bos, eos,
+                             adds_bos(found.get('post_processor')), normalizer['type'])
+    probe = "It's 12,345 naïve  words\n\n\t漢字 🎉 x_y();\r\n"
+    if tokenizer.decode(tokenizer.encode(probe)) != probe:
+        raise NotSupported('its pattern leaves out parts of a text')
+    return tokenizer
+
+
+def with_special(tokenizer: Tokenizer, special: dict[str, int]) -> Tokenizer:
+    """The tokenizer, if its special tokens are these."""
+    if tokenizer.special != special:
+        raise NotSupported(f'its special tokens {str(special)[:200]} are not {tokenizer.special}')
+    return tokenizer
+
+
+def split_pattern(part: dict) -> str:
+    """The pattern by which a pre_tokenizer splits text. Raises NotSupported for other kinds."""
+    parts = part['pretokenizers'] if part['type'] == 'Sequence' else [part]
+    kinds = [part['type'] for part in parts]
+    if kinds == ['ByteLevel'] and not parts[0]['add_prefix_space']:
+        return PATTERNS['gpt2'] if parts[0].get('use_regex', True) else r'[\s\S]+'
+    isolates = kinds[0] == 'Split' and parts[0]['behavior'] == 'Isolated' and \
+        not parts[0].get('invert') and 'Regex' in parts[0]['pattern']
+    if isolates and (kinds == ['Split'] and parts[0]['pattern']['Regex'] == ANY_CHARACTER
+                     or kinds == ['Split', 'ByteLevel'] and not parts[1]['add_prefix_space']
+                     and not parts[1].get('use_regex', True)):
+        return parts[0]['pattern']['Regex']
+    raise NotSupported(f'its pre_tokenizer is {json.dumps(part)[:200]}')
+
+
+def check_merges(merges: list, ordinary: list[str]) -> None:
+    """Raise NotSupported unless merging by these pairs is merging by the order of ids.
+
+    It is, if the pairs are in the order of the tokens that they make, and the pair that makes each
+    token when ids are ranks is among them.
+    """
+    tokens = [unprintable(token) for token in ordinary]
+    ranks, pairs, last = {token: i for i, token in enumerate(tokens)}, set(), 0
+    if sum(len(token) ** 2 for token in tokens) > 10 ** 8:
+        raise NotSupported('its tokens are too long')
+    for merge in merges:
+        a, b = map(unprintable, merge.split(' ') if isinstance(merge, str) else merge)
+        pairs.add((a, b))
+        if ranks[a + b] < last:
+            raise NotSupported(f'its merge {str(merge)[:80]} is not in the order of the ids')
+        last = ranks[a + b]
+    for token in tokens:
+        if len(token) > 1 and merge_of(token, ranks) not in pairs:
+            raise NotSupported(f'its token {printable(token)[:80]!r} is not made by merging two of '
+                               'the tokens before it')
+
+
+def bos_and_eos(folder: Path, special: dict[str, int]) -> tuple[str, str]:
+    """The names of the tokens that begin and end a text, from tokenizer_config.json or config.json;
+    '' if nothing begins it."""
+    given = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
+    config, model = given('tokenizer_config.json'), given('config.json')
+    found, names = [], {i: name for name, i in special.items()}
+    for key in ('bos_token', 'eos_token'):
+        name = config.get(key)
+        name = name['content'] if isinstance(name, dict) else name
+        if not name:
+            i = model.get(f'{key}_id')
+            name = names.get(i[0] if isinstance(i, list) else i)
+        found.append(name if name in special else '')
+    bos, eos = found
+    eos = eos or next((name for name in special if 'end' in name and 'text' in name), '')
+    if not eos:
+        raise NotSupported('no eos_token says which token ends a text')
+    return bos, eos
+
+
+def adds_bos(post_processor: dict | None) -> bool:
+    """Whether bos is put before every text. Raises NotSupported if something else is."""
+    whole = post_processor or {'type': 'ByteLevel'}
+    for part in whole['processors'] if whole['type'] == 'Sequence' else [whole]:
+        if part['type'] == 'TemplateProcessing':
+            kinds = [next(iter(piece)) for piece in part['single']]
+            if kinds not in (['Sequence'], ['SpecialToken', 'Sequence']):
+                raise NotSupported(f'its post_processor makes {json.dumps(part["single"])[:200]}')
+            return len(kinds) == 2
+        if part['type'] != 'ByteLevel':
+            raise NotSupported(f'its post_processor is {str(part["type"])[:80]}')
+    return False

@@ -1,0 +1,108 @@
+"""A trained model for other programs: python export.py out/shakespeare.
+
+--to=hf writes a Hugging Face folder that transformers 4 and 5 load without any code of ours. It is
+read back and compared with the model before it gets its name.
+"""
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from core import checkpoint, hf
+from core.settings import check_bounds, check_choice, configure, stop
+
+POSITIONAL = ('run_dir',)
+
+run_dir = ''            # a run such as out/shakespeare, or a Hugging Face folder
+to = 'hf'               # the format: hf
+step = 0                # which checkpoint; 0: the best one
+export_dir = ''         # where to; '': <run_dir>-hf
+dtype = 'float32'       # of the weights: float32, bfloat16 or float16
+shard_gb = 5.0          # most gigabytes of weights in one file
+
+# What must come through the tokenizer unchanged: spaces, digits, contractions, scripts, emoji.
+PROBES = ("It's 12,345 words: DON'T\n\n\t  stop…\r\n", 'naïve façade Ωμέγα 漢字かな हिन्दी',
+          '👩‍🚀 x_y(); ', '  lead and trail  ', '\x00\x7f\u2028\u3000')
+
+
+def export_hf(model, tokenizer, folder: Path) -> dict:
+    """Write, read back, compare; returns the largest differences of logits that were found."""
+    hf.save(model, tokenizer, folder, dtype, int(shard_gb * 1e9))
+    for p in model.parameters():    # what the file can hold of the weights
+        p.data = p.data.to(getattr(torch, dtype)).float()
+    generator = torch.Generator().manual_seed(0)
+    n = min(64, model.config.block_size)
+    ids = torch.randint(len(tokenizer), (2, n), generator=generator)
+    found, again = hf.load(folder)
+    differences = {'read back': largest_difference(model(ids), found(ids))}
+    for text in probes(tokenizer):
+        if again.encode(text) != tokenizer.encode(text):
+            stop(f'{folder}: the tokenizer that was written gives other ids for {text!r}; nothing '
+                 'was exported')
+    if importlib.util.find_spec('transformers'):
+        differences['in transformers'] = compare_with_transformers(model, tokenizer, folder, ids)
+    for where, difference in differences.items():
+        if not difference <= 1e-3:
+            stop(f'{folder}: {where}, logits differ by {difference:g}; nothing was exported')
+    return differences
+
+
+def probes(tokenizer) -> list[str]:
+    """Texts to compare tokenizers on: PROBES, without the characters that the tokenizer lacks."""
+    if tokenizer.kind != 'char':
+        return list(PROBES)
+    return [''.join(c for c in text if c in tokenizer.chars) for text in (*PROBES, tokenizer.chars)]
+
+
+def largest_difference(a, b) -> float:
+    return (a - b).abs().max().item()
+
+
+def compare_with_transformers(model, tokenizer, folder: Path, ids) -> float:
+    """The largest difference of logits from those of transformers. Stops if its ids differ."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    theirs = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    again = AutoTokenizer.from_pretrained(folder)
+    for text in probes(tokenizer):
+        if again(text, add_special_tokens=False).input_ids != tokenizer.encode(text):
+            stop(f'{folder}: in transformers the tokenizer gives other ids for {text!r}; nothing '
+                 'was exported')
+    return largest_difference(model(ids), theirs(ids).logits)
+
+
+@torch.no_grad()
+def main() -> dict:
+    """Export; returns the folder and the differences that the comparison found."""
+    check_choice(globals(), to=('hf',), dtype=('float32', 'bfloat16', 'float16'))
+    check_bounds(globals(), step=(0, None), shard_gb=(1e-6, None))
+    if not run_dir:
+        stop('no run given: python export.py out/shakespeare')
+    folder = Path(export_dir or f'{run_dir.rstrip("/")}-hf')
+    if folder.exists():
+        stop(f'{folder} is there already; delete it, or give another --export_dir')
+    model, tokenizer, state = checkpoint.load_run(run_dir, step)
+    tmp = folder.with_name(f'.tmp-{folder.name}')
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        differences = export_hf(model, tokenizer, tmp)
+        os.rename(tmp, folder)
+    except OSError as e:
+        stop(f'{e.filename or folder}: {e.strerror or e}; nothing was exported')
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f'{folder}: step {state["step"]} of {run_dir} as {hf.architecture(model.config)}, '
+          f'{dtype}, {size / 1e6:,.1f} MB')
+    for where, difference in differences.items():
+        print(f'  {where}: ids equal, logits equal to {difference:.2g}')
+    if 'in transformers' not in differences:
+        print('  transformers is not installed here: not tried in it')
+    return {'folder': str(folder), 'differences': differences}
+
+
+if __name__ == '__main__':
+    configure(globals(), sys.argv[1:])
+    main()
