@@ -52,7 +52,7 @@ class Recipe(NamedTuple):
     licence: str
     tokenizer: str
     documents: Callable[[str], Iterator[Document]]  # takes the folder for downloads
-    vocab_size: int = 0     # of a bpe
+    vocab_size: int = 0     # tokens, special ones included; for a bpe a choice
 
 
 # ---------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def austen(downloads: str) -> Iterator[Document]:
 
 RECIPES = {
     'shakespeare': Recipe('tiny Shakespeare: 40,000 lines of his plays, 1.1 MB',
-                          'public domain', 'char', shakespeare),
+                          'public domain', 'char', shakespeare, 70),
     # Bytes, not characters: 9 modules use 60 rare characters, which would only widen the model.
     'python_char': Recipe('source of the Python standard library on this machine, about 5 MB',
                           'PSF License Version 2', 'byte', python_char),
@@ -168,9 +168,11 @@ RECIPES = {
     'austen': Recipe("Jane Austen's seven novels, 4.4 MB", 'public domain in the US', 'bpe', austen,
                      4096),
 }
-# Sets that are too large to be downloaded unasked.
+# Sets that are too large to be downloaded unasked; their tokenizer is GPT-2's.
 LARGE = {'openwebtext': ('9 billion tokens of web pages, as GPT-2 was trained on',
-                         'about 13.5 GB to download, 54 GB of text, 18 GB of tokens')}
+                         'about 13.5 GB to download, 54 GB of text, 18 GB of tokens'),
+         'fineweb-edu': ('1.3 trillion tokens of web pages chosen for what they teach',
+                         'terabytes to download')}
 
 # ---------------------------------------------------------------------------------------------
 # Text to shards
@@ -234,18 +236,30 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
 def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
     """Names a tokenizer in one word: char, byte, gpt2, bpe4096, or the last part of a path."""
     recipe = RECIPES.get(dataset)
-    kind = tokenizer or (recipe.tokenizer if recipe else 'char')
+    own = 'gpt2' if dataset in LARGE else recipe.tokenizer if recipe else 'char'
+    kind = tokenizer or own
     if kind not in (*tokenizers.KINDS, *hf.GPT2_SIZES) and '/' not in kind and \
             not Path(kind).exists():
         stop(f'tokenizer={kind}: must be char, byte, bpe, gpt2, or where a model is: a run, a '
              'folder, or a name on the hub such as Qwen/Qwen3-0.6B')
     if kind != 'bpe':
         return Path(kind).name
-    size = vocab_size or (recipe.vocab_size if recipe else 0) or 4096
+    size = vocab_size or (recipe.vocab_size if recipe and own == 'bpe' else 4096)
     if size < 256 + len(tokenizers.SPECIAL):
         stop(f'vocab_size={size}: a bpe has at least {256 + len(tokenizers.SPECIAL)} tokens: the '
              'bytes and the special ones')
     return f'bpe{size}'
+
+
+def count_tokens(dataset: str, tokenizer: str, vocab_size: int) -> int:
+    """How many tokens the tokenizer of a dataset that need not be there has; 0: not known."""
+    label = tokenizer_label(dataset, tokenizer, vocab_size)
+    if label.startswith('bpe'):
+        return int(label[3:])
+    if label == 'char':
+        return RECIPES[dataset].vocab_size if dataset in RECIPES else 0
+    fixed = {'byte': 256 + len(tokenizers.SPECIAL), **dict.fromkeys(hf.GPT2_SIZES, 50_261)}
+    return fixed.get(label, 0)
 
 
 def folder_name(dataset: str, tokenizer: str, vocab_size: int) -> str:
@@ -395,7 +409,8 @@ def main() -> dict:
                        vocab_size)
     except NoNetwork as e:
         stop(no_network(dataset, e))
-    print(f'ready: python train.py config/shakespeare.py --dataset={folder.name}')
+    preset = folder.name if Path(f'config/{folder.name}.py').is_file() else 'shakespeare'
+    print(f'ready: python train.py config/{preset}.py --dataset={folder.name}')
     return read_meta(folder)
 
 

@@ -2,7 +2,9 @@
 
 python train.py config/shakespeare_lstm.py
 
-2 layers of 8 x 256 x 256 weights, 1.1 million parameters. A step takes a little less time than one
+2 layers of 8 x 256 x 256 weights, and two tables of 70 x 256:
+1,088,512 parameters, 6.40 MFLOP per token, 2,048 tokens per step
+A step takes a little less time than one
 of config/shakespeare.py, and there are as many of them.
 """
 dataset = 'shakespeare'

@@ -356,7 +356,7 @@ def find_model(name: str, data_dir: str = 'data', weights: bool = True,
         names = ', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'nothing'
         stop(f'{folder}: holds no checkpoint (step-*) and no config.json, only {names}' + NO_PICKLE)
     runs = ', '.join(sorted(str(path.parent) for path in Path('out').glob('*/log.jsonl')))
-    return stop(f'{setting}={name!r}: {"is a file" if folder.exists() else "no such directory"}, '
+    return stop(f'{setting}={name}: {"is a file" if folder.exists() else "no such directory"}, '
                 'and no name on the hub; '
                 + (f'there are {runs}' if runs else 'train first: python train.py') + NO_PICKLE)
 

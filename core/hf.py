@@ -20,7 +20,9 @@ from core.tokenizer import CHAT_TEMPLATE, Tokenizer
 from model import GPT, GPTConfig, build_model
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')  # what openai-community calls them
+# The names of openai-community: layers, heads, channels.
+GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
+              'gpt2-xl': (48, 25, 1600)}
 COMPLETE = '.complete'      # in a downloaded folder: all of it is there
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.h5', '.msgpack')
 
