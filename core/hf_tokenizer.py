@@ -85,7 +85,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         'decoder': decoder,
         'model': {'type': 'BPE', 'dropout': None, 'unk_token': None,
                   'continuing_subword_prefix': None, 'end_of_word_suffix': None,
-                  'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': True,
+                  'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
                   'vocab': vocab | tokenizer.special, 'merges': merges}}
 
 
