@@ -63,16 +63,16 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """tokenizer.json of the `tokenizers` library for one of ours: it gives the same ids."""
     split = lambda pattern: {'type': 'Split', 'pattern': {'Regex': pattern},
                              'behavior': 'Isolated', 'invert': False}
-    merges, splits, decoder = [], [BYTE_LEVEL], BYTE_LEVEL
+    merges, splits, decoder = [], [{**BYTE_LEVEL}], {**BYTE_LEVEL}
     if isinstance(tokenizer, CharTokenizer):
         vocab = {char: i for i, char in enumerate(tokenizer.chars)}
         splits, decoder = [split(ANY_CHARACTER)], {'type': 'Fuse'}
     else:
-        ordinary = tokenizer.tokens[:min(tokenizer.special.values())]
+        ordinary = tokenizer.tokens[:tokenizer.n_ordinary]
         vocab = {printable(token): i for i, token in enumerate(ordinary)}
     if isinstance(tokenizer, BPETokenizer):
         merges = [f'{printable(a)} {printable(b)}' for a, b in merges_of(tokenizer)]
-        splits = [split(tokenizer.pattern), BYTE_LEVEL]
+        splits = [split(tokenizer.pattern), {**BYTE_LEVEL}]
     normalize = getattr(tokenizer, 'normalize', '')
     return {
         'version': '1.0', 'truncation': None, 'padding': None,

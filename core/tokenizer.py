@@ -57,7 +57,7 @@ class Tokenizer:
 
     def __init__(self, ordinary: list[bytes], special: dict[str, int] | None = None):
         self.special = special or {name: len(ordinary) + i for i, name in enumerate(SPECIAL)}
-        self.tokens = list(ordinary)
+        self.tokens, self.n_ordinary = list(ordinary), len(ordinary)
         self.bos, self.eos, self.add_bos = None, self.special.get('<|endoftext|>'), False
         taken = set(self.special.values())
         if len(taken) < len(self.special) or min(taken) < len(ordinary):
@@ -223,7 +223,6 @@ class BPETokenizer(Tokenizer):
                  eos: str = '<|endoftext|>', add_bos: bool = False, normalize: str = ''):
         super().__init__([unprintable(token) for token in ranks], special)
         self.pattern, self.normalize, self.add_bos = pattern, normalize, add_bos
-        self.n_ordinary = len(ranks)
         self.bos = special[bos] if bos else None
         self.eos = special[eos]
         if normalize not in ('', 'NFC'):
