@@ -37,6 +37,10 @@ def export_hf(model, tokenizer, folder: Path) -> dict:
     n = min(64, model.config.block_size)
     ids = torch.randint(len(tokenizer), (2, n), generator=generator)
     found, again = hf.load(folder)
+    known = dict(found.named_parameters())
+    for name, p in model.named_parameters():
+        if not torch.equal(known[name], p):
+            stop(f'{folder}: {name} is not what was written; nothing was exported')
     differences = {'read back': largest_difference(model(ids), found(ids))}
     for text in probes(tokenizer):
         if again.encode(text) != tokenizer.encode(text):

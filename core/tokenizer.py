@@ -17,7 +17,6 @@ import hashlib
 import heapq
 import json
 import multiprocessing
-import os
 import re
 import signal
 import sys
@@ -32,6 +31,7 @@ import tiktoken
 from tqdm import tqdm
 
 from core.dataset import fetch
+from core.device import cpu_count
 from core.settings import stop
 
 # Reserved by every trained tokenizer, so that a base model can become a chat model unchanged.
@@ -250,7 +250,7 @@ class BPETokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         if self.normalize:
             texts = [unicodedata.normalize(self.normalize, text) for text in texts]
-        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return self.encoding.encode_ordinary_batch(texts, num_threads=cpu_count())
 
     def state(self) -> dict:
         names = {i: name for name, i in self.special.items()}
@@ -315,7 +315,7 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     parts = [part for text in texts for part in blocks(text)]
     size = sum(map(len, parts))
     if not workers:  # a process more pays from some megabytes on; forking is only safe on Linux
-        workers = os.cpu_count() if size > 1 << 22 and sys.platform == 'linux' else 1
+        workers = cpu_count() if size > 1 << 22 and sys.platform == 'linux' else 1
     processes = multiprocessing.get_context('fork')
     others = []
     for i in range(1, workers):

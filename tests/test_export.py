@@ -1,0 +1,127 @@
+"""export.py: a run becomes a Hugging Face folder, or nothing at all."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import stopped_at_last as stopped
+
+import export
+import sample
+from core import checkpoint, hf
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+transformers = pytest.importorskip('transformers')
+
+
+@pytest.fixture
+def run_export(monkeypatch):
+    """run_export(**settings): export.main() with these settings."""
+    def run(**settings):
+        with monkeypatch.context() as patch:
+            for name, value in settings.items():
+                patch.setattr(export, name, value)
+            return export.main()
+    return run
+
+
+def left_behind() -> list[str]:
+    return sorted(path.name for path in Path('out').iterdir())
+
+
+@pytest.mark.parametrize('tokenizer', ['char', 'byte', 'bpe'])
+def test_a_run_in_transformers(run_train, run_export, capsys, tokenizer):
+    size = 500 if tokenizer == 'bpe' else 0
+    run_dir = run_train(tokenizer=tokenizer, vocab_size=size, max_steps=3)['run_dir']
+    found = run_export(run_dir=run_dir)
+    assert found['folder'] == f'{run_dir}-hf' and left_behind() == ['tiny', 'tiny-hf']
+    assert found['differences']['read back'] == 0 and found['differences']['in transformers'] < 1e-4
+    assert 'as qwen3, float32' in capsys.readouterr().out
+    model, tok, _ = checkpoint.load_run(run_dir)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(found['folder'])
+    again = transformers.AutoTokenizer.from_pretrained(found['folder'])
+    text = 'import sys\n  # argparse'
+    assert again(text).input_ids == tok.encode(text)
+    ids = torch.tensor([tok.encode(text)])
+    with torch.no_grad():
+        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+
+
+def test_half_precision_in_shards(run_train, run_export):
+    run_dir = run_train(max_steps=2)['run_dir']
+    found = run_export(run_dir=run_dir, dtype='bfloat16', shard_gb=1e-5, export_dir='there/x')
+    folder = Path(found['folder'])
+    assert folder == Path('there/x') and len(list(folder.glob('*.safetensors'))) > 2
+    assert json.loads((folder / 'config.json').read_text())['dtype'] == 'bfloat16'
+
+
+def test_the_folder_is_a_model_again(run_train, run_export, monkeypatch, capsys):
+    """sample.py writes the same from the run and from its export, and export.py takes it too."""
+    run_dir = run_train(max_steps=4)['run_dir']
+    folder = run_export(run_dir=run_dir)['folder']
+    texts = []
+    for place in (run_dir, folder):
+        with monkeypatch.context() as patch:
+            for name, value in dict(run_dir=place, prompt='import ', max_new_tokens=40).items():
+                patch.setattr(sample, name, value)
+            texts.append(sample.main()['texts'])
+    assert texts[0] == texts[1] and texts[0][0]
+    again = run_export(run_dir=folder, export_dir='out/again')['folder']
+    for file in ('config.json', 'tokenizer.json', 'tokenizer_config.json', hf.WEIGHTS):
+        assert (Path(again) / file).read_bytes() == (Path(folder) / file).read_bytes()
+
+
+def test_what_is_refused(run_train, run_export, capsys):
+    run_dir = run_train(max_steps=2)['run_dir']
+    assert stopped(capsys, run_export).startswith('no run given')
+    assert 'out/tiny' in stopped(capsys, lambda: run_export(run_dir='out/none'))
+    assert stopped(capsys, lambda: run_export(run_dir=run_dir, to='gguf')).startswith('to=gguf')
+    assert stopped(capsys, lambda: run_export(run_dir=run_dir, dtype='int8')).startswith('dtype=')
+    assert 'step=7' in stopped(capsys, lambda: run_export(run_dir=run_dir, step=7))
+    (Path(run_dir).parent / 'tiny-hf').mkdir()
+    assert 'is there already' in stopped(capsys, lambda: run_export(run_dir=run_dir))
+    assert 'is there already' in stopped(capsys, lambda: run_export(run_dir=run_dir,
+                                                                    export_dir=run_dir))
+    (Path(run_dir) / 'file').write_text('')
+    message = stopped(capsys, lambda: run_export(run_dir=run_dir, export_dir=f'{run_dir}/file/x'))
+    assert 'nothing was exported' in message
+    assert left_behind() == ['tiny', 'tiny-hf'] and not list(Path('out/tiny-hf').iterdir())
+
+
+def test_an_lstm_is_refused(run_train, run_export, capsys):
+    run_dir = run_train(arch='lstm', qk_norm=False, max_steps=2)['run_dir']
+    assert stopped(capsys, lambda: run_export(run_dir=run_dir)).startswith('arch=lstm: no ')
+    assert left_behind() == ['tiny']
+
+
+@pytest.mark.parametrize('broken', ['weights', 'logits', 'tokenizer'])
+def test_an_export_that_is_wrong_gets_no_name(run_train, run_export, capsys, monkeypatch, broken):
+    run_dir = run_train(max_steps=2)['run_dir']
+    if broken == 'weights':
+        right = hf.to_hf
+        monkeypatch.setattr(hf, 'to_hf', lambda model: {
+            key: p.flip(0) if 'q_proj' in key else p for key, p in right(model).items()})
+    elif broken == 'logits':    # the same tensors, another meaning
+        monkeypatch.setattr(hf, 'config_json', lambda *args, right=hf.config_json:
+                            right(*args) | {'rms_norm_eps': 0.5})
+    else:
+        right = hf.tokenizer_json
+        def wrong(tokenizer):
+            found = right(tokenizer)
+            found['model']['vocab'] |= {'a': tokenizer.encode('b')[0],
+                                        'b': tokenizer.encode('a')[0]}
+            return found
+        monkeypatch.setattr(hf, 'tokenizer_json', wrong)
+    message = stopped(capsys, lambda: run_export(run_dir=run_dir))
+    assert 'nothing was exported' in message and left_behind() == ['tiny']
+
+
+def test_a_full_disk(run_train, run_export, capsys, monkeypatch):
+    run_dir = run_train(max_steps=2)['run_dir']
+
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(hf, 'save_file', full)
+    message = stopped(capsys, lambda: run_export(run_dir=run_dir))
+    assert 'No space left' in message and left_behind() == ['tiny']
