@@ -170,8 +170,13 @@ def choose_dataset() -> tuple[str, bool]:
 
 def build_dataset(name: str, fell_back: bool) -> Path:
     """The folder of a dataset with the tokenizer that the settings ask for; the fallback's own."""
-    wanted = '' if fell_back else tokenizer or (init_from if from_model() else '')
-    return prepare.build(name, data_dir, tokenizer=wanted, vocab_size=vocab_size)
+    return prepare.build(name, data_dir, tokenizer='' if fell_back else tokenizer_wanted(),
+                         vocab_size=vocab_size)
+
+
+def tokenizer_wanted() -> str:
+    """Which tokenizer the dataset is to have; '': its own."""
+    return tokenizer or (init_from if from_model() else '')
 
 
 def get_data(ranks) -> tuple[Path, dict, bool]:
@@ -391,7 +396,7 @@ def print_above(ranks, text: str) -> None:
 
 def evaluate_run(ranks, device) -> dict:
     """--eval_only: the best checkpoint of a run on the validation split; writes nothing."""
-    data = prepare.find(dataset, data_dir, tokenizer, vocab_size)
+    data = prepare.find(dataset, data_dir, tokenizer_wanted(), vocab_size)
     base = Path(out_dir) if out_dir else default_out_dir(data, fell_back=False)
     model, known, state = checkpoint.load_run(str(base), device=device.name)
     if known.hash() != tokenizers.load(data / 'tokenizer.json').hash():

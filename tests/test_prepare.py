@@ -10,7 +10,10 @@ from conftest import stopped_at_last as stopped
 
 import prepare
 from core.dataset import NoNetwork, Tokens
+from core.hf_tokenizer import tokenizer_json
 from core.tokenizer import load
+
+MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRROR'])
 
 TEXT = 'It was a dark and stormy night. Naïve 🎉!\n' * 5
 
@@ -77,6 +80,92 @@ def small_recipe(monkeypatch):
     recipe = prepare.Recipe('two lines', 'public domain', 'char',
                             lambda downloads: iter([prepare.Document('a', TEXT)]))
     monkeypatch.setitem(prepare.RECIPES, 'small', recipe)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def test_bpe():
+    """Learnt from the training part only; documents are encoded as they are, one by one."""
+    texts = {'books/a.txt': 'spam and eggs, ' * 200, 'books/b.txt': 'eggs and spam! ' * 200,
+             'books/c.txt': 'zyzzyva ' * 84}
+    for path, text in texts.items():
+        write(path, text)
+    folder = prepare.build('books', tokenizer='bpe', vocab_size=300)
+    tok = load(folder / 'tokenizer.json')
+    assert folder == Path('data/books_bpe300') and tok.kind == 'bpe'
+    assert not any(b'zyz' in token for token in tok.tokens)
+    train, val = (Tokens(folder, split) for split in ('train', 'val'))
+    cut = len(''.join(texts.values())) * 9 // 10 - 6000
+    parts = [tok.encode(text) for text in (texts['books/a.txt'], texts['books/b.txt'],
+                                           texts['books/c.txt'][:cut])]
+    assert train.read(0, len(train)).tolist() == \
+        [*parts[0], tok.eos, *parts[1], tok.eos, *parts[2]]
+    assert val.read(0, len(val)).tolist() == tok.encode(texts['books/c.txt'][cut:])
+    assert meta_of(folder)['tokenizer'] == 'bpe300'
+    before = snapshot(folder)
+    assert prepare.build('books', tokenizer='bpe', vocab_size=300) == folder
+    assert snapshot(folder) == before
+    assert prepare.build('books', tokenizer='bpe', vocab_size=280) == Path('data/books_bpe280')
+    assert prepare.find('books', tokenizer='bpe', vocab_size=280) == Path('data/books_bpe280')
+
+
+def test_bpe_of_too_little_text(capsys):
+    folder = prepare.build(write('novel.txt', TEXT), tokenizer='bpe')
+    assert folder.name == 'novel_bpe4096' and len(load(folder / 'tokenizer.json')) < 600
+    assert 'no pair of them occurs twice' in capsys.readouterr().err
+
+
+def test_tokenizer_of_a_model(monkeypatch):
+    """A folder's tokenizer; another one there makes the dataset anew."""
+    path, text = write('novel.txt', TEXT), 'the quick brown fox ' * 50
+    for pattern in ('llama3', 'gpt2'):
+        Path('m').mkdir(exist_ok=True)
+        tok = prepare.tokenizers.BPETokenizer.train([text], 270, pattern)
+        write('m/tokenizer.json', json.dumps(tokenizer_json(tok)))
+        write('m/config.json', '{"eos_token_id": 265}')
+        folder = prepare.build(path, tokenizer='./m')
+        assert folder == Path('data/novel_m')
+        assert load(folder / 'tokenizer.json').hash() == tok.hash()
+        assert decoded(folder) == (TEXT[:len(TEXT) * 9 // 10], TEXT[len(TEXT) * 9 // 10:])
+
+
+@pytest.mark.skipif(not MIRROR, reason='needs DATA_MIRROR')
+def test_named_sets_with_their_tokenizers(monkeypatch):
+    """Austen with its BPE, one novel a document, and Shakespeare with GPT-2's tokenizer."""
+    monkeypatch.setenv('DATA_MIRROR', MIRROR)
+    folder = prepare.build('austen')
+    train, val = decoded(folder)
+    documents = (train + val).split('<|endoftext|>')
+    assert len(documents) == 7 and 'utenberg' not in train + val and 'protégé' in train
+    assert [d.split()[0] for d in documents] == ['EMMA', 'LADY', 'MANSFIELD', 'NORTHANGER',
+                                                 'Persuasion', 'PRIDE', 'SENSE']
+    assert len(load(folder / 'tokenizer.json')) == 4096
+    folder = prepare.build('shakespeare', tokenizer='gpt2')
+    assert folder == Path('data/shakespeare_gpt2') and meta_of(folder)['vocab_size'] == 50261
+    assert meta_of(folder)['train_tokens'] + meta_of(folder)['val_tokens'] == 338_025
+
+
+def test_count_tokens(monkeypatch):
+    """What plan.py knows of a tokenizer before there is one."""
+    count = prepare.count_tokens
+    assert count('x.txt', 'bpe', 500) == 500 and count('austen', '', 0) == 4096
+    assert count('shakespeare', '', 0) == 70 and count('shakespeare', 'byte', 0) == 261
+    assert count('openwebtext', '', 0) == count('x.txt', 'gpt2', 0) == 50_261
+    assert count('x.txt', '', 0) == count('x.txt', 'org/name', 0) == 0
+    if MIRROR:
+        monkeypatch.setenv('DATA_MIRROR', MIRROR)
+        folder = prepare.build('shakespeare')
+        assert len(load(folder / 'tokenizer.json')) == count('shakespeare', '', 0)
+
+
+@pytest.mark.parametrize('settings', [dict(tokenizer='bppe'), dict(tokenizer='nowhere/at/all'),
+                                      dict(tokenizer='bpe', vocab_size=260), dict(vocab_size=500)])
+def test_tokenizers_that_cannot_be(settings, monkeypatch, capsys):
+    path = write('novel.txt', TEXT)
+    message = stopped(capsys, lambda: run_main(monkeypatch, dataset=path, **settings))
+    assert message.startswith(('tokenizer=', 'vocab_size=')) and not list(Path('.').glob('data/*/'))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,7 +380,7 @@ def test_unreadable_file(capsys, monkeypatch):
     path = write('novel.txt', TEXT)
     monkeypatch.setattr(Path, 'read_bytes', raising(PermissionError(13, 'Permission denied')))
     message = stopped(capsys, lambda: prepare.build(path))
-    assert message == 'novel.txt: cannot be read (Permission denied)' and not subfolders('data')
+    assert message == 'novel.txt: cannot be read (Permission denied)' and not list(Path('.').glob('data/*/'))
 
 
 def test_unknown_dataset(capsys):
