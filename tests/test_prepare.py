@@ -138,7 +138,7 @@ def test_named_sets_with_their_tokenizers(monkeypatch):
     folder = prepare.build('austen')
     train, val = decoded(folder)
     documents = (train + val).split('<|endoftext|>')
-    assert len(documents) == 7 and 'utenberg' not in train + val and 'protégé' in train
+    assert len(documents) == 7 and 'utenberg' not in train + val and '_arrangé_' in train
     assert [d.split()[0] for d in documents] == ['EMMA', 'LADY', 'MANSFIELD', 'NORTHANGER',
                                                  'Persuasion', 'PRIDE', 'SENSE']
     assert len(load(folder / 'tokenizer.json')) == 4096
