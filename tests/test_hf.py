@@ -171,7 +171,8 @@ def test_round_trip_is_bitwise(tokenizer, tmp_path, name):
 def test_weights_in_bfloat16(tokenizer, tmp_path):
     ours = our_model('qwen3')
     hf.save(ours, tokenizer, tmp_path / 'half', 'bfloat16')
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'half')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / 'half', dtype='auto')
     assert theirs.dtype == torch.bfloat16
     again, _ = hf.load(tmp_path / 'half')
     assert all(torch.equal(p.bfloat16().float(), q) for p, q in
