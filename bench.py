@@ -231,6 +231,8 @@ def compare_trainers(sides: list[str], megabytes: float, n: int, times: int) -> 
 
 def bench_tokenizer() -> dict:
     """Training a BPE and encoding with it, beside those that are installed or given."""
+    if vs and not (Path(vs) / 'minbpe').is_dir():
+        stop(f'vs={vs}: there is no minbpe/ in it; give a checkout of minbpe')
     texts, _ = python_sources(corpus_mb)
     size = sum(len(text.encode()) for text in texts)
     digest = hashlib.sha256(''.join(texts).encode()).hexdigest()
@@ -240,8 +242,6 @@ def bench_tokenizer() -> dict:
     result = {'what': 'tokenizer', 'bytes': size, 'sha256': digest, 'tokens': n_tokens,
               'training': compare_trainers(sides, corpus_mb, n_tokens, rounds)}
     if vs:
-        if not (Path(vs) / 'minbpe').is_dir():
-            stop(f'vs={vs}: there is no minbpe/ in it; give a checkout of minbpe')
         print('the first megabyte, 512 tokens:')
         result['slice'] = compare_trainers([*sides, 'minbpe'], 1, 512, min(3, rounds))
     tok = tokenizers.BPETokenizer.train(texts[::10], 4096)

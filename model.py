@@ -39,6 +39,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     position: str = 'learned'   # learned, rope, sinusoidal or none
     rope_theta: float = 10000.0
+    rope_scaling: str = ''      # Llama 3.1's: factor, low and high turns, old context; '': none
     mlp: str = 'gelu'           # gelu, swiglu or relu2
     qk_norm: bool = False       # RMSNorm of queries and keys, per head
     window: int = 0             # attention reaches this many positions back; 0: all
@@ -69,6 +70,15 @@ class GPTConfig:
             raise ValueError(f'n_kv_head={self.n_kv_head}: must divide n_head={self.n_head}')
         if self.position == 'rope' and self.head_dim % 2:
             raise ValueError(f'head_dim={self.head_dim}: must be even for position=rope')
+        if self.rope_scaling:
+            try:
+                factor, low, high, context = map(float, self.rope_scaling.split(','))
+                fits = self.position == 'rope' and factor >= 1 and 0 < low < high and context > 0
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError(f'rope_scaling={self.rope_scaling}: must be four numbers like '
+                                 '32,1,4,8192 (for position=rope), or empty')
         if self.position == 'sinusoidal' and self.n_embd % 2:
             raise ValueError(f'n_embd={self.n_embd}: must be even for position=sinusoidal')
         if not self.n_hidden:  # 8/3, so that swiglu's three matrices weigh as much as two of 4
@@ -85,13 +95,21 @@ def norm_layer(config: GPTConfig, size: int) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
-def rope_tables(position: torch.Tensor, head_dim: int, theta: float):
+def rope_tables(position: torch.Tensor, head_dim: int, theta: float, scaling: str = ''):
     """cos and sin of the angles position * theta^(-2i / D), i < D/2 (Su et al. 2021, section 3.2).
 
-    position (T,) gives tables (T, D/2); position (B, T) gives (B, 1, T, D/2).
+    position (T,) gives tables (T, D/2); position (B, T) gives (B, 1, T, D/2). `scaling` stretches
+    a model to longer contexts as Llama 3.1 does: frequencies of more than `high` turns in the old
+    context stay, those of fewer than `low` are divided by `factor`, in between it is interpolated.
     """
     i = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32)
-    angle = position[..., None].float() * theta ** (-i / head_dim)
+    frequency = theta ** (-i / head_dim)
+    if scaling:
+        factor, low, high, context = map(float, scaling.split(','))
+        turns = frequency * context / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angle = position[..., None].float() * frequency
     if position.ndim == 2:
         angle = angle[:, None]
     return angle.cos(), angle.sin()
@@ -425,7 +443,8 @@ class GPT(nn.Module):
         x = idx if self.wte is None else self.embed(idx, position)
         rope = None
         if config.position == 'rope':
-            rope = rope_tables(position, config.head_dim, config.rope_theta)
+            rope = rope_tables(position, config.head_dim, config.rope_theta,
+                               config.rope_scaling)
         for i, block in self.h.items():
             if self.recompute and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)

@@ -66,6 +66,7 @@ norm = 'layernorm'              # layernorm or rmsnorm
 norm_eps = 1e-5
 position = 'learned'            # learned, rope, sinusoidal or none
 rope_theta = 10000.0
+rope_scaling = ''               # Llama 3.1's: factor, low and high turns, old context: 32,1,4,8192
 mlp = 'gelu'                    # gelu, swiglu or relu2
 qk_norm = False                 # RMSNorm of queries and keys
 window = 0                      # sliding-window attention; 0: all positions

@@ -23,6 +23,7 @@ WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 # The names of openai-community: layers, heads, channels.
 GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
               'gpt2-xl': (48, 25, 1600)}
+LLAMA3_ROPE = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
 COMPLETE = '.complete'      # in a downloaded folder: all of it is there
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.h5', '.msgpack')
 
@@ -130,11 +131,13 @@ def llama_config(found: Fields, kind: str) -> dict:
     """GPTConfig's fields from a Llama's or a Qwen3's."""
     found.refuse(hidden_act='silu', use_sliding_window=False)
     rope = found.get('rope_parameters', dict, found.found.get('rope_scaling') or {})
-    scaling = rope.get('rope_type', rope.get('type', 'default'))
-    if scaling != 'default':
-        stop(f'{found.path}: RoPE scaling {str(scaling)[:80]!r} is not supported, only plain RoPE; '
-             'a model without it (Llama 2 and 3, Qwen3) can be read')
-    theta = Fields(found.path, {**found.found, **rope}).get('rope_theta', float, 10000.0)
+    kind_of_rope, scaling = rope.get('rope_type', rope.get('type', 'default')), ''
+    if kind_of_rope not in ('default', 'llama3'):
+        stop(f'{found.path}: RoPE scaling {str(kind_of_rope)[:80]!r} is not supported, only that '
+             'of Llama 3.1 (llama3), and RoPE without')
+    given = Fields(found.path, {**found.found, **rope})
+    if kind_of_rope == 'llama3':
+        scaling = ','.join(f'{given.get(name, float):g}' for name in LLAMA3_ROPE)
     n_embd, n_head = found.get('hidden_size', int), found.get('num_attention_heads', int)
     bias = found.get('attention_bias', bool, False)
     if bias and (kind == 'qwen3' or not found.get('mlp_bias', bool, False)):
@@ -145,7 +148,8 @@ def llama_config(found: Fields, kind: str) -> dict:
                 head_dim=found.get('head_dim', int,
                                    128 if kind == 'qwen3' else n_embd // max(1, n_head)),
                 n_hidden=found.get('intermediate_size', int), norm='rmsnorm',
-                norm_eps=found.get('rms_norm_eps', float, 1e-6), position='rope', rope_theta=theta,
+                norm_eps=found.get('rms_norm_eps', float, 1e-6), position='rope',
+                rope_theta=given.get('rope_theta', float, 10000.0), rope_scaling=scaling,
                 mlp='swiglu', qk_norm=kind == 'qwen3', bias=bias,
                 tied=found.get('tie_word_embeddings', bool, False))
 
@@ -182,13 +186,18 @@ def config_json(config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict:
             'n_head': config.n_head, 'n_inner': config.n_hidden, 'activation_function': 'gelu_new',
             'layer_norm_epsilon': config.norm_eps, 'resid_pdrop': config.dropout,
             'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
+    rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
+    if config.rope_scaling:
+        rope |= {'rope_type': 'llama3', **dict(zip(LLAMA3_ROPE, map(
+            float, config.rope_scaling.split(','))))}
+        rope[LLAMA3_ROPE[-1]] = int(rope[LLAMA3_ROPE[-1]])
     return shared | {
         'hidden_size': config.n_embd, 'intermediate_size': config.n_hidden,
         'num_hidden_layers': config.n_layer, 'num_attention_heads': config.n_head,
         'num_key_value_heads': config.n_kv_head, 'head_dim': config.head_dim, 'hidden_act': 'silu',
         'max_position_embeddings': config.block_size, 'rms_norm_eps': config.norm_eps,
         'attention_bias': config.bias, 'rope_theta': config.rope_theta,
-        'rope_parameters': {'rope_type': 'default', 'rope_theta': config.rope_theta},
+        'rope_parameters': rope, 'rope_scaling': rope if config.rope_scaling else None,
         **({'mlp_bias': config.bias} if kind == 'llama' else {'use_sliding_window': False})}
 
 

@@ -80,3 +80,27 @@ def test_a_peer_of_another_size_is_refused(run_bench, capsys, tmp_path):
     with pytest.raises(Stop):
         run_bench(vs=str(tmp_path))
     assert 'no model.py' in capsys.readouterr().err
+
+
+def test_tokenizer(monkeypatch, capsys):
+    """Both trainers on a megabyte, each in its process; encoding beside tiktoken."""
+    pytest.importorskip('tokenizers')
+    for name, value in dict(what='tokenizer', corpus_mb=1, n_tokens=400, rounds=2).items():
+        monkeypatch.setattr(bench, name, value)
+    result = bench.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert json.loads(printed[-1]) == result and len(result['sha256']) == 64
+    ours, theirs = (result['training'][side] for side in ('ours', 'huggingface'))
+    assert 1e6 <= result['bytes'] < 1.3e6
+    assert ours['bytes_per_token'] == pytest.approx(theirs['bytes_per_token'], rel=2e-3)
+    assert ours['seconds'] > 0 and ours['peak_mb'] > 0 and theirs['peak_mb'] > 0
+    assert result['ours_encoding_mb_per_second'] > 0.5 * result['tiktoken_encoding_mb_per_second']
+
+
+def test_no_minbpe(monkeypatch, capsys, tmp_path):
+    for name, value in dict(what='tokenizer', corpus_mb=1, n_tokens=300, rounds=1,
+                            vs=str(tmp_path)).items():
+        monkeypatch.setattr(bench, name, value)
+    with pytest.raises(Stop):
+        bench.main()
+    assert 'no minbpe/' in capsys.readouterr().err

@@ -26,6 +26,13 @@ transformers = pytest.importorskip('transformers')
 ROOT = Path(__file__).parent.parent
 VOCAB = 704     # more than the tokenizer's 600: padded, as trained models are
 
+# In a context of 32 positions some frequencies of 32 channels turn more than 4 times, some not
+# once. Version 4 knows the first spelling only, version 5 both.
+SCALING = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+           'original_max_position_embeddings': 32}
+LLAMA3_ROPE = dict(rope_scaling=SCALING, rope_theta=500.0) if transformers.__version__ < '5' else \
+    dict(rope_parameters={**SCALING, 'rope_theta': 500.0})
+
 THEIRS = {
     'gpt2': lambda: transformers.GPT2Config(
         vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=3, n_positions=128),
@@ -39,6 +46,10 @@ THEIRS = {
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
         rope_theta=500000.0, rms_norm_eps=1e-5),
+    'llama 3.2': lambda: transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+        tie_word_embeddings=True, **LLAMA3_ROPE),
     'llama tied': lambda: transformers.LlamaConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True,
@@ -55,6 +66,8 @@ OURS = {
     'qwen3': dict(norm='rmsnorm', position='rope', mlp='swiglu', qk_norm=True, bias=False,
                   tied=False, n_kv_head=2, norm_eps=1e-6, head_dim=16),
     'llama': dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, rope_theta=3e5),
+    'llama 3.2': dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, n_kv_head=1,
+                      n_head=2, rope_theta=500.0, rope_scaling='8,1,4,32'),
     'llama with biases': dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=True),
     'gpt2': {}, 'gpt2 without biases': dict(bias=False), 'gpt2 untied': dict(tied=False)}
 
@@ -89,8 +102,9 @@ def their_folders(tokenizer, tmp_path_factory):
 
 
 def our_model(name: str, **changes):
-    return randomize(build_model(GPTConfig(block_size=128, vocab_size=VOCAB, n_layer=2, n_head=4,
-                                           n_embd=64, **{**OURS[name], **changes})))
+    return randomize(build_model(GPTConfig(**{
+        'block_size': 128, 'vocab_size': VOCAB, 'n_layer': 2, 'n_head': 4, 'n_embd': 64,
+        **OURS[name], **changes})))
 
 
 @pytest.fixture
@@ -355,7 +369,10 @@ def test_huge_tokenizer(capsys, folder, tokenizer):
     (dict(use_sliding_window=True), 'use_sliding_window=True'),
     (dict(attention_bias=True), 'attention_bias=True'),
     (dict(rope_parameters={'rope_type': 'yarn', 'factor': 4.0}), "RoPE scaling 'yarn'"),
-    (dict(rope_parameters={'rope_type': 'llama3', 'rope_theta': 5e5}), "RoPE scaling 'llama3'"),
+    (dict(rope_parameters={'rope_type': 'llama3', 'rope_theta': 5e5}), 'factor is missing'),
+    (dict(rope_parameters={'rope_type': 'llama3', 'factor': 8, 'low_freq_factor': 4,
+                           'high_freq_factor': 4, 'original_max_position_embeddings': 32}),
+     'rope_scaling=8,4,4,32'),
     (dict(rope_parameters=None, rope_scaling={'type': 'linear', 'factor': 2}), "'linear'"),
     (dict(rope_parameters=[]), 'rope_parameters'), (dict(rms_norm_eps='small'), 'rms_norm_eps'),
     (dict(model_type='llama'), 'self_attn.k_norm')])

@@ -24,6 +24,7 @@ VARIANTS = {
     'rope-window': dict(LLAMA, window=5),
     'learned-window': dict(window=4, n_kv_head=2),
     'sinusoidal': dict(position='sinusoidal', norm='rmsnorm', mlp='relu2'),
+    'llama3-rope': dict(LLAMA, rope_scaling='4,1,4,16'),
     'none': dict(position='none', mlp='relu2', n_kv_head=1, head_dim=3, tied=False),
     'qk-window-bias': dict(position='rope', mlp='swiglu', qk_norm=True, window=3, head_dim=8),
 }
@@ -486,3 +487,24 @@ def test_bfloat16_weights_and_autocast(settings):
 def test_compiled_equals_eager():
     model, idx = tiny(**LLAMA, n_kv_head=2, window=5, n_layer=1), tokens(2, 20)
     close(torch.compile(model, fullgraph=True)(idx), model(idx))
+
+
+def test_rope_scaling_by_hand():
+    """Llama 3.1's: a frequency of many turns stays, one of few is divided, between it is mixed."""
+    # 4 channels: frequencies 1 and 0.01, which turn 64 and 0.64 times in 402.1 positions
+    context = 64 * 2 * math.pi
+    position = torch.tensor([1.0])
+    plain = [table[0] for table in M.rope_tables(position, 4, 1e4)]
+    assert torch.allclose(plain[1], torch.tensor([math.sin(1), math.sin(0.01)]))
+    for low, high, first, second in ((1, 4, 1.0, 0.01 / 8), (0.1, 0.2, 1.0, 0.01),
+                                     (65, 70, 1 / 8, 0.01 / 8), (44, 84, 0.5 + 0.5 / 8, 0.01 / 8)):
+        _, sin = M.rope_tables(position, 4, 1e4, f'8,{low},{high},{context}')
+        assert torch.allclose(sin[0], torch.tensor([math.sin(first), math.sin(second)]), atol=1e-6)
+
+
+@pytest.mark.parametrize('scaling', ['8', '8,1,4', '8,1,4,x', '8,4,4,32', '0.5,1,4,32', '8,1,4,0'])
+def test_rope_scaling_that_cannot_be(scaling):
+    with pytest.raises(ValueError, match='rope_scaling='):
+        GPTConfig(position='rope', rope_scaling=scaling)
+    with pytest.raises(ValueError, match='rope_scaling='):
+        GPTConfig(rope_scaling='8,1,4,32')

@@ -380,7 +380,7 @@ def test_unreadable_file(capsys, monkeypatch):
     path = write('novel.txt', TEXT)
     monkeypatch.setattr(Path, 'read_bytes', raising(PermissionError(13, 'Permission denied')))
     message = stopped(capsys, lambda: prepare.build(path))
-    assert message == 'novel.txt: cannot be read (Permission denied)' and not list(Path('.').glob('data/*/'))
+    assert message == 'novel.txt: cannot be read (Permission denied)' and not subfolders('data')
 
 
 def test_unknown_dataset(capsys):
