@@ -38,6 +38,14 @@ def test_figures_are_those_in_the_comments(printed, name):
     assert f'\n{line}\n' in source.read_text(encoding='utf-8')
 
 
+@pytest.mark.parametrize('name', ['gpt2', *PRESETS])
+def test_figures_are_those_in_the_readme(printed, name):
+    found = json.loads(printed.splitlines()[-1])[name]
+    label = 'bare `train.py`: GPT-2' if name == 'gpt2' else f'`{name}`'
+    assert (f'\n| {label} | {found["parameters"]:,} | {found["flops_per_token"] / 1e6:,.2f} | '
+            f'{found["tokens_per_step"]:,} |\n') in (ROOT / 'README.md').read_text()
+
+
 @pytest.mark.parametrize('name, about', [
     ('gpt2', 124e6), ('gpt2_medium', 355e6), ('gpt2_large', 774e6), ('gpt2_xl', 1558e6),
     ('125m', 125e6), ('1b', 1e9), ('3b', 3e9), ('7b', 7e9), ('shakespeare_gpu', 10.7e6),
