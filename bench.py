@@ -191,7 +191,10 @@ TRAINERS = {'ours': train_ours, 'huggingface': train_huggingface, 'minbpe': trai
 
 
 def time_training(side: str, megabytes: float, n: int, folder: str, sender) -> None:
-    """In a process of its own: seconds, peak memory in MB, bytes per token on held-out text."""
+    """In a process of its own: seconds, peak memory in MB, bytes per token on held-out text.
+
+    The peak is that of the process plus that of its largest child, so what they share counts twice.
+    """
     globals()['vs'] = folder
     texts, held_out = python_sources(megabytes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -268,6 +271,9 @@ def main() -> dict:
     check_choice(globals(), what=('train', 'tokenizer'))
     check_bounds(globals(), corpus_mb=(1, None), n_tokens=(256, None))
     train.check_settings()
+    if train.from_model():
+        stop(f'init_from={train.init_from}: leave it out; what is measured is the model that the '
+             'settings describe')
     result = bench_train() if what == 'train' else bench_tokenizer()
     print(json.dumps(result))
     return result

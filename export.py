@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from core import checkpoint, hf
 from core.settings import check_bounds, check_choice, configure, stop
@@ -93,8 +94,8 @@ def main() -> dict:
     try:
         differences = export_hf(model, tokenizer, tmp)
         os.rename(tmp, folder)
-    except OSError as e:
-        stop(f'{e.filename or folder}: {e.strerror or e}; nothing was exported')
+    except (OSError, SafetensorError) as e:
+        stop(f'{folder}: {e}; nothing was exported')
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.iterdir())

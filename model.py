@@ -410,8 +410,8 @@ class GPT(nn.Module):
         if config.tied:
             self.lm_head.weight = self.wte.weight
 
-    def new_cache(self, batch_size: int, device=None) -> KVCache:
-        return KVCache(batch_size, self.config.block_size, device)
+    def new_cache(self, batch_size: int, device=None, size: int = 0) -> KVCache:
+        return KVCache(batch_size, size or self.config.block_size, device)
 
     def forward(self, idx, targets=None, *, doc=None, cache=None, n_logits=0, reduction='mean'):
         """Logits, or the loss if there are targets.
@@ -491,7 +491,7 @@ class LSTM(nn.Module):
         def room(self):
             return math.inf
 
-    def new_cache(self, batch_size: int, device=None):
+    def new_cache(self, batch_size: int, device=None, size: int = 0):
         return LSTM.State()
 
     def forward(self, idx, targets=None, *, doc=None, cache=None, n_logits=0, reduction='mean'):
@@ -652,7 +652,7 @@ def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, t
     generator = torch.Generator(device).manual_seed(seed)
     rows = [list(prompt) for prompt in prompts]
     ended = [False] * len(rows)
-    size = model.config.block_size
+    size = min(model.config.block_size, max(map(len, rows)) + max_new_tokens)
     cache, idx, doc = None, None, None
     was_training = model.training
     model.eval()
@@ -660,7 +660,7 @@ def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, t
         for _ in range(max_new_tokens):
             if cache is None or cache.room() < 1:
                 keep = size if cache is None else max(1, size // 2)
-                cache = model.new_cache(len(rows), device)
+                cache = model.new_cache(len(rows), device, size)
                 idx, doc = pad_rows([row[-keep:] for row in rows], device)
             logits = model(idx, doc=doc, cache=cache, n_logits=1)[:, -1].float()
             if n_tokens:

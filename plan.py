@@ -28,17 +28,19 @@ def load_preset(words: list[str]) -> dict:
 
 def preset_config(train: dict) -> GPTConfig:
     """The architecture that the settings of train.py describe, without data or weights."""
-    n_tokens = prepare.count_tokens(train['dataset'], train['tokenizer'], train['vocab_size'])
+    n_tokens = prepare.count_tokens(train['dataset'], train['tokenizer_wanted'](),
+                                    train['vocab_size'])
     init_from = train['init_from']
-    if train['from_model']() and init_from not in hf.GPT2_SIZES:
+    if init_from in hf.GPT2_SIZES:  # known by heart
+        n_layer, n_head, n_embd = hf.GPT2_SIZES[init_from]
+        return train['adapted'](GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                          vocab_size=50_257), n_tokens)
+    if train['from_model']():
         folder = checkpoint.find_model(init_from, train['data_dir'], False, 'init_from')
         found = checkpoint.steps(folder)
-        return GPTConfig(**checkpoint.read_state(folder, found[-1])['config']) if found else \
+        config = GPTConfig(**checkpoint.read_state(folder, found[-1])['config']) if found else \
             hf.read_config(folder)
-    if init_from in hf.GPT2_SIZES:
-        n_layer, n_head, n_embd = hf.GPT2_SIZES[init_from]
-        return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                         block_size=train['block_size'], vocab_size=train['padded'](50_261))
+        return train['adapted'](config, n_tokens)
     if not (train['vocab_size'] or n_tokens):
         stop(f'dataset={train["dataset"]}: how many characters it has is known when it is '
              'prepared; give --vocab_size or another --tokenizer')
@@ -79,6 +81,6 @@ def main() -> dict:
 
 if __name__ == '__main__':
     if '--help' in sys.argv or '-h' in sys.argv:
-        print(__doc__.strip())
-    else:
-        main()
+        print(__doc__.strip() + '\n')
+        load_preset(['--help'])
+    main()

@@ -4,8 +4,6 @@ A dataset is a folder data/<name>/ with shards of token ids, tokenizer.json and 
 named (RECIPES below), or made from any local text file or folder of text, with a tokenizer that is
 trained on it or brought along. train.py calls `build` by itself for a dataset that is missing.
 """
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +19,7 @@ from tqdm import tqdm
 from core import checkpoint, hf
 from core import tokenizer as tokenizers
 from core.clean import gutenberg_encoding, strip_gutenberg
-from core.dataset import NoNetwork, ShardWriter, fetch
+from core.dataset import NoNetwork, ShardWriter, fetch, locked
 from core.settings import check_bounds, check_choice, configure, stop, warn
 
 POSITIONAL = ('dataset',)
@@ -192,15 +190,15 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
         stop(f'no dataset given: name one of {", ".join(RECIPES)}, or a path to text')
     recipe, path = RECIPES.get(dataset), Path(dataset)
     made = Path(data_dir) / dataset
-    if not recipe and (path / 'meta.json').is_file():
-        return path
+    for folder in () if recipe else (path, made):
+        if (folder / 'meta.json').is_file():
+            check_tokenizer(folder, tokenizer, vocab_size)
+            return folder
     if dataset in LARGE and not (made / 'meta.json').is_file():
         about, size = LARGE[dataset]
         stop(f'{made} is not there: {dataset} ({about}) is {size}, which is not started unasked; '
              f'its loader is not part of this version: put token shards into {made}, or train on '
              'your own text with --dataset=<path>')
-    if not recipe and (made / 'meta.json').is_file():
-        return made
     if not recipe and not path.exists():
         stop(f'dataset {dataset!r}: neither a named dataset ({", ".join([*RECIPES, *LARGE])}), '
              f'nor a folder in {data_dir}/, nor a path to text')
@@ -233,8 +231,17 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
     return folder
 
 
+def check_tokenizer(folder: Path, tokenizer: str, vocab_size: int) -> None:
+    """Stop if a dataset that is there already has another tokenizer than the kind asked for."""
+    found = read_meta(folder).get('tokenizer')
+    asked = tokenizer_label('', tokenizer, vocab_size)
+    if tokenizer in tokenizers.KINDS and asked != found:
+        stop(f'{folder} was made with tokenizer {found}, not with {asked}; give the text from which '
+             'it was made instead')
+
+
 def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
-    """Names a tokenizer in one word: char, byte, gpt2, bpe4096, or the last part of a path."""
+    """Names a tokenizer in one word: char, byte, gpt2, bpe4096, or of-<last part of a path>."""
     recipe = RECIPES.get(dataset)
     own = 'gpt2' if dataset in LARGE else recipe.tokenizer if recipe else 'char'
     kind = tokenizer or own
@@ -242,8 +249,8 @@ def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
             not Path(kind).exists():
         stop(f'tokenizer={kind}: must be char, byte, bpe, gpt2, or where a model is: a run, a '
              'folder, or a name on the hub such as Qwen/Qwen3-0.6B')
-    if kind != 'bpe':
-        return Path(kind).name
+    if kind != 'bpe':   # a model's name may be that of a kind
+        return kind if kind in (*tokenizers.KINDS, *hf.GPT2_SIZES) else f'of-{Path(kind).name}'
     size = vocab_size or (recipe.vocab_size if recipe and own == 'bpe' else 4096)
     if size < 256 + len(tokenizers.SPECIAL):
         stop(f'vocab_size={size}: a bpe has at least {256 + len(tokenizers.SPECIAL)} tokens: the '
@@ -256,8 +263,8 @@ def count_tokens(dataset: str, tokenizer: str, vocab_size: int) -> int:
     label = tokenizer_label(dataset, tokenizer, vocab_size)
     if label.startswith('bpe'):
         return int(label[3:])
-    if label == 'char':
-        return RECIPES[dataset].vocab_size if dataset in RECIPES else 0
+    if label == 'char' and dataset in RECIPES and RECIPES[dataset].tokenizer == 'char':
+        return RECIPES[dataset].vocab_size
     fixed = {'byte': 256 + len(tokenizers.SPECIAL), **dict.fromkeys(hf.GPT2_SIZES, 50_261)}
     return fixed.get(label, 0)
 
@@ -293,8 +300,8 @@ def learn_tokenizer(label: str, text: str, whole: str):
 def find(dataset: str, data_dir: str = 'data', tokenizer: str = '', vocab_size: int = 0) -> Path:
     """The folder of a dataset that is there already. Stops if it is not."""
     path = Path(dataset)
-    known = [path, Path(data_dir) / dataset,
-             Path(data_dir) / folder_name(dataset, tokenizer, vocab_size)]
+    known = [Path(data_dir) / folder_name(dataset, tokenizer, vocab_size)]
+    known += [] if dataset in RECIPES else [path, Path(data_dir) / dataset]
     found = [folder for folder in known if (folder / 'meta.json').is_file()]
     if not found:
         stop(f'dataset {dataset!r}: not prepared yet: python prepare.py {dataset}')
@@ -311,14 +318,6 @@ def read_meta(folder: Path) -> dict:
     except (OSError, ValueError, TypeError, KeyError) as e:
         stop(f'{path}: damaged ({type(e).__name__}: {e}); delete {folder} and make it again')
     return meta
-
-
-@contextlib.contextmanager
-def locked(path: Path):
-    """Hold a file lock, which the system releases even if this process is killed."""
-    with open(path, 'a') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 def text_hash(documents: list[Document]) -> str:
@@ -343,7 +342,8 @@ def up_to_date(folder: Path, wanted: dict) -> bool:
     if found['source'] != wanted['source']:
         stop(f'{folder} was made from {found["source"]}, not from {wanted["source"]}; give this '
              f'one another name: python prepare.py {wanted["source"]} --name=<name>')
-    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    changed = [key for key in {**wanted, 'tokenizer_hash': ''}
+               if found.get(key) != wanted.get(key)]
     if changed:
         print(f'{folder}: {" and ".join(changed)} changed since it was made, so it is made again')
     return not changed
@@ -364,10 +364,11 @@ def write_dataset(folder: Path, documents: list[Document], tok, meta: dict,
         for number, (_, text, _) in enumerate(documents):
             here = min(max(cut - position, 0), len(text))
             for split, part in (('train', text[:here]), ('val', text[here:])):
-                for block in tokenizers.blocks(part, 1 << 24):
-                    for ids in tok.encode_batch(list(tokenizers.blocks(block))):
+                blocks = tok.blocks(part)
+                for i in range(0, len(blocks), 16):
+                    for ids in tok.encode_batch(blocks[i:i + 16]):
                         writers[split].write(ids)
-                    bar.update(len(block))
+                    bar.update(sum(map(len, blocks[i:i + 16])))
             position += len(text)
             if number < len(documents) - 1:
                 last = 'train' if position <= cut else 'val'

@@ -138,7 +138,7 @@ def check_settings() -> None:
     fixed = [name for name in ('n_layer', 'n_head', 'n_embd') if name in FLAGS]
     if depth and fixed:
         stop(f'depth={depth}: derives {fixed[0]}, which was also given; leave one of the two out')
-    own = {f.name for f in fields(GPTConfig)} - {'block_size', 'vocab_size', 'dropout'} | {'depth'}
+    own = {f.name for f in fields(GPTConfig)} - {'block_size', 'dropout'} | {'depth'}
     given = sorted(own & set(GIVEN))
     if from_model() and given:
         stop(f'{given[0]}={globals()[given[0]]}: the model in init_from={init_from} has its own; '
@@ -210,22 +210,36 @@ def model_config(n_tokens: int) -> GPTConfig:
         stop(str(e))
 
 
-def initial_model(tokenizer):
-    """The model in init_from, for a dataset with this tokenizer, and the config to train it with.
+def initial_model(tokenizer, device, begun: dict):
+    """The model to be trained on a dataset with this tokenizer: a new one, or that in init_from.
 
-    Its architecture stays; block_size and dropout are the settings', and the vocabulary grows if
-    the tokenizer has more tokens than the model knows. Stops if it does not know the same ones.
+    `begun` is the identity of a run to be resumed: if that began with a model, its architecture is
+    taken. Stops if the model in init_from does not know the same tokens.
     """
+    if 'init_from' in begun:
+        return build_model(GPTConfig(**begun['architecture']), None, device.name)
+    if not from_model():
+        return build_model(model_config(len(tokenizer)), seed, device.name)
     source, known, _ = checkpoint.load_run(init_from, data_dir=data_dir)
     if known.tokens != tokenizer.tokens[:len(known)]:
         stop(f'init_from={init_from}: its tokenizer is not that of the dataset; leave out '
              f'--tokenizer, or prepare the text with --tokenizer={init_from}')
-    if source.config.position == 'learned' and block_size > source.config.block_size:
+    model = build_model(adapted(source.config, len(tokenizer)), None, device.name)
+    copy_weights(source, model)
+    return model
+
+
+def adapted(config: GPTConfig, n_tokens: int) -> GPTConfig:
+    """The config of the model in init_from as it is trained here, with n_tokens tokens.
+
+    Its architecture stays; block_size and dropout are the settings', and the vocabulary grows if
+    there are more tokens than it knows. Stops if it has fewer positions than block_size.
+    """
+    if config.position == 'learned' and block_size > config.block_size:
         stop(f'block_size={block_size}: the model in init_from={init_from} knows only '
-             f'{source.config.block_size} positions')
-    config = replace(source.config, block_size=block_size, dropout=dropout, vocab_size=max(
-        source.config.vocab_size, padded(len(tokenizer), source.config.vocab_size)))
-    return source, config
+             f'{config.block_size} positions')
+    return replace(config, block_size=block_size, dropout=dropout,
+                   vocab_size=max(config.vocab_size, padded(n_tokens, config.vocab_size)))
 
 
 def padded(n_tokens: int, known: int = 0) -> int:
@@ -243,8 +257,9 @@ def default_out_dir(data: Path, fell_back: bool) -> Path:
     return Path('out') / name
 
 
-def run_identity(meta: dict, tokenizer, config: GPTConfig) -> dict:
-    """All that must be unchanged for a run to be the same run, by topic."""
+def run_identity(meta: dict, tokenizer, config: GPTConfig, origin: str = '') -> dict:
+    """All that must be unchanged for a run to be the same run, by topic; `origin` is the model that
+    a run which is resumed began with."""
     def chosen(*names):
         return {name: globals()[name] for name in names}
     return {'architecture': asdict(config),
@@ -258,7 +273,7 @@ def run_identity(meta: dict, tokenizer, config: GPTConfig) -> dict:
                                'decay_fraction', 'min_lr_fraction'),
             'seed': seed, 'batch_size': batch_size,
             'source': checkpoint.source_hash(model_module.__file__),
-            **({'init_from': init_from} if from_model() else {})}
+            **({'init_from': origin or init_from} if origin or from_model() else {})}
 
 
 def build_optimizers(model, device) -> list:
@@ -454,8 +469,10 @@ def main() -> dict:
         return result
     data, meta, fell_back = get_data(ranks)
     tokenizer = tokenizers.load(data / 'tokenizer.json')
-    source, config = initial_model(tokenizer) if from_model() else (
-        None, model_config(len(tokenizer)))
+    base = Path(out_dir) if out_dir else default_out_dir(data, fell_back)
+    begun = init_from == 'resume' and rundir.identity_of(base) or {}
+    model = initial_model(tokenizer, dev, begun)
+    config = model.config
     if meta['max_id'] >= config.vocab_size:
         stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
     per_rank = math.ceil(batch_size / ranks.world)
@@ -464,17 +481,12 @@ def main() -> dict:
         ranks.local_world)
     train_windows = load_split(data, 'train', block_size, seed)
     val_windows = load_split(data, 'val', block_size, shuffle=False)
-    base = Path(out_dir) if out_dir else default_out_dir(data, fell_back)
-    identity = run_identity(meta, tokenizer, config)
+    identity = run_identity(meta, tokenizer, config, begun.get('init_from', ''))
     saver = state = None
     if ranks.rank == 0:
         saver, state = rundir.find_run(base, identity, init_from == 'resume')
     run, state = parallel.broadcast(saver and [str(saver.run), state], patient=True)
     run = Path(run)
-    model = build_model(config, seed, dev.name)
-    if source:
-        copy_weights(source, model)
-        del source
     model.recompute = activation_checkpointing
     flops, tokens_per_step = flops_per_token(model), batch_size * block_size
     print0(f'{count_parameters(model):,} parameters, {flops / 1e6:,.2f} MFLOP per token; a step is '

@@ -6,9 +6,8 @@ Seven novels from Project Gutenberg, 4.2 million characters; a BPE of 4,096 make
 train on of them, 3.9 characters each. A step reads 8 x 256 of them, so an epoch is 473 steps.
 8 blocks of 4 x 384^2 (attention) + 3 x 384 x 1,024 (MLP), and one table of 4,096 x 384:
 15,736,192 parameters, 103.81 MFLOP per token, 2,048 tokens per step
-Every 100 steps it writes a few lines into the terminal and the log. It knows 15 times as many
-parameters as it reads tokens in an epoch: after 3 epochs it would begin to learn by heart, so 1,200
-steps must do, which are 2.5.
+Every 100 steps it writes a few lines into the terminal and the log. It has 16 parameters for
+each token to train on, and would soon begin to learn by heart: 1,200 steps are 2.5 epochs.
 """
 dataset = 'austen'
 

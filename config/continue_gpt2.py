@@ -10,6 +10,7 @@ is a tenth of that of pretraining: a higher one makes it forget what it knew.
 """
 init_from = 'gpt2'
 dataset = 'austen'
+tokenizer = 'gpt2'
 
 batch_size = 8
 max_steps = 240

@@ -345,13 +345,15 @@ def find_model(name: str, data_dir: str = 'data', weights: bool = True,
                setting: str = 'run_dir') -> Path:
     """The folder of a run, or of a Hugging Face model (see hf.find). Stops if there is neither."""
     folder = Path(name)
-    if folder.is_dir() and steps(folder):
-        return folder
     try:
+        if folder.is_dir() and steps(folder):
+            return folder
         if found := hf.find(name, Path(data_dir) / 'downloads', weights):
             return found
     except NoNetwork as e:
         stop(f'{setting}={name}: {e}; put its folder into DATA_MIRROR, or give a path')
+    except OSError as e:
+        stop(f'{setting}={name:.80}: {e.strerror}')
     if folder.is_dir():
         names = ', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'nothing'
         stop(f'{folder}: holds no checkpoint (step-*) and no config.json, only {names}' + NO_PICKLE)

@@ -3,6 +3,8 @@
 A dataset is a folder: shards `train-00000.bin ...` and `val-00000.bin ...`, `tokenizer.json` and
 `meta.json`. docs/formats.md writes down every byte.
 """
+import contextlib
+import fcntl
 import hashlib
 import os
 import struct
@@ -17,6 +19,15 @@ from tqdm import tqdm
 
 from core.settings import stop
 
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Hold a file lock, which the system releases even if this process is killed."""
+    with open(path, 'a') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
 # ---------------------------------------------------------------------------------------------
 # Downloads
 
@@ -26,18 +37,19 @@ class NoNetwork(Exception):
 
 
 def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0, headers: dict | None = None,
-          optional: bool = False) -> Path | None:
+          optional: bool = False, mirrored: bool = True) -> Path | None:
     """The path of the file `name`: from the mirror directory, an earlier download, or `url`.
 
     DATA_MIRROR=<dir>, if set, is looked at first and used in place. A download goes to `folder`,
     appears under its final name only when whole and right, and leaves its hash beside it in
     `<name>.sha256`; `sha256` (64 hex digits) and `size` (bytes) are checked when given, otherwise
     the hash of the first download is what later ones must have. `headers` go with the request. If
-    the server has no such file, returns None where it is `optional`.
+    the server has no such file, returns None where it is `optional`. Without `mirrored` it is not
+    looked for in the mirror.
     Raises NoNetwork if no server can be reached. Stops on an answer that is not the file.
     """
     mirror = os.environ.get('DATA_MIRROR')
-    if mirror:
+    if mirror and mirrored:
         if not Path(mirror).is_dir():
             stop(f'DATA_MIRROR={mirror}: no such directory; correct it or unset it')
         if (Path(mirror) / name).is_file():

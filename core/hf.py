@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from core.dataset import fetch
+from core.dataset import fetch, locked
 from core.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
 from core.settings import stop
 from core.tokenizer import CHAT_TEMPLATE, Tokenizer
@@ -43,22 +43,30 @@ def find(name: str, downloads='data/downloads', weights: bool = True) -> Path | 
     it, HF_TOKEN for what needs a login), without `weights` only the JSON. None if `name` cannot be
     a model's; stops if the hub has no such model, raises NoNetwork if it cannot be reached.
     """
-    mirror = os.environ.get('DATA_MIRROR')
-    for known in (Path(name), *([Path(mirror) / name] if mirror else [])):
+    mirror, full = os.environ.get('DATA_MIRROR'), name
+    if name in GPT2_SIZES:
+        full = f'openai-community/{name}'
+    for known in (Path(name), *([Path(mirror) / name, Path(mirror) / full] if mirror else [])):
         if is_folder(known):
             return known
-    name = f'openai-community/{name}' if name in GPT2_SIZES else name
-    organization = re.fullmatch(r'([\w-][\w.-]*)/[\w-][\w.-]*', name)
-    if not organization or Path(organization[1]).exists():  # a path with a slip of the pen
+    organization = re.fullmatch(r'([\w-][\w.-]*)/[\w-][\w.-]*', full)
+    # out/shakespear is a slip of the pen, and so is any path whose first part is there
+    if not organization or organization[1] == 'out' or Path(organization[1]).exists():
         return None
+    folder = Path(downloads) / full
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f'.{folder.name}.lock')):
+        return folder if (folder / COMPLETE).is_file() else download(full, downloads, weights)
+
+
+def download(name: str, downloads, weights: bool) -> Path:
+    """Bring a model from the hub into `downloads`; its folder."""
     folder = Path(downloads) / name
-    if (folder / COMPLETE).is_file():
-        return folder
     url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{name}/resolve/main'
     token = os.environ.get('HF_TOKEN')
     headers = {'Authorization': f'Bearer {token}'} if token else {}
     get = lambda file, optional: fetch(f'{name}/{file}', f'{url}/{file}', downloads,
-                                       headers=headers, optional=optional)
+                                       headers=headers, optional=optional, mirrored=False)
     for file in ('config.json', 'tokenizer.json'):
         get(file, False)
     for file in ('tokenizer_config.json', *([INDEX] if weights else [])):
@@ -88,16 +96,20 @@ class Fields:
         value = default if value is None else value
         if value is None:
             stop(f'{self.path}: {name} is missing')
-        fits = type(value) is kind or kind is float and type(value) is int
-        if not fits or kind is int and not 0 <= value < 1 << 31:
-            stop(f'{self.path}: {name}={str(value)[:80]!r}: must be of type {kind.__name__}')
+        if kind is float and type(value) in (int, float):
+            fits, what = 0 < value < 1e12, 'a positive number'
+        else:
+            fits, what = type(value) is kind and (kind is not int or 0 <= value < 1 << 24), \
+                f'of type {kind.__name__}' + ' and of a sensible size' * (kind is int)
+        if not fits:
+            stop(f'{self.path}: {name}={value!r:.80}: must be {what}')
         return kind(value)
 
     def refuse(self, **required) -> None:
         """Stop if a field is there with another value than the one that our model computes."""
         for name, value in required.items():
             if self.found.get(name) not in (None, value):
-                stop(f'{self.path}: {name}={str(self.found[name])[:80]}: not supported, only '
+                stop(f'{self.path}: {name}={self.found[name]!r:.80}: not supported, only '
                      f'{value}')
 
 
@@ -106,8 +118,9 @@ def read_config(folder) -> GPTConfig:
     path = Path(folder) / 'config.json'
     found = Fields(path, read_json(path))
     kind = found.get('model_type', str)
+    found.refuse(quantization_config=None)
     if kind not in ('gpt2', 'llama', 'qwen3'):
-        stop(f'{path}: model_type={kind[:80]!r}: only gpt2, llama and qwen3 can be read')
+        stop(f'{path}: model_type={kind!r:.80}: only gpt2, llama and qwen3 can be read')
     chosen = gpt2_config(found) if kind == 'gpt2' else llama_config(found, kind)
     try:
         return GPTConfig(vocab_size=found.get('vocab_size', int), **chosen)
@@ -130,14 +143,18 @@ def gpt2_config(found: Fields) -> dict:
 def llama_config(found: Fields, kind: str) -> dict:
     """GPTConfig's fields from a Llama's or a Qwen3's."""
     found.refuse(hidden_act='silu', use_sliding_window=False)
-    rope = found.get('rope_parameters', dict, found.found.get('rope_scaling') or {})
+    # version 5 takes the older spelling first, too
+    rope = found.get('rope_scaling', dict, {}) or found.get('rope_parameters', dict, {})
     kind_of_rope, scaling = rope.get('rope_type', rope.get('type', 'default')), ''
     if kind_of_rope not in ('default', 'llama3'):
-        stop(f'{found.path}: RoPE scaling {str(kind_of_rope)[:80]!r} is not supported, only that '
+        stop(f'{found.path}: RoPE scaling {kind_of_rope!r:.80} is not supported, only that '
              'of Llama 3.1 (llama3), and RoPE without')
     given = Fields(found.path, {**found.found, **rope})
     if kind_of_rope == 'llama3':
-        scaling = ','.join(f'{given.get(name, float):g}' for name in LLAMA3_ROPE)
+        old = found.get(LLAMA3_ROPE[-1], int, rope.get(LLAMA3_ROPE[-1]) or
+                        found.get('max_position_embeddings', int))
+        scaling = ','.join([*(repr(given.get(name, float)).removesuffix('.0')
+                              for name in LLAMA3_ROPE[:-1]), str(old)])
     n_embd, n_head = found.get('hidden_size', int), found.get('num_attention_heads', int)
     bias = found.get('attention_bias', bool, False)
     if bias and (kind == 'qwen3' or not found.get('mlp_bias', bool, False)):
@@ -300,7 +317,11 @@ def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
         key = found[name] = hf_name(name, kind).removeprefix(prefix)
         if key not in files:
             stop(f'{folder}: its weights lack {key}, which config.json asks for')
-        shape = list(files[key].get_slice(key).get_shape())
+        stored = files[key].get_slice(key)
+        if stored.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
+            stop(f'{folder}: {key} has dtype {stored.get_dtype()}; quantized weights are not '
+                 'supported, only floating point of 16 bits and more')
+        shape = list(stored.get_shape())
         expected = list(p.T.shape if is_transposed(name, kind) else p.shape)
         if third(name, kind) is not None:
             expected[-1] *= 3
@@ -328,6 +349,10 @@ def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer]:
         tensor, part = files[keys[name]].get_tensor(keys[name]), third(name, kind)
         tensor = tensor if part is None else tensor.chunk(3, dim=-1)[part]
         p.copy_(tensor.T if is_transposed(name, kind) else tensor)
+    if config.tied and 'lm_head.weight' in files:
+        head = files['lm_head.weight'].get_tensor('lm_head.weight').to(device, torch.float32)
+        if not torch.equal(head, model.lm_head.weight):
+            stop(f'{folder}: tie_word_embeddings=True, but its lm_head.weight is not its embedding')
     return model.eval(), tokenizer
 
 

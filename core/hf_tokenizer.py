@@ -1,5 +1,6 @@
 """tokenizer.json, the format of Hugging Face's `tokenizers`: our tokenizers to it, and back."""
 import json
+import unicodedata
 from pathlib import Path
 
 from core.settings import stop
@@ -16,7 +17,9 @@ from core.tokenizer import (
 JSON_BYTES = 1 << 26        # the largest JSON file that is read
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False,
               'use_regex': False}
-ANY_CHARACTER = r'[\s\S]'
+ANY_CHARACTER, NO_SPLIT = r'[\s\S]', ''  # a character tokenizer's pattern, and a byte tokenizer's
+# What a pattern must not pass by: it would be lost.
+PROBE = "It's 12,345 x_y();\r\n 👩‍🚀 " + ''.join(map(chr, range(0x3000)))
 
 
 def read_json(path: Path) -> dict:
@@ -53,7 +56,8 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | Non
 
 
 def merges_of(tokenizer: BPETokenizer) -> list[tuple[bytes, bytes]]:
-    """The merge that makes each token of more than one byte, in the order of their ids."""
+    """The merge that makes each token of more than one byte, in the order of their ids; None for
+    a token that only a piece as a whole can be."""
     tokens = tokenizer.tokens[:tokenizer.n_ordinary]
     ranks = {token: i for i, token in enumerate(tokens)}
     return [merge_of(token, ranks) for token in tokens if len(token) > 1]
@@ -63,7 +67,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """tokenizer.json of the `tokenizers` library for one of ours: it gives the same ids."""
     split = lambda pattern: {'type': 'Split', 'pattern': {'Regex': pattern},
                              'behavior': 'Isolated', 'invert': False}
-    merges, splits, decoder = [], [{**BYTE_LEVEL}], {**BYTE_LEVEL}
+    merges, splits, decoder, written = [], [{**BYTE_LEVEL}], {**BYTE_LEVEL}, ()
     if isinstance(tokenizer, CharTokenizer):
         vocab = {char: i for i, char in enumerate(tokenizer.chars)}
         splits, decoder = [split(ANY_CHARACTER)], {'type': 'Fuse'}
@@ -71,13 +75,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         ordinary = tokenizer.tokens[:tokenizer.n_ordinary]
         vocab = {printable(token): i for i, token in enumerate(ordinary)}
     if isinstance(tokenizer, BPETokenizer):
-        merges = [f'{printable(a)} {printable(b)}' for a, b in merges_of(tokenizer)]
+        merges, written = merges_of(tokenizer), tokenizer.written
         splits = [split(tokenizer.pattern), {**BYTE_LEVEL}]
     normalize = getattr(tokenizer, 'normalize', '')
     return {
         'version': '1.0', 'truncation': None, 'padding': None,
         'added_tokens': [{'id': i, 'content': name, 'single_word': False, 'lstrip': False,
-                          'rstrip': False, 'normalized': False, 'special': True}
+                          'rstrip': False, 'normalized': False, 'special': name not in written}
                          for name, i in sorted(tokenizer.special.items(), key=lambda x: x[1])],
         'normalizer': {'type': normalize} if normalize else None,
         'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': splits},
@@ -85,8 +89,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         'decoder': decoder,
         'model': {'type': 'BPE', 'dropout': None, 'unk_token': None,
                   'continuing_subword_prefix': None, 'end_of_word_suffix': None,
-                  'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
-                  'vocab': vocab | tokenizer.special, 'merges': merges}}
+                  'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': None in merges,
+                  'vocab': vocab | tokenizer.special,
+                  'merges': [' '.join(map(printable, merge)) for merge in merges if merge]}}
 
 
 def begin_with(tokenizer: Tokenizer) -> dict:
@@ -125,33 +130,44 @@ class NotSupported(Exception):
 
 
 def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes. Raises NotSupported, or as bad data does."""
-    model, special = found['model'], {}
-    if model['type'] != 'BPE' or model.get('byte_fallback'):
-        raise NotSupported(f'its model is {str(model["type"])[:80]}'
-                           + ' with byte fallback' * bool(model.get('byte_fallback')))
-    vocab = dict(model['vocab'])
+    """The tokenizer that a tokenizer.json describes; its truncation and padding are left out.
+
+    Raises NotSupported, or what bad data raises.
+    """
+    model, vocab, special, written = found['model'], dict(found['model']['vocab']), {}, []
+    if model['type'] != 'BPE':
+        raise NotSupported(f'its model is {model["type"]!r:.80}')
+    for name in ('byte_fallback', 'dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
+        if model.get(name):
+            raise NotSupported(f'its model has {name}={model[name]!r:.80}')
     for token in found['added_tokens']:
         special[token['content']] = token['id']
         vocab.pop(token['content'], None)
+        if not token.get('special', True):
+            written.append(token['content'])
+            if token.get('lstrip') or token.get('rstrip') or token.get('single_word'):
+                raise NotSupported(f'its token {token["content"]!r:.80} takes what is around it')
     if not special:
         raise NotSupported('it has no special token that could end a text')
     ordinary = sorted(vocab, key=vocab.get)
     if [vocab[token] for token in ordinary] != list(range(len(ordinary))):
         raise NotSupported('the ids of its ordinary tokens are not 0, 1, 2, ...')
-    pattern = split_pattern(found['pre_tokenizer'])
-    if pattern == ANY_CHARACTER:
-        return with_special(CharTokenizer(''.join(ordinary)), special)
-    if not model['merges'] and [unprintable(token) for token in ordinary] == ByteTokenizer.BYTES:
-        return with_special(ByteTokenizer(), special)
-    normalizer = found.get('normalizer') or {'type': ''}
-    if normalizer['type'] not in ('', 'NFC'):
-        raise NotSupported(f'its normalizer is {str(normalizer["type"])[:80]}')
-    check_merges(model['merges'], ordinary)
+    pattern, in_front = split_pattern(found['pre_tokenizer']), front(found.get('post_processor'))
+    normalizer = (found.get('normalizer') or {'type': ''})['type']
+    if normalizer not in ('', 'NFC'):
+        raise NotSupported(f'its normalizer is {normalizer!r:.80}')
+    if not (model['merges'] or normalizer or in_front or pattern not in (ANY_CHARACTER, NO_SPLIT)):
+        if pattern == ANY_CHARACTER and all(len(token) == 1 for token in ordinary):
+            return with_special(CharTokenizer(''.join(ordinary)), special)
+        if pattern == NO_SPLIT and list(map(unprintable, ordinary)) == ByteTokenizer.BYTES:
+            return with_special(ByteTokenizer(), special)
+    if pattern in (ANY_CHARACTER, NO_SPLIT):
+        raise NotSupported('it has no pattern that splits text')
+    check_merges(model['merges'], ordinary, bool(model.get('ignore_merges')))
     bos, eos = bos_and_eos(folder, special)
-    tokenizer = BPETokenizer(pattern, ordinary, special, bos, eos,
-                             adds_bos(found.get('post_processor')), normalizer['type'])
-    probe = "It's 12,345 naïve  words\n\n\t漢字 🎉 x_y();\r\n"
+    tokenizer = BPETokenizer(pattern, ordinary, special, in_front or bos, eos, bool(in_front),
+                             normalizer, written)
+    probe = unicodedata.normalize(normalizer, PROBE) if normalizer else PROBE
     if tokenizer.decode(tokenizer.encode(probe)) != probe:
         raise NotSupported('its pattern leaves out parts of a text')
     return tokenizer
@@ -169,21 +185,22 @@ def split_pattern(part: dict) -> str:
     parts = part['pretokenizers'] if part['type'] == 'Sequence' else [part]
     kinds = [part['type'] for part in parts]
     if kinds == ['ByteLevel'] and not parts[0]['add_prefix_space']:
-        return PATTERNS['gpt2'] if parts[0].get('use_regex', True) else r'[\s\S]+'
+        return PATTERNS['gpt2'] if parts[0].get('use_regex', True) else NO_SPLIT
     isolates = kinds[0] == 'Split' and parts[0]['behavior'] == 'Isolated' and \
         not parts[0].get('invert') and 'Regex' in parts[0]['pattern']
-    if isolates and (kinds == ['Split'] and parts[0]['pattern']['Regex'] == ANY_CHARACTER
-                     or kinds == ['Split', 'ByteLevel'] and not parts[1]['add_prefix_space']
-                     and not parts[1].get('use_regex', True)):
-        return parts[0]['pattern']['Regex']
+    pattern = parts[0]['pattern']['Regex'] if isolates else ''
+    of_characters = kinds == ['Split'] and pattern == ANY_CHARACTER
+    if of_characters or kinds == ['Split', 'ByteLevel'] and pattern not in ('', ANY_CHARACTER) \
+            and not parts[1]['add_prefix_space'] and not parts[1].get('use_regex', True):
+        return pattern
     raise NotSupported(f'its pre_tokenizer is {json.dumps(part)[:200]}')
 
 
-def check_merges(merges: list, ordinary: list[str]) -> None:
+def check_merges(merges: list, ordinary: list[str], whole_pieces: bool) -> None:
     """Raise NotSupported unless merging by these pairs is merging by the order of ids.
 
     It is, if the pairs are in the order of the tokens that they make, and the pair that makes each
-    token when ids are ranks is among them.
+    token when ids are ranks is among them. There may be none if `whole_pieces` are looked up first.
     """
     tokens = [unprintable(token) for token in ordinary]
     ranks, pairs, last = {token: i for i, token in enumerate(tokens)}, set(), 0
@@ -196,7 +213,8 @@ def check_merges(merges: list, ordinary: list[str]) -> None:
             raise NotSupported(f'its merge {str(merge)[:80]} is not in the order of the ids')
         last = ranks[a + b]
     for token in tokens:
-        if len(token) > 1 and merge_of(token, ranks) not in pairs:
+        merge = merge_of(token, ranks) if len(token) > 1 else None
+        if len(token) > 1 and merge not in pairs and (merge or not whole_pieces):
             raise NotSupported(f'its token {printable(token)[:80]!r} is not made by merging two of '
                                'the tokens before it')
 
@@ -221,15 +239,15 @@ def bos_and_eos(folder: Path, special: dict[str, int]) -> tuple[str, str]:
     return bos, eos
 
 
-def adds_bos(post_processor: dict | None) -> bool:
-    """Whether bos is put before every text. Raises NotSupported if something else is."""
-    whole = post_processor or {'type': 'ByteLevel'}
+def front(post_processor: dict | None) -> str:
+    """The special token that is put before every text, '' if none is. Raises NotSupported if
+    something else is done."""
+    whole, found = post_processor or {'type': 'ByteLevel'}, ''
     for part in whole['processors'] if whole['type'] == 'Sequence' else [whole]:
-        if part['type'] == 'TemplateProcessing':
-            kinds = [next(iter(piece)) for piece in part['single']]
-            if kinds not in (['Sequence'], ['SpecialToken', 'Sequence']):
-                raise NotSupported(f'its post_processor makes {json.dumps(part["single"])[:200]}')
-            return len(kinds) == 2
-        if part['type'] != 'ByteLevel':
-            raise NotSupported(f'its post_processor is {str(part["type"])[:80]}')
-    return False
+        pieces = part['single'] if part['type'] == 'TemplateProcessing' else []
+        kinds = [next(iter(piece)) for piece in pieces]
+        if part['type'] not in ('ByteLevel', 'TemplateProcessing') or found and pieces or \
+                kinds not in ([], ['Sequence'], ['SpecialToken', 'Sequence']):
+            raise NotSupported(f'its post_processor is {json.dumps(whole)[:200]}')
+        found = pieces[0]['SpecialToken']['id'] if len(pieces) == 2 else found
+    return found

@@ -23,6 +23,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,10 @@ class Tokenizer:
         """The ids of several texts; BPE encodes them on all cores."""
         return [self.encode(text) for text in texts]
 
+    def blocks(self, text: str) -> list[str]:
+        """Parts of a long text that encode to the ids of the whole."""
+        return list(blocks(text))
+
     def decode(self, ids) -> str:
         """Text of a sequence of ids; bytes that are no valid UTF-8 become U+FFFD.
 
@@ -110,6 +115,13 @@ class Tokenizer:
         """The ids to continue from: those of the text, after bos where the model is used to it."""
         return ([self.bos] if self.add_bos else []) + self.encode(text) or self.start()
 
+    def check_chat(self) -> None:
+        """Stop if the tokens of chats are missing, as in a tokenizer that was not made here."""
+        missing = [name for name in SPECIAL if name not in self.special]
+        if missing:
+            stop(f'this tokenizer has no {missing[0]}: it knows no chats; its special tokens are '
+                 f'{", ".join(list(self.special)[:8])}')
+
     def encode_chat(self, messages: list[dict], reply: bool = False) -> list[int]:
         """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML).
 
@@ -117,10 +129,7 @@ class Tokenizer:
         ids end where the assistant begins to answer. What looks like a special token in a content
         stays text, so nobody can write himself another role. Raises ValueError for another role.
         """
-        missing = [name for name in SPECIAL if name not in self.special]
-        if missing:
-            stop(f'this tokenizer has no {missing[0]}: it knows no chats; its special tokens are '
-                 f'{", ".join(list(self.special)[:8])}')
+        self.check_chat()
         ids = []
         for message in messages:
             if message['role'] not in ROLES:
@@ -134,6 +143,7 @@ class Tokenizer:
 
         A last turn may lack its end. Raises ValueError if anything else stands outside of a turn.
         """
+        self.check_chat()
         role_of = {self.special[f'<|{role}|>']: role for role in ROLES}
         messages, turn, closed = [], [], True
         for i in [*ids, None]:
@@ -215,14 +225,17 @@ class BPETokenizer(Tokenizer):
 
     A text is split into pieces by `pattern`; within a piece, the adjacent pair of tokens whose
     union has the lowest id is merged, until none has one: ids are ranks, and nothing else is kept.
-    tiktoken does the work. `bos` and `eos` are names of special tokens ('': there is none).
+    tiktoken does the work. `bos` and `eos` are names of special tokens ('': there is none),
+    `written` the names of those that text may spell, as <think> in Qwen3.
     """
     kind = 'bpe'
 
     def __init__(self, pattern: str, ranks: list[str], special: dict[str, int], bos: str = '',
-                 eos: str = '<|endoftext|>', add_bos: bool = False, normalize: str = ''):
+                 eos: str = '<|endoftext|>', add_bos: bool = False, normalize: str = '',
+                 written: Iterable[str] = ()):
         super().__init__([unprintable(token) for token in ranks], special)
         self.pattern, self.normalize, self.add_bos = pattern, normalize, add_bos
+        self.written = {name: special[name] for name in written}
         self.bos = special[bos] if bos else None
         self.eos = special[eos]
         if normalize not in ('', 'NFC'):
@@ -231,7 +244,7 @@ class BPETokenizer(Tokenizer):
         if len(ranks) < self.n_ordinary or not all(bytes([i]) in ranks for i in range(256)):
             raise ValueError('two tokens are alike, or one of the 256 bytes has none')
         self.encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens={})
+                                          special_tokens=self.written)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = 'llama3',
@@ -245,24 +258,45 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         if self.normalize:
             text = unicodedata.normalize(self.normalize, text)
-        return self.encoding.encode_ordinary(text)
+        try:
+            if self.written:
+                return self.encoding.encode(text, allowed_special=set(self.written),
+                                            disallowed_special=())
+            return self.encoding.encode_ordinary(text)
+        except BaseException as e:
+            if type(e).__name__ != 'PanicException':    # of tiktoken's Rust; no Exception
+                raise
+        # Its regular expressions run out of stack in a million spaces, which are no loss if cut.
+        ends = [found.end() for found in re.finditer(r'\s{100000}', text)]
+        if not ends:
+            stop('the pattern by which the tokenizer splits text fails on this one')
+        return [i for begin, end in zip([0, *ends], [*ends, len(text)])
+                for i in self.encode(text[begin:end])]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        if self.normalize:
-            texts = [unicodedata.normalize(self.normalize, text) for text in texts]
-        return self.encoding.encode_ordinary_batch(texts, num_threads=cpu_count())
+        with ThreadPoolExecutor(cpu_count()) as pool:   # tiktoken lets other threads run
+            return list(pool.map(self.encode, texts))
+
+    def byte_lengths(self) -> np.ndarray:
+        lengths = super().byte_lengths()
+        for name, i in self.written.items():
+            lengths[i] = len(name.encode())
+        return lengths
+
+    def blocks(self, text: str) -> list[str]:
+        return super().blocks(text) if self.pattern in PATTERNS.values() else [text]
 
     def state(self) -> dict:
         names = {i: name for name, i in self.special.items()}
         return {'pattern': self.pattern, 'bos': names.get(self.bos, ''), 'eos': names[self.eos],
-                'add_bos': self.add_bos, 'normalize': self.normalize,
+                'add_bos': self.add_bos, 'normalize': self.normalize, 'written': [*self.written],
                 'ranks': [printable(token) for token in self.tokens[:self.n_ordinary]]}
 
 
 # Bytes as printable characters, GPT-2's way: most stand for themselves, the others from U+0100 on.
-_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_TO_CHAR = {b: chr(b) for b in _PLAIN}
-BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_TO_CHAR = {**{b: chr(b) for b in PLAIN},
+                **{b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
@@ -298,7 +332,7 @@ def gpt2(downloads) -> BPETokenizer:
 def blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
     """Parts of about `size` characters, each ending with a letter before a space and a letter.
 
-    No pattern has a piece that crosses such a place, so the parts encode to the ids of the whole.
+    No piece of PATTERNS crosses such a place, so the parts encode to the ids of the whole.
     """
     begin = 0
     while len(text) - begin > size:
@@ -320,17 +354,19 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     others = []
     for i in range(1, workers):
         receiver, sender = processes.Pipe(duplex=False)
-        processes.Process(target=count_share, args=(parts[i::workers], pattern, sender),
-                          daemon=True).start()
+        process = processes.Process(target=count_share, args=(parts[i::workers], pattern, sender),
+                                    daemon=True)
+        process.start()
         sender.close()
-        others.append(receiver)
+        others.append((receiver, process))
     counts = Counter()
     split = regex.compile(pattern).findall
     for part in tqdm(parts[::workers], desc='counting', leave=False, disable=size < 1 << 22):
         counts.update(split(part))
-    for receiver in others:
+    for receiver, process in others:
         try:
             counts.update(receiver.recv())
+            process.join()
         except EOFError:
             stop('a process that counts pieces of text was killed: too little memory? use less '
                  'text for the tokenizer')

@@ -93,7 +93,7 @@ def test_tokenizer(monkeypatch, capsys):
     ours, theirs = (result['training'][side] for side in ('ours', 'huggingface'))
     assert 1e6 <= result['bytes'] < 1.3e6
     assert ours['bytes_per_token'] == pytest.approx(theirs['bytes_per_token'], rel=2e-3)
-    assert ours['seconds'] > 0 and ours['peak_mb'] >= 0 and theirs['peak_mb'] > 0
+    assert ours['seconds'] > 0 and ours['peak_mb'] >= 0 and theirs['peak_mb'] >= 0
     assert result['ours_encoding_mb_per_second'] > 0.5 * result['tiktoken_encoding_mb_per_second']
 
 

@@ -246,6 +246,35 @@ def test_stream_and_byte_lengths(all_tokenizers):
     assert tok.byte_lengths()[tok.n_ordinary:].tolist() == [0] * len(SPECIAL)
 
 
+@pytest.mark.parametrize('run', [' ' * 1_200_000, '\n' * 1_200_000, ' \n' * 600_000])
+def test_white_space_without_end(all_tokenizers, run):
+    """More than tiktoken's regular expressions can take: cut, and lost is nothing."""
+    for kind in ('llama3', 'gpt2 pattern'):
+        tok, text = all_tokenizers[kind], 'a' + run + 'b'
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text and tok.encode_batch([text, 'a']) == [ids, tok.encode('a')]
+
+
+def test_tokens_that_text_may_spell(all_tokenizers):
+    base = all_tokenizers['llama3']
+    n = base.n_ordinary
+    tok = BPETokenizer(base.pattern, [printable(token) for token in base.tokens[:n]],
+                       {'<|endoftext|>': n, '<think>': n + 1}, written=['<think>'])
+    ids = tok.encode('a <think> b <|endoftext|>')
+    assert ids.count(n + 1) == 1 and n not in ids
+    assert tok.decode(ids) == 'a <think> b <|endoftext|>'
+    assert tok.byte_lengths()[[n, n + 1]].tolist() == [0, 7]
+    assert BPETokenizer(**{k: v for k, v in json.loads(tok.to_json()).items()
+                           if k != 'kind'}).to_json() == tok.to_json()
+
+
+def test_blocks_only_where_they_are_exact(all_tokenizers):
+    base, text = all_tokenizers['llama3'], 'so many words ' * 200_000
+    odd = BPETokenizer(r'[\s\S]{1,7}', [printable(t) for t in base.tokens[:base.n_ordinary]],
+                       base.special)
+    assert len(base.blocks(text)) > 1 and odd.blocks(text) == [text]
+
+
 def test_printable():
     assert printable(b' the\n') == 'ĠtheĊ' and unprintable('ĠtheĊ') == b' the\n'
     every = bytes(range(256))

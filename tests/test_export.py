@@ -1,6 +1,8 @@
 """export.py: a run becomes a Hugging Face folder, or nothing at all."""
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import sample
 from core import checkpoint, hf
 
 os.environ['HF_HUB_OFFLINE'] = '1'
+ROOT = Path(export.__file__).parent
 transformers = pytest.importorskip('transformers')
 
 
@@ -117,11 +120,14 @@ def test_an_export_that_is_wrong_gets_no_name(run_train, run_export, capsys, mon
     assert 'nothing was exported' in message and left_behind() == ['tiny']
 
 
-def test_a_full_disk(run_train, run_export, capsys, monkeypatch):
+def test_a_full_disk(run_train):
+    """In a process whose files may have 50 kB; the weights have more."""
     run_dir = run_train(max_steps=2)['run_dir']
-
-    def full(*args, **kwargs):
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(hf, 'save_file', full)
-    message = stopped(capsys, lambda: run_export(run_dir=run_dir))
-    assert 'No space left' in message and left_behind() == ['tiny']
+    limited = 'import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (50_000, 50_000)); ' \
+        'import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import sys; ' \
+        f'sys.path.insert(0, {str(ROOT)!r}); import export; ' \
+        f'export.run_dir = {run_dir!r}; export.main()'
+    done = subprocess.run([sys.executable, '-c', limited], capture_output=True, text=True)
+    assert done.returncode == 2 and left_behind() == ['tiny']
+    message, = done.stderr.strip().splitlines()
+    assert message.startswith('error: out/tiny-hf: ') and 'nothing was exported' in message

@@ -2,6 +2,7 @@
 import http.server
 import json
 import os
+import random
 import shutil
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from test_bpe import fuzz
 import plan
 from core import checkpoint, hf
 from core.hf_tokenizer import merges_of, read_tokenizer, tokenizer_json
+from core.settings import Stop
 from core.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from model import GPTConfig, build_model, generate
 
@@ -217,6 +219,19 @@ def test_legacy_configs(folder, their_folders):
     assert difference(hf.load(folder)[0], their_folders['qwen3'][0]) <= 1e-4
 
 
+def test_llama3_rope_in_full(folder):
+    """All digits, and the fields where transformers looks for them."""
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    rope = {'rope_type': 'llama3', 'factor': 1.2345678, 'low_freq_factor': 1,
+            'high_freq_factor': 4.0, 'rope_theta': 1e6}
+    path.write_text(json.dumps(config | {'rope_parameters': rope}))
+    assert hf.read_config(folder).rope_scaling == '1.2345678,1,4,128'
+    path.write_text(json.dumps(config | {'original_max_position_embeddings': 1234567,
+                                         'rope_parameters': rope}))
+    assert hf.read_config(folder).rope_scaling == '1.2345678,1,4,1234567'
+
+
 def test_chat_template(tokenizer, tmp_path):
     hf.save(our_model('qwen3'), tokenizer, tmp_path / 'chat')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'chat')
@@ -272,6 +287,54 @@ def test_their_tokenizers(tokenizer, tmp_path, name):
     assert not ours.add_bos
 
 
+def test_added_tokens_that_text_may_spell(tokenizer, tmp_path):
+    """As Qwen3's <think>: not special, so Hugging Face takes them from any text; and NFC."""
+    vocab = {printable(t): i for i, t in enumerate(tokenizer.tokens[:tokenizer.n_ordinary])}
+    merges = [(printable(a), printable(b)) for a, b in merges_of(tokenizer)]
+    theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
+    theirs.add_tokens(['<think>', '</think>'])
+    theirs.save_pretrained(tmp_path)
+    ours = read_tokenizer(tmp_path / 'tokenizer.json')
+    for text in ('a <think> b</think>', '<think><think>', 'e\u0301 <thin <|endoftext|>'):
+        assert ours.encode(text) == theirs(text, split_special_tokens=True).input_ids, text
+    hf.save(our_model('qwen3'), ours, tmp_path / 'again')
+    assert read_tokenizer(tmp_path / 'again' / 'tokenizer.json').to_json() == ours.to_json()
+
+
+def test_a_template_says_what_comes_first(tokenizer, tmp_path):
+    """Whatever tokenizer_config.json calls bos."""
+    found = tokenizer_json(tokenizer)
+    found['post_processor'] = {'type': 'Sequence', 'processors': [{'type': 'ByteLevel'}, {
+        'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': '<|user|>'}},
+                                                 {'Sequence': {'id': 'A'}}]}]}
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(found))
+    ours = read_tokenizer(tmp_path / 'tokenizer.json')
+    assert ours.prompt('x') == [tokenizer.special['<|user|>'], *tokenizer.encode('x')]
+
+
+def test_tokens_that_only_a_whole_piece_can_be(tokenizer, tmp_path, capsys):
+    """With ignore_merges, as in Llama 3, a token needs no merge that makes it."""
+    found, n = tokenizer_json(tokenizer), tokenizer.n_ordinary
+    for i in range(n, n + 5):
+        name = next(name for name, j in tokenizer.special.items() if j == i)
+        found['model']['vocab'][name] = i + 1
+    found['model']['vocab']['Ġqzqzq'] = n
+    for token in found['added_tokens']:
+        token['id'] += 1
+    path = tmp_path / 'tokenizer.json'
+    path.write_text(json.dumps(found))
+    assert 'not made by merging' in stopped(capsys, lambda: read_tokenizer(path))
+    found['model']['ignore_merges'] = True
+    path.write_text(json.dumps(found))
+    ours = read_tokenizer(path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    for text in (' qzqzq', ' qzqzq qzqzqz', 'qzqzq', *fuzz(300, seed=6)):
+        assert ours.encode(text) == theirs(text, split_special_tokens=True).input_ids
+    (tmp_path / 'b').mkdir()
+    (tmp_path / 'b' / 'tokenizer.json').write_text(json.dumps(tokenizer_json(ours)))
+    assert read_tokenizer(tmp_path / 'b' / 'tokenizer.json').to_json() == ours.to_json()
+
+
 def test_bos_in_front(tokenizer, tmp_path):
     """As Llama 3: a template that puts a token before every text; it survives a round trip."""
     ours = BPETokenizer(tokenizer.pattern,
@@ -305,10 +368,10 @@ def test_malformed_tokenizer(capsys, folder, text):
 
 
 @pytest.mark.parametrize('edit, message', [
-    (lambda t: t['model'].update(type='WordPiece'), 'its model is WordPiece'),
-    (lambda t: t['model'].update(type='Unigram'), 'its model is Unigram'),
-    (lambda t: t['model'].update(byte_fallback=True), 'byte fallback'),
-    (lambda t: t.update(normalizer={'type': 'Lowercase'}), 'its normalizer is Lowercase'),
+    (lambda t: t['model'].update(type='WordPiece'), "its model is 'WordPiece'"),
+    (lambda t: t['model'].update(type='Unigram'), "its model is 'Unigram'"),
+    (lambda t: t['model'].update(byte_fallback=True), 'byte_fallback=True'),
+    (lambda t: t.update(normalizer={'type': 'Lowercase'}), "its normalizer is 'Lowercase'"),
     (lambda t: t.update(pre_tokenizer={'type': 'Metaspace'}), 'its pre_tokenizer is'),
     (lambda t: t['pre_tokenizer']['pretokenizers'][1].update(add_prefix_space=True),
      'its pre_tokenizer is'),
@@ -318,6 +381,19 @@ def test_malformed_tokenizer(capsys, folder, text):
      'not a tokenizer that can be read (ValueError'),
     (lambda t: t['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex=r'\p{L}+'),
      'its pattern leaves out parts'),
+    (lambda t: t['pre_tokenizer']['pretokenizers'][0]['pattern'].update(
+        Regex=r'\p{L}+|\p{N}+|[\p{P}\p{S}]+|\s+'), 'its pattern leaves out parts'),
+    (lambda t: t['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex=r'[\s\S]'),
+     'its pre_tokenizer is'),
+    (lambda t: t['pre_tokenizer']['pretokenizers'][0]['pattern'].update(Regex=''),
+     'its pre_tokenizer is'),
+    (lambda t: t['pre_tokenizer']['pretokenizers'].pop(0), 'no pattern'),
+    (lambda t: t['model'].update(dropout=0.5), 'dropout=0.5'),
+    (lambda t: t['model'].update(end_of_word_suffix='</w>'), 'end_of_word_suffix'),
+    (lambda t: t['model'].update(continuing_subword_prefix='##'), 'continuing_subword_prefix'),
+    (lambda t: t['added_tokens'][0].update(special=False, lstrip=True), 'what is around it'),
+    (lambda t: t.update(post_processor={'type': 'TemplateProcessing', 'single': [
+        {'Sequence': {'id': 'A'}}, {'SpecialToken': {'id': '<|end|>'}}]}), 'its post_processor is'),
     (lambda t: t.update(post_processor={'type': 'BertProcessing'}), 'its post_processor is'),
     (lambda t: t.update(added_tokens=[]), 'no special token'),
     (lambda t: t['added_tokens'].append({'content': '<x>', 'id': 1 << 40}), 'ValueError'),
@@ -355,17 +431,17 @@ def test_huge_tokenizer(capsys, folder, tokenizer):
 
 @pytest.mark.parametrize('change, message', [
     (dict(model_type='mistral'), "model_type='mistral': only gpt2, llama and qwen3"),
-    (dict(model_type=None), 'model_type is missing'), (dict(model_type=7), 'model_type=\'7\''),
+    (dict(model_type=None), 'model_type is missing'), (dict(model_type=7), 'model_type=7'),
     (dict(hidden_size='64'), 'hidden_size'), (dict(hidden_size=None), 'hidden_size is missing'),
     (dict(hidden_size=-64), 'hidden_size'), (dict(hidden_size=1 << 60), 'hidden_size'),
-    (dict(num_hidden_layers=10 ** 9), '1,000,000,000 layers'),
+    (dict(num_hidden_layers=10 ** 9), 'num_hidden_layers=1000000000'),
     (dict(num_hidden_layers=3), 'model.layers.2'), (dict(num_hidden_layers=1), 'model.layers.1'),
     (dict(num_hidden_layers=0), 'n_layer=0'), (dict(num_attention_heads=0), 'n_head=0'),
     (dict(num_key_value_heads=3), 'n_kv_head=3'), (dict(head_dim=64), 'has shape'),
     (dict(intermediate_size=97), 'has shape [96, 64], config.json asks for [97, 64]'),
     (dict(vocab_size=100_000), 'has shape'), (dict(tie_word_embeddings=False), 'lack lm_head'),
     (dict(tie_word_embeddings='yes'), 'tie_word_embeddings'),
-    (dict(hidden_act='gelu'), 'hidden_act=gelu: not supported'),
+    (dict(hidden_act='gelu'), "hidden_act='gelu': not supported"),
     (dict(use_sliding_window=True), 'use_sliding_window=True'),
     (dict(attention_bias=True), 'attention_bias=True'),
     (dict(rope_parameters={'rope_type': 'yarn', 'factor': 4.0}), "RoPE scaling 'yarn'"),
@@ -374,6 +450,14 @@ def test_huge_tokenizer(capsys, folder, tokenizer):
                            'high_freq_factor': 4, 'original_max_position_embeddings': 32}),
      'rope_scaling=8,4,4,32'),
     (dict(rope_parameters=None, rope_scaling={'type': 'linear', 'factor': 2}), "'linear'"),
+    (dict(rope_parameters={'rope_type': 'default'}, rope_scaling={'rope_type': 'linear'}),
+     "'linear'"),
+    (dict(num_hidden_layers=99), '99 layers'),
+    (dict(quantization_config={'bits': 4}), "{'bits': 4}"),
+    (dict(rms_norm_eps=float('nan')), 'rms_norm_eps=nan'), (dict(rms_norm_eps=-1), 'rms_norm_eps'),
+    (dict(rope_parameters={'rope_theta': 0}), 'rope_theta=0'),
+    (dict(rope_parameters={'rope_theta': 10 ** 400}), 'rope_theta=1000'),
+    (dict(hidden_act='a\nerror: b'), "hidden_act='a\\nerror: b'"),
     (dict(rope_parameters=[]), 'rope_parameters'), (dict(rms_norm_eps='small'), 'rms_norm_eps'),
     (dict(model_type='llama'), 'self_attn.k_norm')])
 def test_config_that_does_not_fit(capsys, folder, change, message):
@@ -393,6 +477,33 @@ def test_gpt2_variants(capsys, their_folders, tmp_path, change):
     assert message.startswith(f'{path}: {next(iter(change))}=') and 'not supported' in message
 
 
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.json'])
+def test_mutated_files(folder, capsys, name):
+    """A field of each is replaced, 300 times: refused in one line, or harmless."""
+    path, r = folder / name, random.Random(0)
+    whole = path.read_text()
+    values = [None, True, -1, 0, 3, 10 ** 9, 10 ** 400, 0.5, 1e300, '', 'x', '\n', [], ['a'], {},
+              {'type': 'x'}, deep(50)]
+    refused = 0
+    for _ in range(300):
+        found = json.loads(whole)
+        part, key = found, r.choice(list(found))
+        while isinstance(part[key], (dict, list)) and part[key] and r.random() < 0.8:
+            part = part[key]
+            key = r.choice(list(part)) if isinstance(part, dict) else r.randrange(len(part))
+        if r.random() < 0.2:
+            del part[key]
+        else:
+            part[key] = r.choice(values)
+        path.write_text(json.dumps(found))
+        try:
+            hf.load(folder)
+        except Stop as e:
+            refused += 1
+            assert e.code == 2 and '\n' not in e.message and len(e.message) < 1000
+    assert 100 < refused < 300
+
+
 @pytest.mark.parametrize('text', ['', '{', '[]', '5', deep(100_000), '\xff'])
 def test_malformed_config(capsys, folder, text):
     (folder / 'config.json').write_bytes(text.encode('latin-1'))
@@ -407,6 +518,8 @@ def rewrite(folder: Path, edit) -> None:
 
 
 @pytest.mark.parametrize('edit, message', [
+    (lambda t: t.update({'lm_head.weight': torch.ones(VOCAB, 64)}), 'is not its embedding'),
+    (lambda t: t.update({'model.norm.weight': torch.ones(64, dtype=torch.int8)}), 'dtype I8'),
     (lambda t: t.pop('model.norm.weight'), 'lack model.norm.weight'),
     (lambda t: t.update({'model.norm.weight': torch.ones(65)}), 'has shape [65]'),
     (lambda t: t.update({'model.norm.weight': torch.ones(8, 8)}), 'has shape [8, 8]'),
@@ -523,6 +636,26 @@ def test_gpt2_by_name(hub, their_folders, tmp_path):
     assert checkpoint.load_tokenizer('gpt2').eos == 595
 
 
+def test_two_at_once(hub, tokenizer, tmp_path):
+    """Processes that want the same model wait for one another."""
+    (tmp_path / 'hub' / 'org').mkdir(parents=True)
+    hf.save(our_model('qwen3'), tokenizer, tmp_path / 'hub' / 'org' / 'small', shard_bytes=50_000)
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from core import checkpoint; ' \
+        'checkpoint.load_run("org/small")'
+    processes = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    asked = [path for path, _ in hub if path.endswith('.safetensors')]
+    assert len(asked) == len(set(asked)) > 3
+
+
+def test_gpt2_in_the_mirror_by_its_full_name(hub, folder, tmp_path, monkeypatch):
+    mirror = tmp_path / 'mirror' / 'openai-community'
+    mirror.mkdir(parents=True)
+    folder.rename(mirror / 'gpt2')
+    monkeypatch.setenv('DATA_MIRROR', str(mirror.parent))
+    assert hf.find('gpt2') == mirror / 'gpt2' and hub == []
+
+
 def test_from_the_mirror(hub, folder, tmp_path, monkeypatch):
     monkeypatch.setenv('DATA_MIRROR', str(folder.parent))
     (tmp_path / 'elsewhere').mkdir()
@@ -542,10 +675,11 @@ def test_names_that_lead_nowhere(capsys, hub, folder, tmp_path, monkeypatch):
         checkpoint.find_model('org/pickled')
     assert 'pickle' in capsys.readouterr().err
     hub.clear()
-    for name in ('nowhere', 'out/nowhere', '../x', 'a/b/c', '/none', 'http://x/y'):
-        (tmp_path / 'out').mkdir(exist_ok=True)
+    (tmp_path / 'runs').mkdir()
+    for name in ('nowhere', 'out/nowhere', 'runs/none', '../x', 'a/b/c', '/none', 'http://x/y',
+                 'a' * 300):
         message = stopped(capsys, lambda name=name: checkpoint.find_model(name))
-        assert message.startswith(f'run_dir={name}: ')
+        assert message.startswith(f'run_dir={name:.80}: ')
     assert hub == []                                    # a slip of the pen asks nobody
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     monkeypatch.setattr('core.dataset.time.sleep', lambda s: None)

@@ -32,7 +32,7 @@ def test_from_an_exported_run(run_train, monkeypatch):
     again = run_train(init_from=folder, out_dir='out/b', **STILL)
     assert again['val_loss'] == pytest.approx(first['best_val_loss'], abs=1e-6)
     assert sorted(p.name for p in Path('data').iterdir() if not p.name.startswith('.')) == [
-        'source_bpe400', 'source_tiny-hf']
+        'source_bpe400', 'source_of-tiny-hf']
     assert run_train(init_from=folder, out_dir='out/c')['val_loss'] < first['val_loss']
     assert run_train(init_from=folder, out_dir='out/c', eval_only=True)['run_dir'] == 'out/c'
 
@@ -59,6 +59,16 @@ def test_resumes(run_train, monkeypatch):
         line for line in Path('out/cut/log.jsonl').read_text().splitlines(True)
         if '"end"' not in line))
     assert run_train(out_dir='out/cut', init_from=other, seed=5)['run_dir'] == 'out/cut-2'
+
+
+def test_init_from_resume(run_train):
+    """A run that began with a model goes on with more steps, without that model."""
+    run = run_train(tokenizer='byte')['run_dir']
+    run_train(init_from=run, tokenizer='byte', out_dir='out/b')
+    Path(run).rename('elsewhere')
+    out = run_train(init_from='resume', tokenizer='byte', out_dir='out/b', max_steps=8, n_layer=1)
+    assert out['step'] == 8 and rundir.identity_of(Path('out/b'))['init_from'] == run
+    assert checkpoint.load_run('out/b')[0].config.n_layer == 2
 
 
 @pytest.fixture
@@ -110,6 +120,8 @@ def test_what_is_refused(run_train, two_tokenizers, monkeypatch):
     assert refused(block_size=17).startswith('block_size=17: ') and '16 positions' in refused()
     monkeypatch.setattr(train, 'GIVEN', ('n_layer',))
     assert refused(block_size=16).startswith('n_layer=2: the model in init_from=./base has its own')
+    monkeypatch.setattr(train, 'GIVEN', ('vocab_size',))
+    assert refused(block_size=16, vocab_size=999).startswith('vocab_size=999')
     monkeypatch.setattr(train, 'GIVEN', ('depth',))
     assert 'depth' in refused(block_size=16, depth=3)
     assert not os.path.exists('out')

@@ -126,7 +126,7 @@ def test_tokenizer_of_a_model(monkeypatch):
         write('m/tokenizer.json', json.dumps(tokenizer_json(tok)))
         write('m/config.json', '{"eos_token_id": 265}')
         folder = prepare.build(path, tokenizer='./m')
-        assert folder == Path('data/novel_m')
+        assert folder == Path('data/novel_of-m')
         assert load(folder / 'tokenizer.json').hash() == tok.hash()
         assert decoded(folder) == (TEXT[:len(TEXT) * 9 // 10], TEXT[len(TEXT) * 9 // 10:])
 
@@ -145,6 +145,27 @@ def test_named_sets_with_their_tokenizers(monkeypatch):
     folder = prepare.build('shakespeare', tokenizer='gpt2')
     assert folder == Path('data/shakespeare_gpt2') and meta_of(folder)['vocab_size'] == 50261
     assert meta_of(folder)['train_tokens'] + meta_of(folder)['val_tokens'] == 338_025
+
+
+def test_a_model_with_the_name_of_a_kind(small_recipe):
+    """It neither replaces nor becomes the dataset of that kind."""
+    tok = prepare.tokenizers.BPETokenizer.train([TEXT * 9], 270)
+    write('char/tokenizer.json', json.dumps(tokenizer_json(tok)))
+    write('char/config.json', '{}')
+    before = snapshot(prepare.build('small'))
+    assert prepare.build('small', tokenizer='./char') == Path('data/small_of-char')
+    assert snapshot(prepare.build('small')) == before
+    assert prepare.find('small', tokenizer='./char') == Path('data/small_of-char')
+    assert prepare.find('small') == Path('data/small')
+    assert prepare.count_tokens('small', 'out/bpe_run', 0) == 0
+    assert prepare.count_tokens('austen', 'char', 0) == 0   # 4,096 are its BPE's
+
+
+def test_a_dataset_with_another_tokenizer(capsys):
+    prepare.build(write('novel.txt', TEXT))
+    message = stopped(capsys, lambda: prepare.build('novel_char', tokenizer='bpe'))
+    assert message.startswith('data/novel_char was made with tokenizer char, not with bpe4096')
+    assert prepare.build('novel_char', tokenizer='char') == Path('data/novel_char')
 
 
 def test_count_tokens(monkeypatch):
