@@ -236,8 +236,8 @@ def check_tokenizer(folder: Path, tokenizer: str, vocab_size: int) -> None:
     found = read_meta(folder).get('tokenizer')
     asked = tokenizer_label('', tokenizer, vocab_size)
     if tokenizer in tokenizers.KINDS and asked != found:
-        stop(f'{folder} was made with tokenizer {found}, not with {asked}; give the text from which '
-             'it was made instead')
+        stop(f'{folder} was made with tokenizer {found}, not with {asked}; give the text that '
+             'it was made from instead')
 
 
 def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
