@@ -226,8 +226,8 @@ def compare_trainers(sides: list[str], megabytes: float, n: int, times: int) -> 
         seconds = [run['seconds'] for run in runs]
         result = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         results[side] = {name: round(value, 4) for name, value in result.items()}
-        print(f'{side:12} {result["seconds"]:.1f} s (median of {times}; {min(seconds):.1f} to '
-              f'{max(seconds):.1f}), {result["peak_mb"]:,.0f} MB beside the text, '
+        print(f'{side:12} {result["seconds"]:.2f} s (median of {times}; {min(seconds):.2f} to '
+              f'{max(seconds):.2f}), {result["peak_mb"]:,.0f} MB beside the text, '
               f'{result["bytes_per_token"]:.4f} bytes per token on other text')
     return results
 

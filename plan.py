@@ -73,7 +73,7 @@ def main() -> dict:
         train = load_preset(words)
         name = train['CONFIG'] or 'gpt2'
         found = results[name] = figures(train)
-        in_all = f'; {found["tokens"] / 1e9:,.3g} billion tokens, {found["flops"]:.2e} FLOP in all'
+        in_all = f'; {found["tokens"] / 1e6:,.1f} million tokens, {found["flops"]:.2e} FLOP in all'
         print(f'{name}\n  {line(found)}' + in_all * bool(found['tokens']))
     print(json.dumps(results))
     return results

@@ -226,6 +226,8 @@ def initial_model(tokenizer, device, begun: dict):
              f'--tokenizer, or prepare the text with --tokenizer={init_from}')
     model = build_model(adapted(source.config, len(tokenizer)), None, device.name)
     copy_weights(source, model)
+    print0(f'begins with the weights of {init_from}: vocabulary {source.config.vocab_size:,} -> '
+           f'{model.config.vocab_size:,}, positions {source.config.block_size:,} -> {block_size:,}')
     return model
 
 
@@ -489,6 +491,7 @@ def main() -> dict:
     run = Path(run)
     model.recompute = activation_checkpointing
     flops, tokens_per_step = flops_per_token(model), batch_size * block_size
+    print0(f'data {data}: {meta["about"]}; {len(tokenizer):,} tokens in its vocabulary')
     print0(f'{count_parameters(model):,} parameters, {flops / 1e6:,.2f} MFLOP per token; a step is '
            f'{batch_size} x {block_size} = {tokens_per_step:,} tokens, {rows} rows at a time, an '
            f'epoch {len(train_windows) / batch_size:,.1f} steps')
