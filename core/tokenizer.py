@@ -267,7 +267,7 @@ class BPETokenizer(Tokenizer):
             if type(e).__name__ != 'PanicException':    # of tiktoken's Rust; no Exception
                 raise
         # Its regular expressions run out of stack in a million spaces, which are no loss if cut.
-        ends = [found.end() for found in re.finditer(r'\s{100000}', text)]
+        ends = [found.end() for found in re.finditer(r'\s{100000}(?=[\s\S])', text)]
         if not ends:
             stop('the pattern by which the tokenizer splits text fails on this one')
         return [i for begin, end in zip([0, *ends], [*ends, len(text)])

@@ -15,6 +15,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from core import tokenizer as tokenizers
 from core.hf_tokenizer import merges_of, tokenizer_json
+from core.settings import Stop
 from core.tokenizer import (
     PATTERNS,
     SPECIAL,
@@ -253,6 +254,18 @@ def test_white_space_without_end(all_tokenizers, run):
         tok, text = all_tokenizers[kind], 'a' + run + 'b'
         ids = tok.encode(text)
         assert tok.decode(ids) == text and tok.encode_batch([text, 'a']) == [ids, tok.encode('a')]
+
+
+def test_a_pattern_that_fails(all_tokenizers, capfd):
+    """One that backtracks without end: one line, whatever Rust prints above it."""
+    base = all_tokenizers['llama3']
+    tok = BPETokenizer(r'(a|a)*(?=(b))\2c|[\s\S]',
+                       [printable(t) for t in base.tokens[:base.n_ordinary]], base.special)
+    assert tok.decode(tok.encode('fine')) == 'fine'
+    for text in ('a' * 60, 'a' * 60 + ' ' * 250_000, 'a' * 60 + ' ' * 100_000):
+        with pytest.raises(Stop):
+            tok.encode(text)
+        assert capfd.readouterr().err.endswith('splits text fails on this one\n')
 
 
 def test_tokens_that_text_may_spell(all_tokenizers):
