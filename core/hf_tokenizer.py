@@ -18,6 +18,8 @@ JSON_BYTES = 1 << 26        # the largest JSON file that is read
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False,
               'use_regex': False}
 ANY_CHARACTER, NO_SPLIT = r'[\s\S]', ''  # a character tokenizer's pattern, and a byte tokenizer's
+# GPT-2's where digits are split off before, as SmolLM does: white space ends before a digit, too.
+EACH_DIGIT = PATTERNS['gpt2'].replace(r' ?\p{N}+', r'\p{N}').replace(r'(?!\S)', r'(?![^\s\p{N}])')
 # What a pattern must not pass by: it would be lost.
 PROBE = "It's 12,345 x_y();\r\n 👩‍🚀 " + ''.join(map(chr, range(0x3000)))
 
@@ -58,9 +60,8 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | Non
 def merges_of(tokenizer: BPETokenizer) -> list[tuple[bytes, bytes]]:
     """The merge that makes each token of more than one byte, in the order of their ids; None for
     a token that only a piece as a whole can be."""
-    tokens = tokenizer.tokens[:tokenizer.n_ordinary]
-    ranks = {token: i for i, token in enumerate(tokens)}
-    return [merge_of(token, ranks) for token in tokens if len(token) > 1]
+    ranks = {token: i for i, token in enumerate(tokenizer.ordinary)}
+    return [merge_of(token, ranks) for token in tokenizer.ordinary if len(token) > 1]
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
@@ -72,8 +73,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         vocab = {char: i for i, char in enumerate(tokenizer.chars)}
         splits, decoder = [split(ANY_CHARACTER)], {'type': 'Fuse'}
     else:
-        ordinary = tokenizer.tokens[:tokenizer.n_ordinary]
-        vocab = {printable(token): i for i, token in enumerate(ordinary)}
+        vocab = {printable(token): tokenizer.first + i
+                 for i, token in enumerate(tokenizer.ordinary)}
     if isinstance(tokenizer, BPETokenizer):
         merges, written = merges_of(tokenizer), tokenizer.written
         splits = [split(tokenizer.pattern), {**BYTE_LEVEL}]
@@ -150,13 +151,15 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
     if not special:
         raise NotSupported('it has no special token that could end a text')
     ordinary = sorted(vocab, key=vocab.get)
-    if [vocab[token] for token in ordinary] != list(range(len(ordinary))):
-        raise NotSupported('the ids of its ordinary tokens are not 0, 1, 2, ...')
+    first = vocab[ordinary[0]]
+    if [vocab[token] for token in ordinary] != list(range(first, first + len(ordinary))):
+        raise NotSupported('the ids of its ordinary tokens are not one after another')
     pattern, in_front = split_pattern(found['pre_tokenizer']), front(found.get('post_processor'))
     normalizer = (found.get('normalizer') or {'type': ''})['type']
     if normalizer not in ('', 'NFC'):
         raise NotSupported(f'its normalizer is {normalizer!r:.80}')
-    if not (model['merges'] or normalizer or in_front or pattern not in (ANY_CHARACTER, NO_SPLIT)):
+    plain = not (model['merges'] or normalizer or in_front or first)
+    if plain and pattern in (ANY_CHARACTER, NO_SPLIT):
         if pattern == ANY_CHARACTER and all(len(token) == 1 for token in ordinary):
             return with_special(CharTokenizer(''.join(ordinary)), special)
         if pattern == NO_SPLIT and list(map(unprintable, ordinary)) == ByteTokenizer.BYTES:
@@ -166,7 +169,7 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
     check_merges(model['merges'], ordinary, bool(model.get('ignore_merges')))
     bos, eos = bos_and_eos(folder, special)
     tokenizer = BPETokenizer(pattern, ordinary, special, in_front or bos, eos, bool(in_front),
-                             normalizer, written)
+                             normalizer, written, first)
     probe = unicodedata.normalize(normalizer, PROBE) if normalizer else PROBE
     if tokenizer.decode(tokenizer.encode(probe)) != probe:
         raise NotSupported('its pattern leaves out parts of a text')
@@ -186,6 +189,9 @@ def split_pattern(part: dict) -> str:
     kinds = [part['type'] for part in parts]
     if kinds == ['ByteLevel'] and not parts[0]['add_prefix_space']:
         return PATTERNS['gpt2'] if parts[0].get('use_regex', True) else NO_SPLIT
+    if kinds == ['Digits', 'ByteLevel'] and parts[0]['individual_digits'] and \
+            not parts[1]['add_prefix_space'] and parts[1].get('use_regex', True):
+        return EACH_DIGIT
     isolates = kinds[0] == 'Split' and parts[0]['behavior'] == 'Isolated' and \
         not parts[0].get('invert') and 'Regex' in parts[0]['pattern']
     pattern = parts[0]['pattern']['Regex'] if isolates else ''

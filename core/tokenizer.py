@@ -56,17 +56,21 @@ class Tokenizer:
     """What all kinds share; a kind adds `encode` and its entry in KINDS."""
     kind = ''
 
-    def __init__(self, ordinary: list[bytes], special: dict[str, int] | None = None):
-        self.special = special or {name: len(ordinary) + i for i, name in enumerate(SPECIAL)}
-        self.tokens, self.n_ordinary = list(ordinary), len(ordinary)
+    def __init__(self, ordinary: list[bytes], special: dict[str, int] | None = None,
+                 first: int = 0):
+        end = first + len(ordinary)
+        self.ordinary, self.first = ordinary, first     # of which the first has this id
+        self.special = special or {name: end + i for i, name in enumerate(SPECIAL)}
         self.bos, self.eos, self.add_bos = None, self.special.get('<|endoftext|>'), False
         taken = set(self.special.values())
-        if len(taken) < len(self.special) or min(taken) < len(ordinary):
-            raise ValueError('two tokens with one id')
-        if max(taken) > len(ordinary) + 100_000:
-            raise ValueError(f'special token id {max(taken)} is far beyond the others')
-        names = {i: name.encode() for name, i in self.special.items()}
-        self.tokens += [names.get(i, b'') for i in range(len(ordinary), max(taken) + 1)]
+        if len(taken) < len(self.special) or taken & {*range(first, end)} or min(taken) < 0:
+            raise ValueError('two tokens with one id, or an id below 0')
+        if max(*taken, first) > len(ordinary) + 100_000:
+            raise ValueError(f'token id {max(*taken, first)} is far beyond the others')
+        self.tokens = [b''] * (max(*taken, end - 1) + 1)
+        self.tokens[first:end] = ordinary
+        for name, i in self.special.items():
+            self.tokens[i] = name.encode()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -232,16 +236,16 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, pattern: str, ranks: list[str], special: dict[str, int], bos: str = '',
                  eos: str = '<|endoftext|>', add_bos: bool = False, normalize: str = '',
-                 written: Iterable[str] = ()):
-        super().__init__([unprintable(token) for token in ranks], special)
+                 written: Iterable[str] = (), first: int = 0):
+        super().__init__([unprintable(token) for token in ranks], special, first)
         self.pattern, self.normalize, self.add_bos = pattern, normalize, add_bos
         self.written = {name: special[name] for name in written}
         self.bos = special[bos] if bos else None
         self.eos = special[eos]
         if normalize not in ('', 'NFC'):
             raise ValueError(f'normalize={normalize!r}')
-        ranks = {token: i for i, token in enumerate(self.tokens[:self.n_ordinary])}
-        if len(ranks) < self.n_ordinary or not all(bytes([i]) in ranks for i in range(256)):
+        ranks = {token: first + i for i, token in enumerate(self.ordinary)}
+        if len(ranks) < len(self.ordinary) or not all(bytes([i]) in ranks for i in range(256)):
             raise ValueError('two tokens are alike, or one of the 256 bytes has none')
         self.encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=self.written)
@@ -290,7 +294,7 @@ class BPETokenizer(Tokenizer):
         names = {i: name for name, i in self.special.items()}
         return {'pattern': self.pattern, 'bos': names.get(self.bos, ''), 'eos': names[self.eos],
                 'add_bos': self.add_bos, 'normalize': self.normalize, 'written': [*self.written],
-                'ranks': [printable(token) for token in self.tokens[:self.n_ordinary]]}
+                'first': self.first, 'ranks': [printable(token) for token in self.ordinary]}
 
 
 # Bytes as printable characters, GPT-2's way: most stand for themselves, the others from U+0100 on.

@@ -199,7 +199,7 @@ def test_fuzzed_ids_are_tiktokens(all_tokenizers):
 def test_ids_are_those_of_merging_by_rank(all_tokenizers):
     """Against the definition: again and again the adjacent pair with the lowest id."""
     tok = all_tokenizers['llama3']
-    ranks = {token: i for i, token in enumerate(tok.tokens[:tok.n_ordinary])}
+    ranks = {token: i for i, token in enumerate(tok.ordinary)}
     import regex
     for text in fuzz(300, seed=2):
         ids = []
@@ -244,7 +244,7 @@ def test_stream_and_byte_lengths(all_tokenizers):
     ids, push = tok.encode(text), tok.stream()
     assert ''.join(push(i) for i in ids) == text
     assert tok.byte_lengths()[ids].sum() == len(text.encode())
-    assert tok.byte_lengths()[tok.n_ordinary:].tolist() == [0] * len(SPECIAL)
+    assert tok.byte_lengths()[len(tok.ordinary):].tolist() == [0] * len(SPECIAL)
 
 
 @pytest.mark.parametrize('run', [' ' * 1_200_000, '\n' * 1_200_000, ' \n' * 600_000])
@@ -260,7 +260,7 @@ def test_a_pattern_that_fails(all_tokenizers, capfd):
     """One that backtracks without end: one line, whatever Rust prints above it."""
     base = all_tokenizers['llama3']
     tok = BPETokenizer(r'(a|a)*(?=(b))\2c|[\s\S]',
-                       [printable(t) for t in base.tokens[:base.n_ordinary]], base.special)
+                       [printable(t) for t in base.ordinary], base.special)
     assert tok.decode(tok.encode('fine')) == 'fine'
     for text in ('a' * 60, 'a' * 60 + ' ' * 250_000, 'a' * 60 + ' ' * 100_000):
         with pytest.raises(Stop):
@@ -270,7 +270,7 @@ def test_a_pattern_that_fails(all_tokenizers, capfd):
 
 def test_tokens_that_text_may_spell(all_tokenizers):
     base = all_tokenizers['llama3']
-    n = base.n_ordinary
+    n = len(base.ordinary)
     tok = BPETokenizer(base.pattern, [printable(token) for token in base.tokens[:n]],
                        {'<|endoftext|>': n, '<think>': n + 1}, written=['<think>'])
     ids = tok.encode('a <think> b <|endoftext|>')
@@ -283,7 +283,7 @@ def test_tokens_that_text_may_spell(all_tokenizers):
 
 def test_blocks_only_where_they_are_exact(all_tokenizers):
     base, text = all_tokenizers['llama3'], 'so many words ' * 200_000
-    odd = BPETokenizer(r'[\s\S]{1,7}', [printable(t) for t in base.tokens[:base.n_ordinary]],
+    odd = BPETokenizer(r'[\s\S]{1,7}', [printable(t) for t in base.ordinary],
                        base.special)
     assert len(base.blocks(text)) > 1 and odd.blocks(text) == [text]
 
@@ -324,8 +324,8 @@ def test_no_chat(all_tokenizers, capsys):
     for ids in (tok.encode('hi'), [end], [user, user], [user, end, end], [user, tok.eos]):
         with pytest.raises(ValueError, match='not a conversation'):
             tok.decode_chat(ids)
-    base = BPETokenizer(tok.pattern, [printable(t) for t in tok.tokens[:tok.n_ordinary]],
-                        {'<|endoftext|>': tok.n_ordinary})
+    base = BPETokenizer(tok.pattern, [printable(t) for t in tok.ordinary],
+                        {'<|endoftext|>': len(tok.ordinary)})
     message = stopped(capsys, lambda: base.encode_chat(CHAT))
     assert 'no <|system|>' in message and '<|endoftext|>' in message
 

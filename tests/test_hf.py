@@ -275,7 +275,7 @@ def test_what_no_architecture_has(capsys, changes, message):
 @pytest.mark.parametrize('name', ['GPT2Tokenizer', 'Qwen2Tokenizer'])
 def test_their_tokenizers(tokenizer, tmp_path, name):
     """Files that transformers writes itself, with GPT-2's and Qwen's ways of splitting text."""
-    vocab = {printable(t): i for i, t in enumerate(tokenizer.tokens[:tokenizer.n_ordinary])}
+    vocab = {printable(t): i for i, t in enumerate(tokenizer.ordinary)}
     merges = [(printable(a), printable(b)) for a, b in merges_of(tokenizer)]
     theirs = getattr(transformers, name)(vocab=vocab, merges=merges)
     theirs.save_pretrained(tmp_path)
@@ -287,9 +287,31 @@ def test_their_tokenizers(tokenizer, tmp_path, name):
     assert not ours.add_bos
 
 
+def test_special_tokens_in_front_and_single_digits(tokenizer, tmp_path):
+    """As SmolLM's: ids 0 to 4 are special, digits are split off one by one, then GPT-2's way."""
+    found = tokenizer_json(tokenizer)
+    n = len(tokenizer.ordinary)
+    found['model']['vocab'] = {token: (i + 5) % (n + 5)
+                               for token, i in found['model']['vocab'].items()}
+    for token in found['added_tokens']:
+        token['id'] -= n
+    found['pre_tokenizer']['pretokenizers'] = [
+        {'type': 'Digits', 'individual_digits': True},
+        {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}]
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(found))
+    ours = read_tokenizer(tmp_path / 'tokenizer.json')
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'))
+    texts = fuzz(5000, seed=8) + ['a  1 b', '  12', 'x\n\n3', ' \t4 ', "5's 6'll", 'é７ ٣٣ ½']
+    assert ours.encode_batch(texts) == [theirs(text, split_special_tokens=True).input_ids
+                                        for text in texts]
+    assert ours.eos == 0 and ours.decode(ours.encode(texts[0])) == texts[0]
+    hf.save(our_model('llama'), ours, tmp_path / 'again')
+    assert read_tokenizer(tmp_path / 'again' / 'tokenizer.json').to_json() == ours.to_json()
+
+
 def test_added_tokens_that_text_may_spell(tokenizer, tmp_path):
     """As Qwen3's <think>: not special, so Hugging Face takes them from any text; and NFC."""
-    vocab = {printable(t): i for i, t in enumerate(tokenizer.tokens[:tokenizer.n_ordinary])}
+    vocab = {printable(t): i for i, t in enumerate(tokenizer.ordinary)}
     merges = [(printable(a), printable(b)) for a, b in merges_of(tokenizer)]
     theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
     theirs.add_tokens(['<think>', '</think>'])
@@ -314,7 +336,7 @@ def test_a_template_says_what_comes_first(tokenizer, tmp_path):
 
 def test_tokens_that_only_a_whole_piece_can_be(tokenizer, tmp_path, capsys):
     """With ignore_merges, as in Llama 3, a token needs no merge that makes it."""
-    found, n = tokenizer_json(tokenizer), tokenizer.n_ordinary
+    found, n = tokenizer_json(tokenizer), len(tokenizer.ordinary)
     for i in range(n, n + 5):
         name = next(name for name, j in tokenizer.special.items() if j == i)
         found['model']['vocab'][name] = i + 1
@@ -338,7 +360,7 @@ def test_tokens_that_only_a_whole_piece_can_be(tokenizer, tmp_path, capsys):
 def test_bos_in_front(tokenizer, tmp_path):
     """As Llama 3: a template that puts a token before every text; it survives a round trip."""
     ours = BPETokenizer(tokenizer.pattern,
-                        [printable(t) for t in tokenizer.tokens[:tokenizer.n_ordinary]],
+                        [printable(t) for t in tokenizer.ordinary],
                         {'<|begin|>': 700, '<|end_of_text|>': 701}, '<|begin|>',
                         '<|end_of_text|>', add_bos=True)
     assert ours.prompt('x') == [700, *ours.encode('x')] and ours.prompt('') == [700]
@@ -398,13 +420,14 @@ def test_malformed_tokenizer(capsys, folder, text):
     (lambda t: t.update(added_tokens=[]), 'no special token'),
     (lambda t: t['added_tokens'].append({'content': '<x>', 'id': 1 << 40}), 'ValueError'),
     (lambda t: t['added_tokens'].append({'content': '<x>', 'id': 3}), 'ValueError'),
-    (lambda t: t['model']['vocab'].update(zzzz=5000), 'are not 0, 1, 2'),
+    (lambda t: t['model']['vocab'].update(zzzz=5000), 'not one after another'),
     (lambda t: t['model']['merges'].reverse(), 'not in the order of the ids'),
     (lambda t: t['model']['merges'].pop(), 'is not made by merging'),
     (lambda t: t['model']['merges'].append('a b c'), 'ValueError'),
     (lambda t: t['model']['merges'].append('q zzzz'), 'KeyError'),
     (lambda t: t['model']['merges'].append(7), 'TypeError'),
-    (lambda t: t['model'].update(vocab=dict.fromkeys(t['model']['vocab'], 'a')), 'are not 0'),
+    (lambda t: t['model'].update(vocab=dict.fromkeys(t['model']['vocab'], 'a')), 'TypeError'),
+    (lambda t: t['model'].update(vocab=dict.fromkeys(t['model']['vocab'], 7)), 'not one after'),
     (lambda t: t['model']['vocab'].update({'a' * 20_000: len(t['model']['vocab']) - 5}),
      'too long')])
 def test_tokenizers_that_are_refused(capsys, folder, tokenizer, edit, message):

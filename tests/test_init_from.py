@@ -75,7 +75,7 @@ def test_init_from_resume(run_train):
 def two_tokenizers(text_file):
     """A BPE with <|endoftext|> only, as GPT-2's, and the same with the chat tokens behind it."""
     chat = BPETokenizer.train([text_file.read_text()], 405)
-    ranks = [printable(token) for token in chat.tokens[:chat.n_ordinary]]
+    ranks = [printable(token) for token in chat.ordinary]
     return BPETokenizer(chat.pattern, ranks, {'<|endoftext|>': 400}), chat
 
 
