@@ -28,7 +28,7 @@ bias = False
 optimizer = 'muon'
 muon_learning_rate = 0.02
 learning_rate = 1e-3
-embed_learning_rate = 0.01
+embed_learning_rate = 3e-3
 weight_decay = 0.0
 muon_weight_decay = 0.1
 
