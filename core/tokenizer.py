@@ -260,6 +260,7 @@ class BPETokenizer(Tokenizer):
                    {name: len(tokens) + i for i, name in enumerate(SPECIAL)})
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a text. Stops if the pattern fails on it, as one that backtracks may."""
         if self.normalize:
             text = unicodedata.normalize(self.normalize, text)
         try:
