@@ -245,12 +245,12 @@ def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
     recipe = RECIPES.get(dataset)
     own = 'gpt2' if dataset in LARGE else recipe.tokenizer if recipe else 'char'
     kind = tokenizer or own
-    if kind not in (*tokenizers.KINDS, *hf.GPT2_SIZES) and '/' not in kind and \
-            not Path(kind).exists():
+    known = kind in (*tokenizers.KINDS, *hf.GPT2_SIZES)
+    if not known and '/' not in kind and not Path(kind).exists():
         stop(f'tokenizer={kind}: must be char, byte, bpe, gpt2, or where a model is: a run, a '
              'folder, or a name on the hub such as Qwen/Qwen3-0.6B')
     if kind != 'bpe':   # a model's name may be that of a kind
-        return kind if kind in (*tokenizers.KINDS, *hf.GPT2_SIZES) else f'of-{Path(kind).name}'
+        return kind if known else f'of-{Path(kind).name}'
     size = vocab_size or (recipe.vocab_size if recipe and own == 'bpe' else 4096)
     if size < 256 + len(tokenizers.SPECIAL):
         stop(f'vocab_size={size}: a bpe has at least {256 + len(tokenizers.SPECIAL)} tokens: the '

@@ -158,13 +158,13 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
     normalizer = (found.get('normalizer') or {'type': ''})['type']
     if normalizer not in ('', 'NFC'):
         raise NotSupported(f'its normalizer is {normalizer!r:.80}')
-    plain = not (model['merges'] or normalizer or in_front or first)
-    if plain and pattern in (ANY_CHARACTER, NO_SPLIT):
-        if pattern == ANY_CHARACTER and all(len(token) == 1 for token in ordinary):
-            return with_special(CharTokenizer(''.join(ordinary)), special)
-        if pattern == NO_SPLIT and list(map(unprintable, ordinary)) == ByteTokenizer.BYTES:
-            return with_special(ByteTokenizer(), special)
     if pattern in (ANY_CHARACTER, NO_SPLIT):
+        plain = not (model['merges'] or normalizer or in_front or first)
+        if plain and pattern == ANY_CHARACTER and all(len(token) == 1 for token in ordinary):
+            return with_special(CharTokenizer(''.join(ordinary)), special)
+        if plain and pattern == NO_SPLIT and \
+                list(map(unprintable, ordinary)) == ByteTokenizer.BYTES:
+            return with_special(ByteTokenizer(), special)
         raise NotSupported('it has no pattern that splits text')
     check_merges(model['merges'], ordinary, bool(model.get('ignore_merges')))
     bos, eos = bos_and_eos(folder, special)
@@ -186,18 +186,21 @@ def with_special(tokenizer: Tokenizer, special: dict[str, int]) -> Tokenizer:
 def split_pattern(part: dict) -> str:
     """The pattern by which a pre_tokenizer splits text. Raises NotSupported for other kinds."""
     parts = part['pretokenizers'] if part['type'] == 'Sequence' else [part]
-    kinds = [part['type'] for part in parts]
-    if kinds == ['ByteLevel'] and not parts[0]['add_prefix_space']:
-        return PATTERNS['gpt2'] if parts[0].get('use_regex', True) else NO_SPLIT
-    if kinds == ['Digits', 'ByteLevel'] and parts[0]['individual_digits'] and \
-            not parts[1]['add_prefix_space'] and parts[1].get('use_regex', True):
+    kinds, before, last = [part['type'] for part in parts], parts[0], parts[-1]
+    byte_level = last['type'] == 'ByteLevel' and not last['add_prefix_space']
+    own_regex = last.get('use_regex', True)     # GPT-2's, of a ByteLevel
+    if byte_level and kinds == ['ByteLevel']:
+        return PATTERNS['gpt2'] if own_regex else NO_SPLIT
+    if byte_level and kinds == ['Digits', 'ByteLevel'] and before['individual_digits'] and \
+            own_regex:
         return EACH_DIGIT
-    isolates = kinds[0] == 'Split' and parts[0]['behavior'] == 'Isolated' and \
-        not parts[0].get('invert') and 'Regex' in parts[0]['pattern']
-    pattern = parts[0]['pattern']['Regex'] if isolates else ''
-    of_characters = kinds == ['Split'] and pattern == ANY_CHARACTER
-    if of_characters or kinds == ['Split', 'ByteLevel'] and pattern not in ('', ANY_CHARACTER) \
-            and not parts[1]['add_prefix_space'] and not parts[1].get('use_regex', True):
+    isolates = before['type'] == 'Split' and before['behavior'] == 'Isolated' and \
+        not before.get('invert') and 'Regex' in before['pattern']
+    pattern = before['pattern']['Regex'] if isolates else ''
+    if kinds == ['Split'] and pattern == ANY_CHARACTER:
+        return pattern
+    if byte_level and kinds == ['Split', 'ByteLevel'] and not own_regex and \
+            pattern not in ('', ANY_CHARACTER):
         return pattern
     raise NotSupported(f'its pre_tokenizer is {json.dumps(part)[:200]}')
 

@@ -359,15 +359,13 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     others = []
     for i in range(1, workers):
         receiver, sender = processes.Pipe(duplex=False)
-        process = processes.Process(target=count_share, args=(parts[i::workers], pattern, sender),
+        process = processes.Process(target=send_share, args=(parts[i::workers], pattern, sender),
                                     daemon=True)
         process.start()
         sender.close()
         others.append((receiver, process))
-    counts = Counter()
-    split = regex.compile(pattern).findall
-    for part in tqdm(parts[::workers], desc='counting', leave=False, disable=size < 1 << 22):
-        counts.update(split(part))
+    counts = count_share(tqdm(parts[::workers], desc='counting', leave=False,
+                              disable=size < 1 << 22), pattern)
     for receiver, process in others:
         try:
             counts.update(receiver.recv())
@@ -378,14 +376,19 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     return counts
 
 
-def count_share(parts: list[str], pattern: str, sender) -> None:
-    """One process's share of count_pieces; the parent's end takes it along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def count_share(parts: Iterable[str], pattern: str) -> Counter:
+    """One process's share of count_pieces."""
     split = regex.compile(pattern).findall
     counts = Counter()
     for part in parts:
         counts.update(split(part))
-    sender.send(counts)
+    return counts
+
+
+def send_share(parts: list[str], pattern: str, sender) -> None:
+    """The share of another process than the first, whose end takes this one along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sender.send(count_share(parts, pattern))
 
 
 def learn_merges(pieces: dict[str, int], n_tokens: int) -> list[bytes]:

@@ -140,7 +140,7 @@ def test_any_number_of_workers(source, monkeypatch):
 
 def test_a_lost_worker(source, monkeypatch, capsys):
     monkeypatch.setattr(blocks, '__defaults__', (10_000,))
-    monkeypatch.setattr(tokenizers, 'count_share', lambda *_: os._exit(1))
+    monkeypatch.setattr(tokenizers, 'send_share', lambda *_: os._exit(1))
     message = stopped(capsys, lambda: count_pieces([source], PATTERNS['llama3'], 2))
     assert 'killed' in message and 'less text' in message
 
