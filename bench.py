@@ -7,39 +7,53 @@ batches, in turn with ours, round by round. Presets and flags may set whatever t
 tokenizer: training a BPE on Python sources, beside Hugging Face's trainer (Rust), each time in a
 process of its own; then encoding, beside tiktoken itself. With --vs minbpe joins in on a slice.
 
+data: prepare.py on a made-up corpus with planted duplicates, repeated passages and benchmark items:
+what it finds of them, how fast each step is, and the most memory all processes take together.
+
 Prints median and spread over rounds, and one JSON line last.
 """
+import argparse
 import contextlib
 import hashlib
 import importlib
 import importlib.util
 import json
 import multiprocessing
+import random
+import re
 import resource
 import statistics
+import subprocess
 import sys
 import sysconfig
+import tarfile
+import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import train
+from core import clean
 from core import device as hardware
 from core import tokenizer as tokenizers
-from core.dataset import share
+from core.dataset import open_shard, share
 from core.parallel import Ranks
 from core.settings import check_bounds, check_choice, configure, stop
 from model import build_model, count_parameters, flops_per_token
 
 POSITIONAL = ('what',)
 
-what = 'train'              # what is measured: train or tokenizer
+what = 'train'              # what is measured: train, tokenizer or data
 vs = ''                     # a checkout of nanoGPT or minbpe, to be measured beside ours
 rounds = 5                  # times that each side is measured
 steps = 20                  # training steps in a round
 warmup = 5                  # steps before the first round
-corpus_mb = 60              # tokenizer: megabytes of text
+corpus_mb = 60              # tokenizer and data: megabytes of text
+line_mb = 0                 # data: and one more file of a single line of so many
 n_tokens = 32_768           # tokenizer: size of the vocabulary, without special tokens
 
 
@@ -71,7 +85,7 @@ def nanogpt_step(config, dev):
     compiled = torch.compile(model) if dev.compile else model
 
     def step(batches):
-        for x, y in batches:
+        for x, y, _ in batches:
             with dev.autocast():
                 _, loss = compiled(x.to(dev.name), y.to(dev.name))
                 loss = loss / len(batches)
@@ -105,8 +119,12 @@ def bench_train() -> dict:
     rows = train.micro_batch_size or hardware.fit_micro_batch(
         dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)
     generator = torch.Generator().manual_seed(train.seed)
-    batches = [tuple(torch.randint(known, (len(samples), config.block_size), generator=generator)
-                     for _ in 'xy') for samples in share(0, train.batch_size, 0, 1, rows)]
+    shapes = [(len(samples), config.block_size)
+              for samples in share(0, train.batch_size, 0, 1, rows)]
+    documents = train.respects_documents(config)    # one in each row: the most work
+    batches = [(torch.randint(known, shape, generator=generator),
+                torch.randint(known, shape, generator=generator),
+                torch.zeros(shape, dtype=torch.long) if documents else None) for shape in shapes]
     step, model = our_step(config, dev)
     sides = {'ours': step}
     if vs:
@@ -265,16 +283,176 @@ def bench_tokenizer() -> dict:
     return result
 
 
+# ---------------------------------------------------------------------------------------------
+# Data
+
+# what every hundred documents of the corpus have beside 90 that are new
+PLANTED = ('equal', 'Jaccard 0.80 to 0.82', '5% of words edited', 'Jaccard 0.50 to 0.60', 'passage',
+           'passage again', 'item', 'eight words of an item', 'new', 'new')
+
+
+def made_up(megabytes: float) -> Iterator[tuple[str, str, int]]:
+    """Documents of about 3,000 characters: what each is (see PLANTED), its text, and the number of
+    the one that it was made of. The benchmark items in some of them come as 'benchmark'. Words are
+    those of Python's sources."""
+    chance = random.Random(0)
+    text = Path(argparse.__file__).read_text('utf-8') + Path(tarfile.__file__).read_text('utf-8')
+    words = re.findall('[a-z]+', text)
+    sentence = lambda n=14: ' '.join(chance.choices(words, k=n)).capitalize() + '. '
+    pool = [sentence(chance.randrange(8, 20)) for _ in range(100_000)]
+    size, number, passage, original = 0, 0, [], ([], '', 0)
+    while size < megabytes * 1e6:
+        body, kind = chance.choices(pool, k=30), 'new'
+        if number % 10 == 9 and number > 100:
+            kind = PLANTED[number // 10 % 10]
+        name = f'Doc {number}. '
+        if kind == 'equal':
+            body, name, _ = original
+        elif kind.startswith(('Jaccard', '5%')):
+            body = edited(kind, original[0], words, chance)
+        elif kind == 'passage':
+            passage = [sentence(), sentence(), f'Passage {number}. ', sentence(), sentence()]
+            body[10:10] = passage
+        elif kind == 'passage again':
+            body[20:20] = passage
+        elif kind.endswith('item'):
+            item = f'{sentence(20)}Item {number}. {sentence(20)}'
+            body.insert(15, ' '.join(item.split()[:8]) + '. ' if kind.startswith('eight') else item)
+            yield 'benchmark', item, 0
+        elif number % 10 == 2:
+            original = body, name, number
+        text = ''.join(body) + name
+        size, number = size + len(text), number + 1
+        yield kind, text, original[2]
+
+
+def edited(kind: str, body: list[str], words: list[str], chance) -> list[str]:
+    """A document with words replaced: 5% of them, or until it is as similar as `kind` says."""
+    found = ''.join(body).split(' ')
+    shingles = lambda: clean.shingles(clean.word_hashes(' '.join(found))[0], 3)
+    before, low = shingles(), float(kind.split()[1]) if kind.startswith('Jaccard') else 0
+    places = chance.sample(range(len(found)), len(found))
+    for n, i in enumerate(places):
+        if not low and n >= 0.05 * len(found):
+            break
+        if low and n % 2 == 0 and clean.jaccard(before, shingles()) < low + (
+                0.1 if low == 0.5 else 0.02):
+            break
+        found[i] = chance.choice(words) + '.' * found[i].endswith('.')
+    return [' '.join(found)]
+
+
+def memory_of_all(pid: int) -> int:
+    """Bytes of a process and all below it, what they share counted once (Linux)."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines():
+            total += int(line.split()[1]) * 1024 if line.startswith('Pss:') else 0
+        for children in Path(f'/proc/{pid}/task').glob('*/children'):
+            total += sum(memory_of_all(int(child)) for child in children.read_text().split())
+    return total
+
+
+def bench_data() -> dict:
+    """Make a corpus, prepare it in a process of its own, and look what is left of it."""
+    with tempfile.TemporaryDirectory(dir='.') as folder:
+        folder = Path(folder)
+        kinds = write_corpus(folder)
+        began, peak, output = time.perf_counter(), 0, []
+        process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name('prepare.py'), folder / 'corpus',
+             f'--data_dir={folder}/data', '--name=bench', '--tokenizer=bpe', '--normalize=NFC',
+             '--repeated_sentences=3', f'--decontaminate={folder}/benchmark.txt',
+             '--val_fraction=0.01'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)
+        reader.start()
+        while process.poll() is None:
+            peak = max(peak, memory_of_all(process.pid))
+            time.sleep(0.2)
+        reader.join()
+        if process.returncode:
+            stop(f'prepare.py ended with status {process.returncode}; its output was: '
+                 f'{" ".join("".join(output).split())[-500:]}')
+        seconds = time.perf_counter() - began
+        print(''.join(output))
+        speeds = {what: float(speed) for what, speed in re.findall(
+            r'^  ([a-z ]+): [\d,]+ MB in [\d,]+ s, ([\d.]+) MB/s', ''.join(output), re.MULTILINE)}
+        result = {'what': 'data', 'corpus_mb': corpus_mb, 'line_mb': line_mb,
+                  'seconds': round(seconds, 1), 'peak_mb': round(peak / 1e6), **speeds,
+                  'found': judge(folder / 'data' / 'bench', kinds)}
+    print(f'{seconds:,.0f} s in all, at most {peak / 1e6:,.0f} MB')
+    return result
+
+
+def write_corpus(folder: Path) -> dict[int, tuple[str, int, int]]:
+    """Write corpus and benchmark into `folder`; of each document what it is, its hash, and the
+    number of the one that it was made of."""
+    (folder / 'corpus').mkdir()
+    kinds = {}
+    with (open(folder / 'corpus' / 'made_up.jsonl', 'w') as f,
+          open(folder / 'benchmark.txt', 'w') as benchmark):
+        for kind, text, like in made_up(corpus_mb):
+            if kind == 'benchmark':
+                benchmark.write(text + '\n')
+                continue
+            kinds[len(kinds)] = kind, clean.text_hash(text), like
+            f.write(json.dumps({'text': text}) + '\n')
+    if line_mb:
+        with open(folder / 'corpus' / 'one_line.txt', 'w') as f:
+            for i in range(int(line_mb * 10)):
+                f.write(' '.join(f'{i * 20_000 + j:x}' for j in range(20_000))[:100_000])
+    return kinds
+
+
+def judge(folder: Path, kinds: dict[int, tuple[str, int, int]]) -> dict:
+    """Compare the documents that are in the shards with what was planted; prints a table."""
+    tok = tokenizers.load(folder / 'tokenizer.json')
+    seen = {what: Counter() for what in (b'Doc', b'Passage', b'Item')}
+    left, hashes = b'', set()
+    for path in sorted(folder.glob('*.bin')):
+        ids = open_shard(path)
+        for i in range(0, len(ids), 1 << 22):
+            left += b''.join(map(tok.tokens.__getitem__, ids[i:i + (1 << 22)].tolist()))
+            last = i + (1 << 22) >= len(ids)
+            *whole, left = [*left.split(b'<|endoftext|>'), *[b''] * last]
+            for text in whole:
+                hashes.add(clean.text_hash(text.decode()))
+                for what, counts in seen.items():
+                    counts.update(map(int, re.findall(what + rb' (\d+)\.', text)))
+    of = lambda *names: {number for number, (kind, *_) in kinds.items() if kind in names}
+    gone = {number for number in kinds if not seen[b'Doc'][number]} - of('equal')
+    near, again = of(*PLANTED[1:3]), sum(n - 1 for n in seen[b'Doc'].values() if n)
+    # of two that are alike the one goes that is not for validation
+    gone = {next((i for i in near if kinds[i][2] == number and i not in gone), number)
+            for number in gone}
+    changed = {number for number in of('new', PLANTED[-3])
+               if kinds[number][1] not in hashes and (seen[b'Doc'][number] or number in gone)}
+    rows = [('equal documents', len(of('equal')), len(of('equal')) - again, 0)]
+    rows += [(f'near duplicates: {kind}', len(of(kind)), len(gone & of(kind)), len(gone - near))
+             for kind in PLANTED[1:3]]
+    rows += [('repeated passages', len(of('passage')),
+              sum(seen[b'Passage'][n] == 1 for n in of('passage')), len(changed)),
+             ('benchmark items', len(of('item')),
+              sum(not seen[b'Item'][n] for n in of('item')), len(changed))]
+    print('| planted | how many | removed | recall | precision |\n|---|---|---|---|---|')
+    for name, planted, removed, false in rows:
+        print(f'| {name} | {planted:,} | {removed:,} | {removed / max(1, planted):.4f} | '
+              f'{removed / max(1, removed + false):.4f} |')
+    print(f'{len(changed):,} of {len(of("new", PLANTED[-3])):,} other documents are changed or '
+          f'gone, and {len(gone & of(PLANTED[3])):,} of {len(of(PLANTED[3])):,} with {PLANTED[3]}')
+    return {name: [planted, removed, false] for name, planted, removed, false in rows}
+
+
 def main() -> dict:
     """Measure; returns what the last line prints."""
     check_bounds(globals(), rounds=(1, None), steps=(1, None), warmup=(1, None))
-    check_choice(globals(), what=('train', 'tokenizer'))
-    check_bounds(globals(), corpus_mb=(1, None), n_tokens=(256, None))
+    check_choice(globals(), what=('train', 'tokenizer', 'data'))
+    check_bounds(globals(), corpus_mb=(1, None), n_tokens=(256, None), line_mb=(0, None))
     train.check_settings()
     if train.from_model():
         stop(f'init_from={train.init_from}: leave it out; what is measured is the model that the '
              'settings describe')
-    result = bench_train() if what == 'train' else bench_tokenizer()
+    result = {'train': bench_train, 'tokenizer': bench_tokenizer, 'data': bench_data}[what]()
     print(json.dumps(result))
     return result
 

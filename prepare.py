@@ -1,234 +1,192 @@
-"""Raw text to token shards: python prepare.py shakespeare, or python prepare.py my_novels/.
+"""Raw text to token shards: python prepare.py shakespeare, or python prepare.py my_texts/.
 
-A dataset is a folder data/<name>/ with shards of token ids, tokenizer.json and meta.json. It is
-named (RECIPES below), or made from any local text file or folder of text, with a tokenizer that is
-trained on it or brought along. train.py calls `build` by itself for a dataset that is missing.
+Whatever people have (see core/documents.py) is read, cleaned, freed of duplicates and of benchmark
+items, and encoded with a tokenizer that is trained on it or brought along. A dataset is a folder
+data/<name>/ with shards of token ids, tokenizer.json, meta.json, and report.html, which says what
+was removed and why. By default only duplicates are removed; what the quality rules would remove is
+counted. A run that was killed goes on where it was. train.py calls `build` by itself.
 """
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
-import sysconfig
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
-from core import checkpoint, hf
+from core import checkpoint, clean, documents, hf
 from core import tokenizer as tokenizers
-from core.clean import gutenberg_encoding, strip_gutenberg
-from core.dataset import NoNetwork, ShardWriter, fetch, locked
-from core.settings import check_bounds, check_choice, configure, stop, warn
+from core.corpus import (
+    Corpus,
+    Split,
+    choose_validation,
+    clean_all,
+    drop_duplicates,
+    encode_split,
+    jobs,
+    mark_sentences,
+    save_json,
+    split_corpus,
+    texts_of,
+)
+from core.dataset import NoNetwork, Tokens, fetch, file_hash, locked
+from core.device import cpu_count
+from core.documents import Bad
+from core.recipes import RECIPES
+from core.report import Tally, write_report
+from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
 
 POSITIONAL = ('dataset',)
 
-dataset = ''                # a name (see RECIPES), or a text file or a folder of text files
-name = ''                   # folder under data_dir; '': the dataset's, or <path's>_<tokenizer>
+# what goes in
+dataset = ''                # names, files, folders, globs, URLs; several with commas between
+weights = ''                # how often each of several is used, such as 2,0.5; '': all once
+validation = ''             # files to validate on; '': a part of the dataset
+max_files = 0               # of a large named dataset: how many of its files are downloaded
+text_column = 'text'        # where the text is in JSON lines, tables and Parquet
+encoding = ''               # of text files; '': found out, and printed if it is not UTF-8
+errors = 'strict'           # invalid bytes: strict stops at them, replace puts U+FFFD and counts
+skip_bad = False            # leave out what cannot be read, and count it, instead of stopping
+# what is changed and removed
+normalize = 'NFC'           # Unicode normalization form: NFC, NFKC, or '': none
+mask_pii = False            # mask e-mail addresses, IP addresses and phone numbers
+quality = ''                # rules that are applied: gopher, c4 or gopher,c4; else only counted
+near_duplicates = 0.7       # Jaccard similarity from which documents are duplicates; 0: only equal
+shingle_words = 3           # the similarity is that of the sets of so many words in a row
+repeated_sentences = 0      # so many sentences in a row that came before go (C4: 3); 0: stay
+decontaminate = ''          # benchmark files; what shares overlap_words in a row with them goes
+overlap_words = 13
+# thresholds of Gopher (Rae et al. 2021, appendix A1.1): quality, then repetition
+min_words = 50
+max_words = 100_000
+min_mean_word_length = 3.0
+max_mean_word_length = 10.0
+max_symbols = 0.1           # '#' or ellipses for each word
+max_bullet_lines = 0.9
+max_ellipsis_lines = 0.3
+min_alphabetic_words = 0.8  # words with at least one letter
+min_stop_words = 2          # of: the be to of and that have with
+max_duplicate_lines = 0.3
+max_duplicate_line_characters = 0.2
+max_duplicate_paragraphs = 0.3
+max_duplicate_paragraph_characters = 0.2
+max_top_2_words = 0.20      # characters within the most frequent two words in a row
+max_top_3_words = 0.18
+max_top_4_words = 0.16
+max_repeated_5_words = 0.15  # characters within five words in a row that came before
+max_repeated_6_words = 0.14
+max_repeated_7_words = 0.13
+max_repeated_8_words = 0.12
+max_repeated_9_words = 0.11
+max_repeated_10_words = 0.10
+# thresholds of C4 (Raffel et al. 2020, section 2.2)
+min_line_words = 5          # shorter lines go, and those that end in no punctuation
+min_sentences = 3
+max_lorem_ipsum = 0
+max_curly_brackets = 0
+max_bad_words = 0
+bad_words = ''              # a file with a word a line; '': none
+# tokens
 tokenizer = ''              # char, byte, bpe, gpt2, or where a model is whose tokenizer is taken;
                             # '': the named dataset's own, char for a path
-vocab_size = 0              # tokens of a bpe, special ones included; 0: the dataset's own, or 4,096
-val_fraction = 0.1          # the last part of the characters, kept for validation
-errors = 'strict'           # invalid UTF-8: strict stops at it, replace puts U+FFFD and counts
+vocab_size = 0              # of a bpe, special tokens included; 0: the dataset's own, or 4,096
+val_fraction = 0.1          # of the characters, for validation; of many documents 10 million
 shard_tokens = 100_000_000  # most tokens in one shard file
+# system
+name = ''                   # folder under data_dir; '': the dataset's, or <path's>_<tokenizer>
 data_dir = 'data'           # where datasets and downloads live
+workers = 0                 # processes; 0: one for each core, but one alone for little text
 
-TEXT_SUFFIXES = ('.txt', '.md', '.rst', '.py')
-
-
-class Document(NamedTuple):
-    """One text with where it came from."""
-    source: str
-    text: str
-    replaced: int = 0       # times U+FFFD was put for invalid UTF-8
+NOT_IN_META = ('dataset', 'name', 'data_dir', 'workers', 'tokenizer', 'vocab_size', 'skip_bad')
+BATCH = 1 << 21             # bytes that are cleaned at a time
+SAMPLE = 100_000_000        # most characters from which a tokenizer is learnt
 
 
-class Recipe(NamedTuple):
-    """How a named dataset is made."""
-    about: str
-    licence: str
-    tokenizer: str
-    documents: Callable[[str], Iterator[Document]]  # takes the folder for downloads
-    vocab_size: int = 0     # tokens, special ones included; for a bpe a choice
+class Source(NamedTuple):
+    """A part of what goes in: its files and how often they are used."""
+    files: list
+    weight: float = 1.0
+    validation: bool = False
 
 
 # ---------------------------------------------------------------------------------------------
-# Raw text
-
-
-def read_text(path: Path, errors: str = 'strict', encoding: str = 'utf-8') -> Document:
-    """One text file, without a byte order mark and with \\n line ends.
-
-    Stops, naming file and byte offset, if it is binary, empty or (unless errors='replace') not
-    valid in its encoding.
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as e:
-        stop(f'{path}: cannot be read ({e.strerror})')
-    if (at := raw.find(b'\0')) >= 0:
-        stop(f'{path}: a binary file (NUL byte at offset {at}); only text can be prepared')
-    try:
-        text, replaced = raw.decode(encoding), 0
-    except UnicodeDecodeError as e:
-        if errors == 'strict':
-            stop(f'{path}: invalid UTF-8 at byte offset {e.start} (0x{raw[e.start]:02x}); '
-                 f'convert it, or prepare it with: python prepare.py {path} --errors=replace')
-        text = raw.decode('utf-8', errors='replace')
-        replaced = text.count('\ufffd') - raw.count('\ufffd'.encode())
-    text = text.removeprefix('\ufeff').replace('\r\n', '\n')
-    if not text.strip():
-        stop(f'{path}: empty; there is nothing to learn from')
-    return Document(str(path), text, replaced)
-
-
-def read_path(path: Path, errors: str = 'strict') -> Iterator[Document]:
-    """The text of a file, or of all text files below a folder in the order of their names."""
-    if path.is_file():
-        yield read_text(path, errors)
-        return
-    files = sorted(p for p in path.rglob('*') if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-    if not any(file.read_bytes().strip() for file in files):
-        stop(f'{path}: no text files ({", ".join(TEXT_SUFFIXES)}) in this folder, or all empty')
-    for file in tqdm(files, desc='reading', unit='file', leave=False, disable=len(files) < 100):
-        if not file.read_bytes().strip():
-            warn(f'{file}: empty, left out')
-            continue
-        yield read_text(file, errors)
-
-
-def shakespeare(downloads: str) -> Iterator[Document]:
-    yield read_text(fetch(
-        'shakespeare.txt', 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
-        'tinyshakespeare/input.txt', downloads, size=1_115_394,
-        sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'))
-
-
-def python_char(downloads: str) -> Iterator[Document]:
-    """The top-level modules of the running Python's standard library: they are always there."""
-    library = Path(sysconfig.get_paths()['stdlib'])
-    for path in sorted(library.glob('*.py')):
-        yield read_text(path)._replace(source=path.name)
-
-
-def python(downloads: str) -> Iterator[Document]:
-    """All of the running Python's standard library but its tests."""
-    library = Path(sysconfig.get_paths()['stdlib'])
-    apart = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'lib2to3'}
-    for path in sorted(library.rglob('*.py')):
-        if not apart & set(path.relative_to(library).parts) and path.read_bytes().strip():
-            yield read_text(path)._replace(source=str(path.relative_to(library)))
-
-
-AUSTEN = {  # name -> repository of GITenberg, file, commit, SHA-256
-    'emma': (
-        'Emma_158', '158-0.txt', '9943f6422b9246e7ad37625d6bd014b035fbfdea',
-        '89b601ce13c21eca31766bdd1a554842fc9ecb7d3638cc769f41712a523e24cf'),
-    'lady_susan': (
-        'Lady-Susan_946', '946.txt', '6894e1c45de254d687d5a6b50f81e877e540c842',
-        'ec421b0d2419494da0ba8db1b950b510ccbbebe3cf75bf15271c00b4334ff136'),
-    'mansfield_park': (
-        'Mansfield-Park_141', '141-0.txt', '013305e32f51ac4db88f39e220cb65d390213336',
-        '15904304b4c9dd3847a96d60707e6ffb30e3558557e3cff7bc8887d17e145ba8'),
-    'northanger_abbey': (
-        'Northanger-Abbey_121', '121-0.txt', 'c1b554e6d17c67d26b4fbd4bcc92d7eb4f27b2e7',
-        'bbd0f21dbcd079832245a4b9990caeada34965059974a99d2990507461b8647f'),
-    'persuasion': (
-        'Persuasion_105', '105-8.txt', 'd408e95fc4098953e8dd8eb7cac6023802cb54f4',
-        'cce830b4ba2eb09dd95c49bd1a2b55db9d859f21064da933b7f3abab73d02ebe'),
-    'pride_and_prejudice': (
-        'Pride-and-Prejudice_1342', '1342-0.txt', '81db45c9c48c592f0b77f01fc59e677ad0a5634e',
-        '48e0522844402a86a3ea98f0947ba85ea54838db3c59022299298ed968a5a163'),
-    'sense_and_sensibility': (
-        'Sense-and-Sensibility_161', '161.txt', '1cd7ffed1c21536f6ee2fea4d68c96e2c12ce14c',
-        '9109bd8aabe8f36d0814bd6f5afad1e278b1369d66c0d3846667f0659e119d27'),
-}
-
-
-def austen(downloads: str) -> Iterator[Document]:
-    """Jane Austen's seven novels without Project Gutenberg's header and licence."""
-    for name, (repository, file, commit, sha256) in AUSTEN.items():
-        path = fetch(f'austen/{name}.txt', 'https://raw.githubusercontent.com/GITenberg/'
-                     f'{repository}/{commit}/{file}', downloads, sha256)
-        document = read_text(path, encoding=gutenberg_encoding(path.read_bytes()))
-        yield document._replace(text=strip_gutenberg(document.text))
-
-
-RECIPES = {
-    'shakespeare': Recipe('tiny Shakespeare: 40,000 lines of his plays, 1.1 MB',
-                          'public domain', 'char', shakespeare, 70),
-    # Bytes, not characters: 9 modules use 60 rare characters, which would only widen the model.
-    'python_char': Recipe('source of the Python standard library on this machine, about 5 MB',
-                          'PSF License Version 2', 'byte', python_char),
-    'python': Recipe('source of the Python standard library on this machine, without its tests',
-                     'PSF License Version 2', 'bpe', python, 8192),
-    'austen': Recipe("Jane Austen's seven novels, 4.4 MB", 'public domain in the US', 'bpe', austen,
-                     4096),
-}
-# Sets that are too large to be downloaded unasked; their tokenizer is GPT-2's.
-LARGE = {'openwebtext': ('9 billion tokens of web pages, as GPT-2 was trained on',
-                         'about 13.5 GB to download, 54 GB of text, 18 GB of tokens'),
-         'fineweb-edu': ('1.3 trillion tokens of web pages chosen for what they teach',
-                         'terabytes to download')}
-
-# ---------------------------------------------------------------------------------------------
-# Text to shards
+# A dataset's name and what it must be
 
 
 def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str = '',
-          val_fraction: float | None = None, errors: str = 'strict',
-          shard_tokens: int = 100_000_000, vocab_size: int = 0) -> Path:
+          vocab_size: int = 0, **given) -> Path:
     """Make the dataset unless it is there already, and return its folder.
 
-    `dataset` is a named dataset, a folder under `data_dir`, or a path to text. A dataset made from
-    a path is made again when its text has changed, and any with another val_fraction than the one
-    given (None: 0.1, or whatever it was made with). A file lock lets one process of a machine work
-    while the others wait. Raises NoNetwork if a download is needed and impossible.
+    `dataset` is one or several of: a named dataset, a path to text, a glob, a URL; or a folder
+    under `data_dir`. One that is made from files is made again when these have changed, and any
+    that was made with other settings than those `given`; settings that are not given have their
+    defaults, or are what it was made with. A file lock lets one process of a machine work while
+    the others wait. Raises NoNetwork if a download is needed and impossible.
     """
     if not dataset:
         stop(f'no dataset given: name one of {", ".join(RECIPES)}, or a path to text')
-    recipe, path = RECIPES.get(dataset), Path(dataset)
-    made = Path(data_dir) / dataset
-    for folder in () if recipe else (path, made):
+    options = settings_of(globals()) | given
+    recipe, made = RECIPES.get(dataset), Path(data_dir) / dataset
+    for folder in () if recipe else (Path(dataset), made):
         if (folder / 'meta.json').is_file():
             check_tokenizer(folder, tokenizer, vocab_size)
             return folder
-    if dataset in LARGE and not (made / 'meta.json').is_file():
-        about, size = LARGE[dataset]
-        stop(f'{made} is not there: {dataset} ({about}) is {size}, which is not started unasked; '
-             f'its loader is not part of this version: put token shards into {made}, or train on '
-             'your own text with --dataset=<path>')
-    if not recipe and not path.exists():
-        stop(f'dataset {dataset!r}: neither a named dataset ({", ".join([*RECIPES, *LARGE])}), '
-             f'nor a folder in {data_dir}/, nor a path to text')
+    if recipe and recipe.n_files and not options['max_files'] and not made.exists():
+        stop(f'{dataset} ({recipe.about}) is not here yet, and {recipe.n_files:,} x '
+             f'{recipe.file_mb:,} MB to download, which is not started unasked: python prepare.py '
+             f'{dataset} --max_files={recipe.n_files}' + ', or fewer' * (recipe.n_files > 1))
     name = name or folder_name(dataset, tokenizer, vocab_size)
     if name in ('', '.', '..', 'downloads') or name != Path(name).name:
         stop(f'name={name}: must be a plain folder name (other than downloads)')
+    places = split_places(dataset)
+    for place in places:
+        if place not in RECIPES and not is_url(place) and not glob.glob(place, recursive=True):
+            stop(f'dataset {place!r}: neither a named dataset ({", ".join(RECIPES)}), '
+                 f'nor a folder in {data_dir}/, nor a path to text')
     folder = Path(data_dir) / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f'.{name}.lock')):
-        wanted = {'source': dataset if recipe else str(path.resolve()),
-                  'tokenizer': tokenizer_label(dataset, tokenizer, vocab_size)}
+    with locked(folder.with_name(f'.{folder.name}.lock')):
+        wanted = {'source': ','.join(str(Path(place).resolve()) if Path(place).exists() else place
+                                     for place in places),
+                  'tokenizer': tokenizer_label(dataset, tokenizer, vocab_size),
+                  'settings': {key: value for key, value in given.items()
+                               if key not in NOT_IN_META and (key, value) != ('max_files', 0)}}
         ready = ready_tokenizer(tokenizer or (recipe.tokenizer if recipe else ''), data_dir)
         if ready:   # of which nothing is learnt from the text
             wanted['tokenizer_hash'] = ready.hash()
-        if val_fraction is not None:
-            wanted['val_fraction'] = val_fraction
-        if recipe and up_to_date(folder, wanted):  # a recipe's text does not change
+        if recipe and up_to_date(folder, wanted):   # a recipe's text does not change
             return folder
-        documents = list(recipe.documents(str(Path(data_dir) / 'downloads')) if recipe
-                         else read_path(path, errors))
-        wanted['sha256'] = text_hash(documents)
+        tally = Tally()
+        sources = find_sources(places, options, data_dir, tally)
+        inputs = hash_files(sources)
+        wanted['sha256'] = hashlib.sha256(''.join(
+            found['sha256'] for found in inputs).encode()).hexdigest()
         if recipe or not up_to_date(folder, wanted):
-            meta = {'name': name, 'about': recipe.about if recipe else f'text from {dataset}',
-                    'licence': recipe.licence if recipe else 'unknown: your own text',
-                    'val_fraction': 0.1, **wanted}
-            whole = ''.join(document.text for document in documents)
-            tok = ready or learn_tokenizer(
-                wanted['tokenizer'], whole[:int(len(whole) * (1 - meta['val_fraction']))], whole)
-            write_dataset(folder, documents, tok, meta, shard_tokens)
+            wanted['settings'] = {key: value for key, value in options.items()
+                                  if key not in NOT_IN_META}
+            about = '; '.join(RECIPES[place].about if place in RECIPES else f'text from {place}'
+                              for place in places)
+            licence = '; '.join(RECIPES[place].licence if place in RECIPES else
+                                'unknown: your own text' for place in places)
+            make(folder, sources, options, ready, tally,
+                 {'name': name, 'about': about, 'licence': licence, **wanted, 'inputs': inputs})
     return folder
+
+
+def split_places(dataset: str) -> list[str]:
+    """The parts of a dataset that is given as several with commas."""
+    return [dataset] if Path(dataset).exists() else [part for part in dataset.split(',') if part]
+
+
+def is_url(place: str) -> bool:
+    return place.startswith(('http://', 'https://'))
 
 
 def check_tokenizer(folder: Path, tokenizer: str, vocab_size: int) -> None:
@@ -243,7 +201,7 @@ def check_tokenizer(folder: Path, tokenizer: str, vocab_size: int) -> None:
 def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
     """Names a tokenizer in one word: char, byte, gpt2, bpe4096, or of-<last part of a path>."""
     recipe = RECIPES.get(dataset)
-    own = 'gpt2' if dataset in LARGE else recipe.tokenizer if recipe else 'char'
+    own = recipe.tokenizer if recipe else 'char'
     kind = tokenizer or own
     known = kind in (*tokenizers.KINDS, *hf.GPT2_SIZES)
     if not known and '/' not in kind and not Path(kind).exists():
@@ -271,10 +229,15 @@ def count_tokens(dataset: str, tokenizer: str, vocab_size: int) -> int:
 
 def folder_name(dataset: str, tokenizer: str, vocab_size: int) -> str:
     """The name of a dataset's folder: that of a named one with its own tokenizer, or
-    <dataset>_<tokenizer>."""
+    <dataset>_<tokenizer>, where several datasets are joined by a plus."""
     label = tokenizer_label(dataset, tokenizer, vocab_size)
-    own = dataset in RECIPES and label == tokenizer_label(dataset, '', 0)
-    return dataset if own else f'{Path(dataset).stem}_{label}'
+    if dataset in RECIPES and label == tokenizer_label(dataset, '', 0):
+        return dataset
+    stems = [re.sub(r'[*?].*', '', place).rstrip('/').rpartition('/')[2] if '*' in place
+             else Path(place).name for place in split_places(dataset)]
+    stems = [re.sub(rf'({"|".join(map(re.escape, documents.SUFFIXES))})?(\.gz)?$', '', stem)
+             for stem in stems]
+    return f'{"+".join(stems)[:100]}_{label}'
 
 
 def ready_tokenizer(tokenizer: str, data_dir: str):
@@ -284,17 +247,6 @@ def ready_tokenizer(tokenizer: str, data_dir: str):
     if tokenizer in hf.GPT2_SIZES:
         return tokenizers.gpt2(Path(data_dir) / 'downloads')
     return checkpoint.load_tokenizer(tokenizer, data_dir)
-
-
-def learn_tokenizer(label: str, text: str, whole: str):
-    """A tokenizer for the training text; characters are taken from the validation text as well."""
-    if label.startswith('bpe'):
-        tok = tokenizers.BPETokenizer.train([text], int(label[3:]))
-        if len(tok) < int(label[3:]):
-            warn(f'vocab_size={label[3:]}: after {len(tok):,} tokens no pair of them occurs twice, '
-                 'so there are no more')
-        return tok
-    return tokenizers.KINDS[label].train(whole)
 
 
 def find(dataset: str, data_dir: str = 'data', tokenizer: str = '', vocab_size: int = 0) -> Path:
@@ -320,15 +272,6 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
-def text_hash(documents: list[Document]) -> str:
-    """SHA-256 over all documents, their boundaries included."""
-    digest = hashlib.sha256()
-    for document in documents:
-        data = document.text.encode('utf-8')
-        digest.update(len(data).to_bytes(8, 'little') + data)
-    return digest.hexdigest()
-
-
 def up_to_date(folder: Path, wanted: dict) -> bool:
     """Whether the meta.json in `folder` says what is wanted.
 
@@ -342,72 +285,302 @@ def up_to_date(folder: Path, wanted: dict) -> bool:
     if found['source'] != wanted['source']:
         stop(f'{folder} was made from {found["source"]}, not from {wanted["source"]}; give this '
              f'one another name: python prepare.py {wanted["source"]} --name=<name>')
-    changed = [key for key in {**wanted, 'tokenizer_hash': ''}
-               if found.get(key) != wanted.get(key)]
+    changed = [key for key in {**wanted, 'tokenizer_hash': ''} if key != 'settings'
+               and found.get(key) != wanted.get(key)]
+    changed += [key for key, value in wanted['settings'].items()
+                if found.get('settings', {}).get(key) != value]
     if changed:
         print(f'{folder}: {" and ".join(changed)} changed since it was made, so it is made again')
     return not changed
 
 
-def write_dataset(folder: Path, documents: list[Document], tok, meta: dict,
-                  shard_tokens: int) -> None:
-    """Encode, and let the finished folder appear under its name at once."""
-    characters = sum(len(document.text) for document in documents)
-    cut = int(characters * (1 - meta['val_fraction']))
-    tmp = folder.with_name(f'.{folder.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
-    writers = {split: ShardWriter(tmp, split, len(tok), shard_tokens)
-               for split in ('train', 'val')}
-    position = 0
-    with tqdm(total=characters, unit='char', unit_scale=True, desc='encoding') as bar:
-        for number, (_, text, _) in enumerate(documents):
-            here = min(max(cut - position, 0), len(text))
-            for split, part in (('train', text[:here]), ('val', text[here:])):
-                blocks = tok.blocks(part)
-                for i in range(0, len(blocks), 16):
-                    for ids in tok.encode_batch(blocks[i:i + 16]):
-                        writers[split].write(ids)
-                    bar.update(sum(map(len, blocks[i:i + 16])))
-            position += len(text)
-            if number < len(documents) - 1:
-                last = 'train' if position <= cut else 'val'
-                writers[last].write([tok.eos])
-    for writer in writers.values():
-        writer.flush()
-    tok.save(tmp / 'tokenizer.json')
-    meta |= {'documents': len(documents), 'characters': characters,
-             'bytes': sum(len(document.text.encode()) for document in documents),
-             'replaced': sum(document.replaced for document in documents),
-             'train_tokens': writers['train'].n_tokens, 'val_tokens': writers['val'].n_tokens,
-             'vocab_size': len(tok), 'max_id': max(w.max_id for w in writers.values()),
-             'files': [{'source': document.source, 'characters': len(document.text)}
-                       for document in documents[:1000]]}
-    (tmp / 'meta.json').write_text(json.dumps(meta, indent=1, ensure_ascii=False) + '\n',
-                                   encoding='utf-8')
+# ---------------------------------------------------------------------------------------------
+# What goes in
+
+
+def find_sources(places: list[str], options: dict, data_dir: str, tally: Tally) -> list[Source]:
+    """The files of all places, downloaded where necessary."""
+    shares = options['weights'].split(',') if options['weights'] else ['1'] * len(places)
+    try:
+        shares = [float(share) for share in shares]
+    except ValueError:
+        shares = []
+    if len(shares) != len(places) or not all(0 < share <= 1000 for share in shares):
+        stop(f'weights={options["weights"]}: must be {len(places)} positive numbers with commas '
+             f'between, one for each of {", ".join(places)}')
+    downloads, sources = str(Path(data_dir) / 'downloads'), []
+    for place, share in zip(places, shares):
+        try:
+            train, val = (RECIPES[place].files(downloads, options['max_files']) if place in RECIPES
+                          else (find_files(place, options, downloads, tally), []))
+        except Bad as e:
+            stop(str(e))
+        sources += [Source(train, share)] + [Source(val, 1.0, True)] * bool(val)
+    if options['validation']:
+        sources.append(Source(find_files(options['validation'], options, downloads, tally), 1.0,
+                              True))
+    return sources
+
+
+def find_files(place: str, options: dict, downloads: str, tally: Tally) -> list[Path]:
+    """The files of a path, a folder, a glob or a URL. Stops if there are none."""
+    if is_url(place):   # an address without one of the known suffixes is taken for a web page
+        file = re.sub(r'[^\w./-]', '_', place.partition('://')[2]).strip('/')
+        file += '' if documents.suffix(file) in documents.SUFFIXES else '.html'
+        return [fetch(f'urls/{file}', place, downloads)]
+    files, left_out = documents.find_files(place, lambda m: complain(m, options, tally))
+    if left_out:
+        tally.counts.update({f'left out: {suffix} files': n for suffix, n in left_out.items()})
+        print(f'{place}: left out ' + ', '.join(
+            f'{n:,} x {suffix}' for suffix, n in left_out.most_common(8)))
+    if not files:
+        stop(f'{place}: no text files ({", ".join(documents.SUFFIXES)}, each also as .gz) in this '
+             'folder')
+    return files
+
+
+def complain(message: str, options: dict, tally: Tally) -> None:
+    """What happens about bad input: it ends the program, or is counted with skip_bad."""
+    if not options['skip_bad']:
+        stop(f'{message} (or leave such input out with --skip_bad)')
+    warn(f'{message} (left out)')
+    tally.bad.append(message)
+
+
+def hash_files(sources: list[Source]) -> list[dict]:
+    """Path, size and SHA-256 of all input files; those that cannot be read are told later."""
+    files = [path for source in sources for path in source.files]
+    inputs = []
+    for path in tqdm(files, desc='hashing', unit='file', leave=False, disable=len(files) < 100):
+        try:
+            size, sha256 = os.path.getsize(path), file_hash(path)
+        except OSError as e:
+            size, sha256 = 0, f'cannot be read: {e.strerror}'
+        inputs.append({'file': str(path), 'bytes': size, 'sha256': sha256})
+    return inputs
+
+
+def batches(sources: list[Source], options: dict, tally: Tally) -> Iterator[list]:
+    """All records in order, some megabytes at a time: lists of (number of the source, record)."""
+    total = sum(os.path.getsize(path) for source in sources for path in source.files
+                if path.exists())
+    batch, size, before, told = [], 0, 0, set()
+    with tqdm(total=total, unit='B', unit_scale=True, desc='cleaning', leave=False,
+              disable=total < 4 * BATCH) as bar:
+        for number, path in ((i, path) for i, source in enumerate(sources)
+                             for path in source.files):
+            try:
+                for record in documents.read(path, options['encoding'], options['errors'],
+                                             options['text_column']):
+                    if record.encoding not in ('utf-8', 'utf-8-sig') and path not in told:
+                        told.add(path)
+                        tqdm.write(f'{path}: not UTF-8, read as {record.encoding}')
+                    batch.append((number, record))
+                    size += len(record.data)
+                    if size >= BATCH:
+                        yield batch
+                        batch, size = [], 0
+                        bar.update(before + record.end - bar.n)
+            except Bad as e:
+                complain(str(e), options, tally)
+            before += os.path.getsize(path) if path.exists() else 0
+        if batch:
+            yield batch
+
+
+def benchmark_texts(options: dict) -> Iterator[str]:
+    """All strings of the benchmark files that training text must not contain."""
+    def strings(value):
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (list, dict)):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from strings(part)
+
+    for place in filter(None, options['decontaminate'].split(',')):
+        if not Path(place).is_file():
+            stop(f'decontaminate={place}: no such file')
+        try:
+            if documents.suffix(place) == '.json':
+                yield from strings(json.loads(Path(place).read_text(encoding='utf-8')))
+                continue
+            for line in documents.lines(Path(place)):
+                yield from strings(json.loads(line)) if documents.suffix(place) == '.jsonl' else [
+                    line]
+        except (ValueError, OSError, EOFError) as e:
+            stop(f'decontaminate={place}: cannot be read ({e})')
+
+
+# ---------------------------------------------------------------------------------------------
+# All of it
+
+
+def learn_tokenizer(label: str, corpus: Corpus, splits: tuple[Split, Split], options: dict):
+    """A tokenizer for the training text; characters are taken from the validation text as well."""
+    def texts(split, fraction=1.0):
+        limit = np.uint64(min(fraction, 1) * (2 ** 64 - 2 ** 12))
+        split = split._replace(copies=(split.copies > 0) * (corpus.rows['hash'] <= limit))
+        for job in jobs(corpus, split):
+            yield from texts_of(job, corpus, split, options['repeated_sentences'])
+
+    val, train = splits
+    if not label.startswith('bpe'):
+        characters = set().union(*(set(text) for split in splits for text in texts(split)))
+        return tokenizers.KINDS[label].train(''.join(characters))
+    total = int((corpus.rows['characters'] * (train.copies > 0)).sum())
+    tok = tokenizers.BPETokenizer.train(texts(train, SAMPLE / max(1, total)), int(label[3:]))
+    if len(tok) < int(label[3:]):
+        warn(f'vocab_size={label[3:]}: after {len(tok):,} tokens no pair of them occurs twice, '
+             'so there are no more')
+    return tok
+
+
+def make(folder: Path, sources: list[Source], options: dict, ready_tok, tally: Tally, meta: dict
+         ) -> None:
+    """Clean, free of duplicates, encode, report; the finished folder appears at once.
+
+    The work folder beside it is kept until then. A run with the same input, settings and source
+    code goes on with what is there.
+    """
+    work = folder.with_name(f'.{folder.name}.work')
+    sources_hash = hashlib.sha256(b''.join(Path(module.__file__).read_bytes() for module in (
+        clean, documents, tokenizers, sys.modules[__name__]))).hexdigest()
+    plan = {'meta': meta, 'source code': sources_hash}
+    if not (work / 'plan.json').is_file() or json.loads((work / 'plan.json').read_text()) != plan:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        save_json(work / 'plan.json', plan)
+    else:
+        print(f'{folder}: going on with what an earlier run has done')
+    size = sum(found['bytes'] for found in meta['inputs'])
+    n_workers = options['workers'] or (cpu_count() if size > 8 * BATCH else 1)
+    began = time.perf_counter()
+    n_batches = clean_all(work, batches(sources, options, tally), options,
+                          benchmark_texts(options), n_workers,
+                          # a batch's own tally has it already
+                          lambda message: complain(message, options, Tally()))
+    said('cleaned', size, began, n_workers)
+    corpus = Corpus(work, n_batches, tally)
+    if not len(corpus.rows):
+        shutil.rmtree(work)
+        stop(f'{meta["source"]}: nothing is left to learn from: all of it is empty or dropped')
+    began = time.perf_counter()
+    val = choose_validation(corpus.rows, np.array([source.validation for source in sources]),
+                            options['val_fraction'])
+    stays = drop_duplicates(corpus, val, options, n_workers, tally)
+    mark_sentences(corpus, stays, tally, bool(options['repeated_sentences']))
+    splits = split_corpus(corpus, stays, val, np.array([source.weight for source in sources]),
+                          options['val_fraction'])
+    said('duplicates found', int(corpus.rows['size'].sum()), began, n_workers)
+    ready = work / 'ready'
+    ready.mkdir(exist_ok=True)
+    if not (work / 'tokenizer.json').is_file():
+        began = time.perf_counter()
+        tok = ready_tok or learn_tokenizer(meta['tokenizer'], corpus, splits, options)
+        tok.save(work / 'tokenizer.part')
+        os.replace(work / 'tokenizer.part', work / 'tokenizer.json')
+        said('tokenizer ready', min(SAMPLE, int(corpus.rows['size'].sum())), began, n_workers)
+    tok = ready_tok or tokenizers.load(work / 'tokenizer.json')
+    began = time.perf_counter()
+    for split in splits:
+        encode_split(corpus, split, tok, options, n_workers, ready)
+    said('encoded', int(corpus.rows['size'][stays].sum()), began, n_workers)
+    finish(folder, ready, corpus, stays, tok, tally, meta)
+    shutil.rmtree(work)
+
+
+def said(what: str, size: int, began: float, n_workers: int) -> None:
+    """Print how fast a step was, if it took long enough to be measured."""
+    seconds = time.perf_counter() - began
+    if seconds > 2:
+        print(f'  {what}: {size / 1e6:,.0f} MB in {seconds:,.0f} s, {size / 1e6 / seconds:.1f} '
+              f'MB/s, {n_workers} process' + 'es' * (n_workers > 1))
+
+
+def finish(folder: Path, ready: Path, corpus: Corpus, stays: np.ndarray, tok, tally: Tally,
+           meta: dict) -> None:
+    """Add tokenizer, meta.json and report.html to the shards, and give the folder its name."""
+    counts = np.zeros(len(tok), np.int64)
+    n_tokens = {}
+    for split in ('train', 'val'):
+        tokens = Tokens(ready, split)
+        n_tokens[split] = len(tokens)
+        for i in range(0, len(tokens), 1 << 24):
+            counts += np.bincount(tokens.read(i, 1 << 24), minlength=len(tok))
+    rows = corpus.rows[stays]
+    few = Tokens(ready, 'val' if n_tokens['val'] > 1000 else 'train').read(0, 500_000).tolist()
+    text = tok.decode([i for i in few if i != tok.eos])
+    gpt2 = gpt2_if_here(folder.parent)
+    bins = np.bincount(np.floor(np.log2(np.maximum(1, rows['characters']))).astype(np.int64))
+    low = int(np.flatnonzero(bins)[0])
+    meta |= {
+        'documents': len(rows), 'characters': int(rows['characters'].sum(dtype=np.int64)),
+        'bytes': int(rows['size'].sum()), 'train_tokens': n_tokens['train'],
+        'val_tokens': n_tokens['val'], 'vocab_size': len(tok),
+        'max_id': int(np.flatnonzero(counts)[-1]), 'steps': tally.steps, 'rules': tally.rules,
+        'counts': dict(sorted(tally.counts.items())), 'examples': tally.examples,
+        'bad': tally.bad[:1000],
+        'bytes_per_token': len(text.encode()) / max(1, len(few)),
+        'gpt2_bytes_per_token': len(text.encode()) / len(gpt2.encode(text)) if gpt2 else None,
+        'lengths': [[1 << i, 2 << i, int(n)] for i, n in enumerate(bins) if i >= low],
+        'frequent': [[tok.tokens[i].decode('utf-8', 'replace'), int(counts[i])]
+                     for i in np.argsort(-counts, kind='stable')[:30].tolist() if counts[i]],
+        'n_inputs': len(meta['inputs']),
+        'input_bytes': sum(found['bytes'] for found in meta['inputs']),
+        'inputs': meta['inputs'][:1000]}
+    tok.save(ready / 'tokenizer.json')
+    save_json(ready / 'meta.json', meta)
+    write_report(ready / 'report.html', meta)
+    for progress in ready.glob('.*.json'):
+        progress.unlink()
     if folder.exists():
         shutil.rmtree(folder)
-    os.rename(tmp, folder)
-    report(folder, meta)
+    os.rename(ready, folder)
+    print_summary(folder, meta)
 
 
-def report(folder: Path, meta: dict) -> None:
-    invalid = f', {meta["replaced"]:,} times U+FFFD for invalid UTF-8' if meta['replaced'] else ''
+def gpt2_if_here(data_dir: Path):
+    """GPT-2's tokenizer, if its file is on this machine already, to compare with; or None."""
+    places = [data_dir / 'downloads', *map(Path, filter(None, [os.environ.get('DATA_MIRROR')]))]
+    return tokenizers.gpt2(data_dir / 'downloads') if any(
+        (place / 'gpt2/encoder.json').is_file() for place in places) else None
+
+
+def print_summary(folder: Path, meta: dict) -> None:
+    """What the dataset is and what was removed from it, on a few lines."""
     print(f'{folder}: {meta["about"]} ({meta["licence"]})\n'
-          f'  {meta["documents"]:,} documents, {meta["characters"]:,} characters{invalid}; '
+          f'  {meta["documents"]:,} documents, {meta["characters"]:,} characters; '
           f'{meta["tokenizer"]} tokenizer of {meta["vocab_size"]:,} tokens\n'
           f'  {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} to validate on')
+    for name, (documents_in, characters_in, documents_out, characters_out) in meta['steps'].items():
+        if characters_in != characters_out:
+            print(f'  {name}: {documents_in:,} -> {documents_out:,} documents, {characters_in:,} '
+                  f'-> {characters_out:,} characters')
+    for what in ('U+FFFD', 'NUL characters removed', *(
+            what for what in meta['counts'] if what.startswith(('masked', 'documents outside')))):
+        if meta['counts'].get(what):
+            print(f'  {what}: {meta["counts"][what]:,}')
+    if meta['bad']:
+        print(f'  left out because it cannot be read: {len(meta["bad"]):,}')
+    print(f'  what was removed and why: {folder}/report.html')
 
 
 def main() -> dict:
     """Build the dataset that the settings name; returns its meta.json."""
-    check_bounds(globals(), val_fraction=(0, 0.9), shard_tokens=(1, None), vocab_size=(0, None))
-    check_choice(globals(), errors=('strict', 'replace'))
+    thresholds = {key: (0, None) for key, value in settings_of(globals()).items()
+                  if key.startswith(('min_', 'max_'))}
+    check_bounds(globals(), val_fraction=(0, 0.9), shard_tokens=(1, None), vocab_size=(0, None),
+                 near_duplicates=(0, 1), shingle_words=(1, 100), repeated_sentences=(0, 100),
+                 overlap_words=(clean.SHORTEST, 1000), workers=(0, 1000), **thresholds)
+    check_choice(globals(), errors=('strict', 'replace'), normalize=('', 'NFC', 'NFKC'),
+                 quality=('', 'gopher', 'c4', 'gopher,c4', 'c4,gopher'))
     if vocab_size and not tokenizer_label(dataset, tokenizer, vocab_size).startswith('bpe'):
         stop(f'vocab_size={vocab_size}: only a bpe can have any size; add --tokenizer=bpe')
+    given = settings_of(globals())
+    for key in ('dataset', 'data_dir', 'name', 'tokenizer', 'vocab_size'):
+        given.pop(key)
     try:
-        folder = build(dataset, data_dir, name, tokenizer, val_fraction, errors, shard_tokens,
-                       vocab_size)
+        folder = build(dataset, data_dir, name, tokenizer, vocab_size, **given)
     except NoNetwork as e:
         stop(no_network(dataset, e))
     preset = folder.name if Path(f'config/{folder.name}.py').is_file() else 'shakespeare'

@@ -53,6 +53,7 @@ tokenizer = ''                  # the dataset's (see prepare.py); '': its own, o
 batch_size = 480                # sequences per optimizer step, over all processes
 micro_batch_size = 0            # sequences per forward pass; 0: as memory allows
 block_size = 1024               # tokens in a sequence
+pack_documents = False          # whole documents, kept apart: see PackedWindows in core/dataset.py
 # model (see GPTConfig in model.py)
 arch = 'gpt'                    # gpt or lstm
 depth = 0                       # one knob: n_layer=n_head=depth, n_embd=64 depth, rates to match
@@ -148,6 +149,13 @@ def check_settings() -> None:
 def from_model() -> bool:
     """Whether training begins with the weights of another model."""
     return init_from not in ('scratch', 'resume')
+
+
+def respects_documents(config: GPTConfig) -> bool:
+    """Whether windows respect documents. Stops if the model cannot."""
+    if pack_documents and config.arch == 'lstm':
+        stop('pack_documents=True: an LSTM cannot keep apart documents in one row; leave it out')
+    return pack_documents
 
 
 # ---------------------------------------------------------------------------------------------
@@ -265,7 +273,8 @@ def run_identity(meta: dict, tokenizer, config: GPTConfig, origin: str = '') -> 
     def chosen(*names):
         return {name: globals()[name] for name in names}
     return {'architecture': asdict(config),
-            'data': {name: meta[name] for name in ('name', 'sha256', 'train_tokens', 'val_tokens')},
+            'data': {name: meta[name] for name in ('name', 'sha256', 'train_tokens', 'val_tokens')}
+                    | ({'pack_documents': True} if pack_documents else {}),
             'tokenizer': tokenizer.hash(),
             'optimizer': chosen('optimizer', 'depth', 'learning_rate', 'weight_decay', 'beta1',
                                 'beta2', 'embed_learning_rate', 'muon_learning_rate',
@@ -302,17 +311,17 @@ def train_step(model, optimizers, scaler, device, ranks, batches, factor: float,
     gradient norm, why the step was skipped ('' if it was not), and whether a `request` to stop has
     come to any rank: the same on all ranks.
     """
-    n_targets = torch.tensor(float(sum((y != IGNORE).sum() for _, y in batches)))
+    n_targets = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)))
     n_targets = parallel.all_sum(n_targets, device)
     loss_sum = torch.zeros((), device=device.name)
-    for micro_step, (x, y) in enumerate(batches):
+    for micro_step, batch in enumerate(batches):
         if dropout:
             key = np.random.SeedSequence((seed, step, micro_step, ranks.rank))
             torch.manual_seed(int(key.generate_state(1)[0]))
-        x, y = (t.to(device.name, non_blocking=True) for t in (x, y))
+        x, y, doc = (t if t is None else t.to(device.name, non_blocking=True) for t in batch)
         with parallel.accumulate(model, last=micro_step == len(batches) - 1):
             with device.autocast():
-                loss = model(x, y, reduction='sum') / n_targets
+                loss = model(x, y, doc=doc, reduction='sum') / n_targets
             scaler.scale(loss * ranks.world).backward()  # DDP divides gradients by world
         loss_sum += loss.detach()
     grad_norm = optim.clip_gradients(model, optimizers, scaler, grad_clip)
@@ -340,9 +349,10 @@ def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: 
         if asked():
             model.train()
             return None
-        x, y = windows.batch(samples)
+        x, y, doc = windows.batch(samples)
+        doc = None if doc is None else doc.to(device.name)
         with device.autocast():
-            nats.append(model(x.to(device.name), y.to(device.name), reduction='sum'))
+            nats.append(model(x.to(device.name), y.to(device.name), doc=doc, reduction='sum'))
         real = y[y != IGNORE]
         targets, n_bytes = targets + len(real), n_bytes + int(byte_lengths[real].sum())
     model.train()
@@ -420,7 +430,8 @@ def evaluate_run(ranks, device) -> dict:
     if known.hash() != tokenizers.load(data / 'tokenizer.json').hash():
         stop(f'{base} and {data} have different vocabularies; evaluate it on the data it knows')
     config = model.config
-    windows = load_split(data, 'val', config.block_size, shuffle=False)
+    eos = known.eos if respects_documents(config) else None
+    windows = load_split(data, 'val', config.block_size, shuffle=False, eos=eos)
     rows = micro_batch_size or hardware.fit_micro_batch(
         device, 64, config.block_size, 1, config.n_embd, ranks.local_world)
     val_loss, bits_per_byte = evaluate(model, windows, known, rows, device, ranks)
@@ -481,8 +492,9 @@ def main() -> dict:
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
         dev, per_rank, block_size, 1 if activation_checkpointing else config.n_layer, config.n_embd,
         ranks.local_world)
-    train_windows = load_split(data, 'train', block_size, seed)
-    val_windows = load_split(data, 'val', block_size, shuffle=False)
+    eos = tokenizer.eos if respects_documents(config) else None
+    train_windows = load_split(data, 'train', block_size, seed, eos=eos)
+    val_windows = load_split(data, 'val', block_size, shuffle=False, eos=eos)
     identity = run_identity(meta, tokenizer, config, begun.get('init_from', ''))
     saver = state = None
     if ranks.rank == 0:
@@ -492,6 +504,8 @@ def main() -> dict:
     model.recompute = activation_checkpointing
     flops, tokens_per_step = flops_per_token(model), batch_size * block_size
     print0(f'data {data}: {meta["about"]}; {len(tokenizer):,} tokens in its vocabulary')
+    if pack_documents:
+        print0(f'packed {train_windows.about}')
     print0(f'{count_parameters(model):,} parameters, {flops / 1e6:,.2f} MFLOP per token; a step is '
            f'{batch_size} x {block_size} = {tokens_per_step:,} tokens, {rows} rows at a time, an '
            f'epoch {len(train_windows) / batch_size:,.1f} steps')

@@ -1,5 +1,29 @@
-"""Text as it comes -> text worth learning from."""
+"""Text as it comes -> text worth learning from: normalization, masks, quality rules, duplicates.
+
+All that is compared is compared by words: runs of letters and digits in lower case (of Chinese and
+Japanese, which have no spaces, single characters). A word is known by its CRC-32, n words in a row
+by a 64-bit hash of these. Nothing here reads or writes files; prepare.py does, and counts.
+"""
+import functools
+import hashlib
 import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------
+# Normalization
+
+
+def normalize(text: str, form: str) -> str:
+    """The text in Unicode normalization form NFC or NFKC ('': as it is), with \\n line ends and
+    without NUL characters and a byte order mark at its start."""
+    text = text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n').replace('\0', '')
+    return unicodedata.normalize(form, text) if form and not text.isascii() else text
+
 
 # "*** START OF THIS PROJECT GUTENBERG EBOOK EMMA ***" and "*** END OF ...", in all their spellings.
 MARKER = re.compile(r'^\*\*\* ?(START|END) OF (?:THIS|THE) PROJECT GUTENBERG EBOOK.*?\*\*\*$',
@@ -19,7 +43,288 @@ def strip_gutenberg(text: str) -> str:
     return CREDITS.sub('', text).strip() + '\n'
 
 
-def gutenberg_encoding(raw: bytes) -> str:
-    """The encoding that the header of a Project Gutenberg file states; utf-8 where it says none."""
-    found = re.search(rb'^Character set encoding: *([\w-]+)', raw[:5000], re.MULTILINE)
-    return found[1].decode() if found else 'utf-8'
+MASKS = {
+    'e-mail address': re.compile(r'\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b'),
+    'IP address': re.compile(
+        r'(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]\d|\w)'),
+    'phone number': re.compile(r'(?<![\w.])(?:\+?\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]'
+                               r'\d{3,4}[ .-]\d{3,4}(?!\w|[.-]\d)')}
+
+
+def mask(text: str) -> tuple[str, Counter]:
+    """The text with [e-mail address], [IP address], [phone number] in place of such; how many."""
+    counts = Counter()
+    for name, pattern in MASKS.items():
+        text, n = pattern.subn(f'[{name}]', text)
+        counts[name] += n
+    return text, counts
+
+
+# ---------------------------------------------------------------------------------------------
+# Words and their hashes
+
+CJK = '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff'
+WORD = re.compile(rf'[^\W{CJK}]+|[{CJK}]')
+
+
+def lower(text: str) -> str:
+    """The text in lower case, each character where it was."""
+    low = text.lower()
+    return low if len(low) == len(text) else ''.join(c.lower()[:1] for c in text)
+
+
+def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The CRC-32 of each word, (number of words,) uint64, and how many characters it has."""
+    words = WORD.findall(lower(text))
+    return (np.fromiter(map(crc, words), np.uint64, len(words)),
+            np.fromiter(map(len, words), np.int64, len(words)))
+
+
+@functools.lru_cache(1 << 18)   # few words are most of any text
+def crc(word: str) -> int:
+    return zlib.crc32(word.encode('utf-8', 'replace'))
+
+
+@functools.lru_cache(1 << 18)
+def has_letter(word: str) -> bool:
+    return any(map(str.isalpha, word))
+
+
+MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))    # odd, random bits
+
+
+def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
+    """(len(words) - n + 1,) uint64 hashes of n words in a row; empty if there are fewer."""
+    grams = np.zeros((max(0, len(words) - n + 1), *words.shape[1:]), np.uint64)
+    for i in range(n):      # Horner's rule, modulo 2^64
+        grams *= MIX[0]
+        grams += words[i:i + len(grams)]
+    grams ^= grams >> np.uint64(31)
+    grams *= MIX[1]
+    return grams ^ grams >> np.uint64(29)
+
+
+def text_hash(text: str) -> int:
+    """64 bits that are equal for texts which differ only in case and white space."""
+    plain = ' '.join(text.lower().split()).encode('utf-8', 'replace')
+    return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), 'little')
+
+
+def repeats(hashes: np.ndarray) -> np.ndarray:
+    """For each of (n,) hashes, whether it came before: [5, 7, 5, 5] gives [no, no, yes, yes]."""
+    order = np.argsort(hashes, kind='stable')
+    found = np.zeros(len(hashes), bool)
+    found[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Quality. A measure called x is held against the settings min_x and max_x.
+
+STOP_WORDS = {'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'}
+BULLETS = ('•', '●', '‣', '*', '-')
+
+
+def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
+    """The measures of Rae et al. 2021, appendix A1.1, "Quality filtering"."""
+    words = text.split()
+    n = max(1, len(words))
+    lines = [line for line in text.split('\n') if line.strip()]
+    m = max(1, len(lines))
+    yield 'words', len(words)
+    yield 'mean_word_length', (len(text) - sum(map(text.count, ' \n\t'))) / n
+    yield 'symbols', max(text.count('#'), text.count('...') + text.count('…')) / n
+    yield 'bullet_lines', sum(line.lstrip().startswith(BULLETS) for line in lines) / m
+    yield 'ellipsis_lines', sum(line.rstrip().endswith(('...', '…')) for line in lines) / m
+    yield 'alphabetic_words', sum(map(has_letter, words)) / n
+    yield 'stop_words', len(STOP_WORDS.intersection(text.lower().split()))
+
+
+def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
+                      ) -> Iterator[tuple[str, float]]:
+    """The measures of the same, table A1, "Repetition removal": parts of the text that lines and
+    paragraphs which came before take up, the most frequent n words, and n words which came before.
+    """
+    size = max(1, len(text))
+    for name, parts in (('line', text.split('\n')), ('paragraph', PARAGRAPH.split(text))):
+        parts = [part.strip() for part in parts if part.strip()]
+        counts = Counter(parts)
+        again = len(parts) - len(counts)
+        yield f'duplicate_{name}s', again / max(1, len(parts))
+        yield f'duplicate_{name}_characters', again and sum(
+            (n - 1) * len(part) for part, n in counts.items() if n > 1) / size
+    ends = np.concatenate([[0], np.cumsum(lengths)])        # characters of the words up to here
+    for n in (2, 3, 4):
+        grams = ngram_hashes(words, n)
+        most = 0
+        if len(grams):
+            in_order = np.sort(grams)
+            starts = np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1]))
+            counts = np.diff(starts, append=len(grams))
+            if (top := counts.max()) > 1:
+                first = np.argmax(grams == in_order[starts[counts.argmax()]])
+                most = top * (ends[first + n] - ends[first])
+        yield f'top_{n}_words', float(most / size)
+    some = True
+    for n in range(5, 11):
+        covered = 0
+        if some:        # without repeated fives there are no repeated sixes
+            at = np.flatnonzero(repeats(ngram_hashes(words, n)))
+            if some := len(at) > 0:
+                inside = np.zeros(len(words) + 1, np.int64)
+                np.add.at(inside, at, 1)
+                np.add.at(inside, at + n, -1)
+                covered = lengths[np.cumsum(inside[:-1]) > 0].sum()
+        yield f'repeated_{n}_words', float(covered / size)
+
+
+PARAGRAPH = re.compile(r'\n{2,}')
+TERMINAL = ('.', '!', '?', '"', '”', '’')
+POLICY = re.compile(r'javascript|terms of use|privacy policy|cookie policy|uses cookies|'
+                    r'use of cookies|use cookies', re.IGNORECASE)
+SENTENCE_END = re.compile(r'[.!?]["”’)\]]*(?:\s+|\Z)')
+
+
+def c4_lines(text: str, min_words: int) -> str:
+    """The lines that Raffel et al. 2020, section 2.2, keep: those that end as a sentence does, have
+    min_words or more, and speak of no JavaScript and no cookies."""
+    return ''.join(line for line in text.splitlines(keepends=True)
+                   if line.rstrip().endswith(TERMINAL) and len(line.split()) >= min_words
+                   and not POLICY.search(line))
+
+
+def c4(kept: str, bad_words) -> Iterator[tuple[str, float]]:
+    """The measures of the same by which whole pages go; `kept` is what c4_lines left."""
+    low = kept.lower()
+    yield 'sentences', len(SENTENCE_END.findall(kept))
+    yield 'lorem_ipsum', low.count('lorem ipsum')
+    yield 'curly_brackets', kept.count('{')
+    yield 'bad_words', len(bad_words.intersection(WORD.findall(low))) if bad_words else 0
+
+
+def outside(measures: Iterable[tuple[str, float]], settings: dict) -> dict[str, float]:
+    """The measures that lie outside of what the settings min_<name> and max_<name> allow."""
+    return {name: value for name, value in measures
+            if not settings.get(f'min_{name}', value) <= value
+            <= settings.get(f'max_{name}', value)}
+
+
+# ---------------------------------------------------------------------------------------------
+# What training text shares with other text
+
+SHORTEST = 8    # words: what is shorter than this may be anyone's
+
+
+def ngram_index(texts: Iterable[str], n: int) -> dict[int, np.ndarray]:
+    """All n words in a row of the texts, to look up: length -> sorted hashes.
+
+    A text of fewer than n words, but SHORTEST or more, counts as a whole.
+    """
+    found = {}
+    for text in texts:
+        words, _ = word_hashes(text)
+        if len(words) >= SHORTEST:
+            found.setdefault(min(n, len(words)), []).append(ngram_hashes(words, min(n, len(words))))
+    return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
+
+
+def overlaps(text: str, index: dict[int, np.ndarray], words: np.ndarray | None = None
+             ) -> list[tuple[int, int]]:
+    """Where the text has words in a row that are in the index: (begin, end) in characters, apart
+    and in order. n = 13 is that of Brown et al. 2020, appendix C."""
+    words = word_hashes(text)[0] if words is None else words
+    inside = np.zeros(len(words) + 1, np.int64)
+    for n, known in index.items():
+        grams = ngram_hashes(words, n)
+        place = np.minimum(np.searchsorted(known, grams), len(known) - 1)
+        at = np.flatnonzero(known[place] == grams)
+        np.add.at(inside, at, 1)
+        np.add.at(inside, at + n, -1)
+    inside = np.cumsum(inside) > 0
+    if not inside.any():
+        return []
+    edges = np.flatnonzero(np.diff(inside, prepend=False))
+    spans = [found.span() for found in WORD.finditer(lower(text))]
+    return [(spans[begin][0], spans[end - 1][1]) for begin, end in zip(edges[::2], edges[1::2])]
+
+
+def without_overlaps(text: str, spans: list[tuple[int, int]], margin: int = 200) -> list[str]:
+    """What is left of a text without spans and `margin` characters around each: its pieces of more
+    than `margin` characters, none if there are more than ten (Brown et al. 2020, appendix C)."""
+    pieces, end = [], 0
+    for begin, until in [*spans, (len(text) + margin, 0)]:
+        if begin - margin - end > margin:
+            pieces.append(text[end:begin - margin])
+        end = max(end, until + margin)
+    return pieces if len(pieces) <= 10 else []
+
+
+# ---------------------------------------------------------------------------------------------
+# Repeated sentences
+
+SENTENCE = re.compile(r'[.!?]["”’)\]]*\s+|\n+|\Z')
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """(begin, end) of each sentence or line, white space after it included."""
+    ends = [0, *(found.end() for found in SENTENCE.finditer(text))]
+    return [(begin, end) for begin, end in zip(ends, ends[1:]) if end > begin]
+
+
+def sentence_spans(text: str, n: int) -> np.ndarray:
+    """(number of sentences - n + 1,) uint64 hashes of n sentences in a row."""
+    plain = [' '.join(text[begin:end].lower().split()) for begin, end in sentences(text)]
+    return ngram_hashes(np.fromiter(map(crc.__wrapped__, plain), np.uint64, len(plain)), n)
+
+
+def without_sentences(text: str, repeated: np.ndarray, n: int) -> str:
+    """The text without the sentences of the spans (see sentence_spans) that are marked."""
+    gone = np.zeros(len(repeated) + n - 1, bool)
+    for i in range(n):
+        gone[i:i + len(repeated)] |= repeated
+    return ''.join(text[begin:end] for (begin, end), cut in zip(sentences(text), gone) if not cut)
+
+
+# ---------------------------------------------------------------------------------------------
+# Near duplicates: MinHash and locality-sensitive hashing (Broder 1997; Leskovec et al. 2020, ch. 3)
+
+N_HASHES = 128
+RANDOM = np.random.Philox(0).random_raw(2 * N_HASHES).reshape(2, N_HASHES)
+A, B = RANDOM[0] | np.uint64(1), RANDOM[1]
+
+
+def shingles(words: np.ndarray, n: int) -> np.ndarray:
+    """The set of all n words in a row, sorted; of the words themselves if they are fewer."""
+    return np.unique(ngram_hashes(words, n) if len(words) >= n else words)
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """|a and b| / |a or b| of two sets of shingles; 0 if both are empty."""
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / max(1, len(a) + len(b) - both)
+
+
+def minhash(shingles: np.ndarray) -> np.ndarray:
+    """(N_HASHES,) uint32: the least value of each of N_HASHES hash functions over the shingles.
+
+    Two sets have the same least value with a probability equal to their Jaccard similarity.
+    """
+    low = np.full(N_HASHES, 0xffffffff, np.uint64)
+    for i in range(0, len(shingles), 512):
+        np.minimum(low, ((shingles[i:i + 512, None] * A + B) >> np.uint64(32)).min(axis=0), out=low)
+    return low.astype(np.uint32)
+
+
+def bands_and_rows(threshold: float) -> tuple[int, int]:
+    """How signatures are cut into bands so that two documents with this similarity agree in at
+    least one band with 98% probability, 1 - (1 - threshold^rows)^bands, and few others do."""
+    fits = [rows for rows in range(1, 33)
+            if 1 - (1 - threshold ** rows) ** (N_HASHES // rows) >= 0.98]
+    rows = max(fits, default=1)
+    return N_HASHES // rows, rows
+
+
+def band_hashes(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
+    """(bands,) uint64, a hash of each band of a signature."""
+    parts = signature[:bands * rows].reshape(bands, rows).astype(np.uint64)
+    return ngram_hashes(parts.T, rows)[0]

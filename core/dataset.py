@@ -3,6 +3,7 @@
 A dataset is a folder: shards `train-00000.bin ...` and `val-00000.bin ...`, `tokenizer.json` and
 `meta.json`. docs/formats.md writes down every byte.
 """
+import bisect
 import contextlib
 import fcntl
 import hashlib
@@ -182,12 +183,19 @@ HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes per id (2 or 4), num
 
 
 class ShardWriter:
-    """Writes ids to `<folder>/<split>-00000.bin` and on, at most `shard_tokens` in each."""
+    """Writes ids to `<folder>/<split>-00000.bin` and on, at most `shard_tokens` in each.
 
-    def __init__(self, folder, split: str, vocab_size: int, shard_tokens: int = 100_000_000):
+    A shard appears when it is whole. `n_shards` are there already, and are gone on after.
+    """
+
+    def __init__(self, folder, split: str, vocab_size: int, shard_tokens: int = 100_000_000,
+                 n_shards: int = 0):
         self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
         self.dtype = np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')
-        self.n_tokens, self.max_id, self.pending, self.paths = 0, -1, [], []
+        self.pending, self.paths = [], [self.path(i) for i in range(n_shards)]
+
+    def path(self, number: int) -> Path:
+        return self.folder / f'{self.split}-{number:05d}.bin'
 
     def write(self, ids) -> None:
         """Append a sequence of ids."""
@@ -196,8 +204,6 @@ class ShardWriter:
         if low < 0 or high > np.iinfo(self.dtype).max:
             raise ValueError(f'ids from {low} to {high} do not fit {self.dtype}')
         ids = ids.astype(self.dtype)
-        self.max_id = max(self.max_id, high)
-        self.n_tokens += len(ids)
         while len(ids):
             room = self.shard_tokens - sum(map(len, self.pending))
             self.pending.append(ids[:room])
@@ -210,10 +216,11 @@ class ShardWriter:
         if not self.pending and self.paths:
             return
         ids = np.concatenate(self.pending) if self.pending else np.empty(0, self.dtype)
-        path = self.folder / f'{self.split}-{len(self.paths):05d}.bin'
-        with open(path, 'wb') as f:
+        path = self.path(len(self.paths))
+        with open(tmp := path.with_suffix('.part'), 'wb') as f:
             f.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, len(ids)))
             f.write(ids.tobytes())
+        os.replace(tmp, path)
         self.paths.append(path)
         self.pending = []
 
@@ -281,11 +288,14 @@ class Windows:
     Sample number g lies in epoch g // len(self). Every epoch covers each target exactly once: the
     split is read as a ring, cut from a random position on, and its windows are shuffled. Both are
     pure functions of (seed, epoch). With shuffle=False there is one order, from the beginning: for
-    evaluation.
+    evaluation. With `eos`, the id that ends a text, a window comes with the numbers of its
+    documents, for the model to keep apart.
     """
 
-    def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True):
+    def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True,
+                 eos: int | None = None):
         self.tokens, self.block_size, self.seed, self.shuffle = tokens, block_size, seed, shuffle
+        self.eos = eos
         self.n_targets = len(tokens) - 1
         self.epoch, self.offset, self.order = None, 0, None
 
@@ -300,31 +310,130 @@ class Windows:
         self.offset = int(words[-1] % self.n_targets)
         self.order = np.argsort(words[:-1], kind='stable')
 
-    def window(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of a sample, (block_size,) int64 each; PADDING gives an empty one."""
-        x = np.zeros(self.block_size, np.int64)
-        y = np.full(self.block_size, IGNORE, np.int64)
-        if sample == PADDING:
-            return x, y
+    def place(self, sample: int) -> int:
+        """Which window of its epoch, before they were shuffled, a sample is."""
         epoch, i = divmod(sample, len(self))
-        if self.shuffle:
-            if epoch != self.epoch:
-                self.set_epoch(epoch)
-            i = int(self.order[i])
+        if not self.shuffle:
+            return i
+        if epoch != self.epoch:
+            self.set_epoch(epoch)
+        return int(self.order[i])
+
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """(start, length) in the split of each stretch of inputs in window i of an epoch."""
         n = min(self.block_size, self.n_targets - i * self.block_size)
         start = (self.offset + i * self.block_size) % self.n_targets
-        ids = self.tokens.read(start, n + 1)
-        m = len(ids) - 1                # fewer than n where the window passes the end of the ring
-        x[:m], y[:m] = ids[:-1], ids[1:]
-        if m < n:
-            ids = self.tokens.read(0, n - m + 1)
-            x[m:n], y[m:n] = ids[:-1], ids[1:]
-        return x, y
+        m = min(n, self.n_targets - start)  # fewer than n where it passes the end of the ring
+        return [(start, m), (0, n - m)] if m < n else [(start, n)]
 
-    def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (B, T) of a list of sample numbers, T = block_size."""
-        xs, ys = zip(*(self.window(int(sample)) for sample in samples))
-        return torch.from_numpy(np.stack(xs)), torch.from_numpy(np.stack(ys))
+    def window(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Inputs, targets and document numbers of a sample; PADDING gives an empty one.
+
+        (block_size,) int64 each. Documents are numbered 0, 1, ... within the window, its unused end
+        is -1; None without eos.
+        """
+        x = np.zeros(self.block_size, np.int64)
+        y = np.full(self.block_size, IGNORE, np.int64)
+        begins, end = np.zeros(self.block_size, bool), 0
+        for start, n in [] if sample == PADDING else self.spans(self.place(sample)):
+            ids = self.tokens.read(start, n + 1)
+            x[end:end + n], y[end:end + n], begins[end] = ids[:-1], ids[1:], True
+            end += n
+        if self.eos is None:
+            return x, y, None
+        doc = np.cumsum(begins | (x == self.eos)) - 1
+        doc[end:] = -1
+        return x, y, doc
+
+    def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Inputs, targets and document numbers (or None) of a list of sample numbers.
+
+        (B, T) each, T = block_size.
+        """
+        rows = zip(*(self.window(int(sample)) for sample in samples))
+        return tuple(None if row[0] is None else torch.from_numpy(np.stack(row)) for row in rows)
+
+
+class PackedWindows(Windows):
+    """Packs whole documents into windows of `block_size` inputs, so that few are cut.
+
+    The inputs of a document are the eos before it (the first has none) and its tokens, its targets
+    are its tokens and the eos after it, so every epoch covers each target exactly once. A longer
+    document is cut into full windows and a rest; the rests and the other documents share windows,
+    by best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section
+    3.1). What is in a window is a pure function of the tokens; an epoch only shuffles the windows.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True, *,
+                 eos: int):
+        super().__init__(tokens, block_size, seed, shuffle, eos)
+        documents = document_starts(tokens, eos)
+        sizes = np.diff(documents, append=self.n_targets)
+        n_pieces = -(-sizes // block_size)
+        before = np.cumsum(n_pieces) - n_pieces     # pieces of earlier documents
+        starts = np.repeat(documents - before * block_size, n_pieces)
+        starts += np.arange(len(starts)) * block_size
+        lengths = np.diff(starts, append=self.n_targets).astype(np.int32)
+        row = best_fit_decreasing(lengths, block_size)
+        order = np.argsort(row, kind='stable')
+        self.starts, self.lengths = starts[order], lengths[order]
+        self.ends = np.cumsum(np.bincount(row))     # row r has the pieces ends[r - 1] to ends[r]
+        padding = 1 - self.n_targets / (len(self) * block_size)
+        self.about = (f'{len(documents):,} documents, of which {(sizes > block_size).sum():,} are '
+                      f'longer than block_size={block_size} and cut, in {len(self):,} rows an '
+                      f'epoch, {padding:.2%} of it padding')
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """(start, length) in the split of each piece of a document in row i."""
+        pieces = slice(self.ends[i - 1] if i else 0, self.ends[i])
+        return list(zip(self.starts[pieces].tolist(), self.lengths[pieces].tolist()))
+
+
+def document_starts(tokens: Tokens, eos: int, block: int = 1 << 22) -> np.ndarray:
+    """Positions of the inputs with which documents begin: 0 and every eos, read block by block."""
+    found = [np.zeros(1, np.int64)]
+    for shard, end in zip(tokens.shards, tokens.ends):
+        for i in range(0, len(shard), block):
+            found.append(np.flatnonzero(shard[i:i + block] == eos) + (end - len(shard) + i))
+    starts = np.unique(np.concatenate(found))
+    return starts[starts < len(tokens) - 1]     # the last token is no input
+
+
+def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
+    """The row of each piece: longest first, each goes to the row of `size` with least room for it.
+
+    Pieces of one length are alike, and so are rows with the same pieces in them: both are dealt
+    with in groups, in about size x log(size) turns, however many pieces there are.
+    """
+    by_length = np.argsort(-lengths, kind='stable')
+    row = np.empty(len(lengths), np.int64)
+    groups = []         # (room, first row, number of rows), ascending
+    done = n_rows = 0   # how many pieces have a row, how many rows there are
+    counts = np.bincount(lengths)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            i = bisect.bisect_left(groups, (length,))
+            if i < len(groups):
+                room, first, n = groups.pop(i)
+            else:
+                room, first, n = size, n_rows, -(-left // (size // length))
+                n_rows += n
+            # A row that got one is the best fit for the next one, until it has no room for another.
+            each = room // length
+            taken = min(left, n * each)
+            row[by_length[done:done + taken]] = first + np.arange(taken) // each
+            done, left = done + taken, left - taken
+            full, rest = divmod(taken, each)
+            partly = int(rest > 0)
+            for n_of, pieces in ((full, each), (partly, rest), (n - full - partly, 0)):
+                if n_of and room > pieces * length:
+                    bisect.insort(groups, (room - pieces * length, first, n_of))
+                first += n_of
+    return row
 
 
 def share(first: int, n: int, rank: int, world: int, micro_batch_size: int) -> list[list[int]]:
@@ -340,8 +449,13 @@ def share(first: int, n: int, rank: int, world: int, micro_batch_size: int) -> l
     return [mine[i:i + micro_batch_size] for i in range(0, padded, micro_batch_size)]
 
 
-def load_split(folder, split: str, block_size: int, seed: int = 0, shuffle: bool = True) -> Windows:
-    """The windows of one split. Stops if it is too short to fill a single window."""
+def load_split(folder, split: str, block_size: int, seed: int = 0, shuffle: bool = True,
+               eos: int | None = None) -> Windows:
+    """The windows of one split. Stops if it is too short to fill a single window.
+
+    With `eos`, the id that ends a text, they respect documents: packed, or if they are not to be
+    shuffled, numbered.
+    """
     tokens = Tokens(folder, split)
     if len(tokens) < block_size + 1 and split == 'train':
         stop(f'{folder}: its training split has {len(tokens):,} tokens, a window of '
@@ -350,4 +464,8 @@ def load_split(folder, split: str, block_size: int, seed: int = 0, shuffle: bool
     if len(tokens) < 2:
         stop(f'{folder}: its {split} split has {len(tokens)} tokens, nothing to evaluate on; '
              'use more text or a larger val_fraction in prepare.py')
-    return Windows(tokens, block_size, seed, shuffle)
+    # Evaluation is not packed: it has the same windows and targets as without eos, so that the two
+    # losses can be compared; only, no target sees more than its own document.
+    if eos is None or not shuffle:
+        return Windows(tokens, block_size, seed, shuffle, eos)
+    return PackedWindows(tokens, block_size, seed, eos=eos)

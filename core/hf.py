@@ -59,12 +59,18 @@ def find(name: str, downloads='data/downloads', weights: bool = True) -> Path | 
         return folder if (folder / COMPLETE).is_file() else download(full, downloads, weights)
 
 
+def hub() -> tuple[str, dict]:
+    """Where Hugging Face's hub is, and the headers of a request to it: HF_ENDPOINT, HF_TOKEN."""
+    token = os.environ.get('HF_TOKEN')
+    return (os.environ.get('HF_ENDPOINT', 'https://huggingface.co'),
+            {'Authorization': f'Bearer {token}'} if token else {})
+
+
 def download(name: str, downloads, weights: bool) -> Path:
     """Bring a model from the hub into `downloads`; its folder."""
     folder = Path(downloads) / name
-    url = f'{os.environ.get("HF_ENDPOINT", "https://huggingface.co")}/{name}/resolve/main'
-    token = os.environ.get('HF_TOKEN')
-    headers = {'Authorization': f'Bearer {token}'} if token else {}
+    url, headers = hub()
+    url = f'{url}/{name}/resolve/main'
     get = lambda file, optional: fetch(f'{name}/{file}', f'{url}/{file}', downloads,
                                        headers=headers, optional=optional, mirrored=False)
     for file in ('config.json', 'tokenizer.json'):

@@ -34,7 +34,7 @@ class Stop(SystemExit):
 def stop(message: str) -> NoReturn:
     """End the program with a one-line `message` on standard error and exit status 2."""
     rank = os.environ.get('RANK', '0')
-    print(('error: ' if rank == '0' else f'[rank {rank}] error: ') + message, file=sys.stderr)
+    tqdm.write(('error: ' if rank == '0' else f'[rank {rank}] error: ') + message, file=sys.stderr)
     raise Stop(message)
 
 

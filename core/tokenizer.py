@@ -16,10 +16,7 @@ import codecs
 import hashlib
 import heapq
 import json
-import multiprocessing
 import re
-import signal
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +31,7 @@ from tqdm import tqdm
 from core.dataset import fetch
 from core.device import cpu_count
 from core.settings import stop
+from core.workers import ordered_map
 
 # Reserved by every trained tokenizer, so that a base model can become a chat model unchanged.
 ROLES = ('system', 'user', 'assistant')
@@ -353,42 +351,23 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     """How often each piece occurs in the texts; counted by `workers` processes (0: all cores)."""
     parts = [part for text in texts for part in blocks(text)]
     size = sum(map(len, parts))
-    if not workers:  # a process more pays from some megabytes on; forking is only safe on Linux
-        workers = cpu_count() if size > 1 << 22 and sys.platform == 'linux' else 1
-    processes = multiprocessing.get_context('fork')
-    others = []
-    for i in range(1, workers):
-        receiver, sender = processes.Pipe(duplex=False)
-        process = processes.Process(target=send_share, args=(parts[i::workers], pattern, sender),
-                                    daemon=True)
-        process.start()
-        sender.close()
-        others.append((receiver, process))
-    counts = count_share(tqdm(parts[::workers], desc='counting', leave=False,
-                              disable=size < 1 << 22), pattern)
-    for receiver, process in others:
-        try:
-            counts.update(receiver.recv())
-            process.join()
-        except EOFError:
-            stop('a process that counts pieces of text was killed: too little memory? use less '
-                 'text for the tokenizer')
+    if not workers:     # more than one pay from some megabytes on
+        workers = cpu_count() if size > 1 << 22 else 1
+    shares = [parts[i:i + 8] for i in range(0, len(parts), 8)]
+    counts = Counter()
+    for found in ordered_map(count_share, tqdm(shares, desc='counting', leave=False,
+                                               disable=size < 1 << 22), workers, pattern):
+        counts.update(found)
     return counts
 
 
 def count_share(parts: Iterable[str], pattern: str) -> Counter:
-    """One process's share of count_pieces."""
+    """How often each piece occurs in some of the texts."""
     split = regex.compile(pattern).findall
     counts = Counter()
     for part in parts:
         counts.update(split(part))
     return counts
-
-
-def send_share(parts: list[str], pattern: str, sender) -> None:
-    """The share of another process than the first, whose end takes this one along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sender.send(count_share(parts, pattern))
 
 
 def learn_merges(pieces: dict[str, int], n_tokens: int) -> list[bytes]:

@@ -66,6 +66,24 @@ def test_train(run_bench, capsys):
     assert result['ours_tokens_per_second'] > 0 and 'ratio' not in result
 
 
+def test_train_on_documents(run_bench, monkeypatch, capsys):
+    """The model is given their numbers, as in training."""
+    real, seen = train.train_step, []
+
+    def step(*args):
+        seen.append(args[5][0][2])
+        return real(*args)
+    monkeypatch.setattr(train, 'train_step', step)
+    assert run_bench()['ours_tokens_per_second'] > 0 and seen.pop() is None
+    monkeypatch.setattr(train, 'pack_documents', True)
+    assert run_bench()['ours_tokens_per_second'] > 0
+    assert seen.pop().shape == (TINY['batch_size'], TINY['block_size'])
+    monkeypatch.setattr(train, 'arch', 'lstm')
+    with pytest.raises(Stop):
+        run_bench()
+    assert 'pack_documents=True' in capsys.readouterr().err
+
+
 def test_beside_a_peer(run_bench, capsys, tmp_path):
     parameters = run_bench()['parameters']
     result = run_bench(vs=peer(tmp_path / 'peer', parameters - 50 * TINY['n_embd']))

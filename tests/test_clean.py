@@ -1,5 +1,17 @@
-"""core/clean.py: Project Gutenberg's wrapping."""
-from core.clean import gutenberg_encoding, strip_gutenberg
+"""core/clean.py: every measure by hand, every method against a slow one that does the same."""
+import random
+import re
+import time
+from collections import Counter
+from itertools import product
+
+import numpy as np
+import pytest
+
+import prepare
+from core import clean
+from core.clean import mask, ngram_hashes, normalize, outside, strip_gutenberg, word_hashes
+from core.settings import settings_of
 
 BOOK = '''The Project Gutenberg EBook of Tales, by A. Writer
 
@@ -54,7 +66,432 @@ def test_other_texts_stay():
         assert strip_gutenberg(text) == text
 
 
-def test_encoding():
-    for name in ('UTF-8', 'ISO-8859-1', 'ASCII'):
-        assert gutenberg_encoding(BOOK.format(this='', encoding=name).encode()) == name
-    assert gutenberg_encoding(b'once upon a time') == 'utf-8'
+# ---------------------------------------------------------------------------------------------
+# Normalization and masks
+
+
+@pytest.mark.parametrize('text,form,expected', [
+    ('\ufeffa\r\nb\rc\0d\n\r', '', 'a\nb\ncd\n\n'), ('a\ufeffb', 'NFKC', 'a\ufeffb'),
+    ('e\u0301', 'NFC', 'é'), ('e\u0301', 'NFKC', 'é'), ('e\u0301', '', 'e\u0301'),
+    ('ﬁ ²', 'NFC', 'ﬁ ²'), ('ﬁ ²', 'NFKC', 'fi 2'), ('', 'NFC', '')])
+def test_normalize(text, form, expected):
+    assert normalize(text, form) == expected == normalize(expected, form)
+
+
+@pytest.mark.parametrize('text,expected', [
+    ('Write to a.b+c@mail.example.org.', 'Write to [e-mail address].'),
+    ('<x_y-z@müller.de>, 1@2.eu', '<[e-mail address]>, [e-mail address]'),
+    ('at 10.0.0.1, 255.255.255.255.', 'at [IP address], [IP address].'),
+    ('http://192.168.1.20:80/', 'http://[IP address]:80/'),
+    ('Call 555-123-4567.', 'Call [phone number].'), ('(555) 123-4567', '[phone number]'),
+    ('+1 555 123 4567, 555.123.4567', '[phone number], [phone number]'),
+    ('020 7946 0958\n', '[phone number]\n')])
+def test_mask(text, expected):
+    found, counts = mask(text)
+    assert found == expected
+    assert +counts == Counter(re.findall(r'\[(.+?)\]', expected))
+
+
+@pytest.mark.parametrize('text', [
+    '', 'a@localhost', '@app.route', 'a @ b.c', 'Python 3.11.7', 'v1.2.3.4', '1.2.3.4a',
+    '1.2.3.4.5', 'lib-a1.2.3.4', '256.1.1.1', '1.1.1.256', '2024-01-15', '15.01.2024',
+    '01/02/2003', '1914-1918', '12:30 2024-01-15 10:00', '$1,234,567.89', '1.234,56 €',
+    '1 000 000 people', '12,345,678', '3.14159265', '1234567890', '0171234567', '100-200',
+    '0.5-1.0', 'x123-456-7890', 'ISBN 978-0-306-40615-7'])
+def test_mask_leaves_other_numbers(text):
+    assert mask(text)[0] == text
+
+
+@pytest.mark.parametrize('text', [
+    '12 345 678 people', '10.000.000 Euro', 'in 1999 2000 2001', 'pages 100 200 300'])
+def test_mask_leaves_large_numbers_and_lists_of_numbers(text):
+    assert mask(text)[0] == text
+
+
+@pytest.mark.parametrize('unit', ['a.', '1-', '+1', '(12', 'a@', '12 ', 'a@b.'])
+def test_mask_takes_time_in_proportion(unit):
+    began = time.perf_counter()
+    mask(unit * 10_000)
+    assert time.perf_counter() - began < 0.4
+
+
+# ---------------------------------------------------------------------------------------------
+# Words and hashes
+
+
+@pytest.mark.parametrize('text,words', [
+    ("It's 2 o'clock, Émile!", "it s 2 o clock émile"), ('', ''), (' ... \n', ''),
+    ('学而时习之，不亦说乎', '学 而 时 习 之 不 亦 说 乎'), ('猫はcat3匹', '猫 は cat3 匹'),
+    ('ИВАН ΣΑΣ', 'иван σας'), ('모든 인간', '모든 인간'), ('DİYARBAKIR', 'diyarbakir')])
+def test_words(text, words):
+    hashes, lengths = word_hashes(text)
+    assert hashes.tolist() == word_hashes(words)[0].tolist()
+    assert lengths.tolist() == [len(word) for word in words.split()]
+
+
+def test_lower_keeps_every_character_in_its_place():
+    text = 'İa İB\u0130 ẞ Ǆ'
+    assert len(text.lower()) > len(text) == len(clean.lower(text))
+    assert all(a in b.lower() for a, b in zip(clean.lower(text), text))
+    assert clean.lower('AÉß') == 'aéß'
+
+
+def test_equal_ngrams_have_equal_hashes():
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 3, 3000).astype(np.uint64)
+    for n in (1, 2, 5, 13):
+        grams = [tuple(words[i:i + n].tolist()) for i in range(len(words) - n + 1)]
+        hashes = ngram_hashes(words, n).tolist()
+        assert len(hashes) == len(grams)
+        assert len(set(zip(grams, hashes))) == len(set(grams)) == len(set(hashes))
+    assert len(ngram_hashes(words[:4], 5)) == 0
+
+
+def test_different_ngrams_have_different_hashes():
+    columns = np.array(list(product(range(10), repeat=5)), np.uint64).T
+    hashes = ngram_hashes(columns, 5)
+    assert hashes.shape == (1, 100_000) and len(np.unique(hashes)) == 100_000
+    assert ngram_hashes(columns[:, 123], 5)[0] == hashes[0, 123]
+    words = word_hashes(' '.join(map(str, range(100_012))))[0]
+    assert len(np.unique(ngram_hashes(words, 13))) == 100_000
+
+
+def test_text_hash():
+    assert clean.text_hash('A  b\n') == clean.text_hash(' a\tB') != clean.text_hash('ab')
+    assert clean.text_hash('a b') != clean.text_hash('a, b')
+    assert len({clean.text_hash(str(i)) for i in range(10_000)}) == 10_000
+
+
+def test_repeats():
+    assert clean.repeats(np.array([5, 7, 5, 5], np.uint64)).tolist() == [False, False, True, True]
+    assert clean.repeats(np.empty(0, np.uint64)).tolist() == []
+    for seed in range(50):
+        hashes = np.random.default_rng(seed).integers(0, 20, 30).astype(np.uint64)
+        assert clean.repeats(hashes).tolist() == [
+            hash in hashes[:i].tolist() for i, hash in enumerate(hashes.tolist())]
+
+
+# ---------------------------------------------------------------------------------------------
+# Quality
+
+
+def measures(text: str) -> dict:
+    return dict([*clean.gopher_quality(text), *clean.gopher_repetition(text, *word_hashes(text)),
+                 *clean.c4(text, {'darn', 'heck'})])
+
+
+TEN = 'one two three four five six seven eight nine ten'    # 39 letters
+
+
+@pytest.mark.parametrize('name,text,expected', [
+    ('words', ' one two\n\tthree ', 3), ('words', '', 0),
+    ('mean_word_length', 'ab abcd\tabcdef\n', 4), ('mean_word_length', 'ab, c', 2),
+    ('mean_word_length', '\u3000ab\u00a0cd\u2028ef', 2),
+    ('symbols', '# a ## b', 3 / 4), ('symbols', 'a... b… c d #', 2 / 5), ('symbols', 'a b', 0),
+    ('bullet_lines', '- a\n  • b\nc - d\n\n* d\n', 3 / 4), ('bullet_lines', '● a\n‣ b', 1),
+    ('ellipsis_lines', 'a...\nb… \n... c\n\n', 2 / 3),
+    ('alphabetic_words', 'a1 22 -- été _ 猫', 3 / 6),
+    ('stop_words', 'The the of cats, to-be', 2),
+    ('stop_words', 'the be to of and that have with us', 8),
+    ('duplicate_lines', 'a\nb\n a \n\nb\nb', 3 / 5),
+    ('duplicate_lines', 'a\nb', 0),
+    ('duplicate_line_characters', 'aa\nb\n aa \naa', 4 / 12),
+    ('duplicate_paragraphs', 'a\nb\n\nc\n\n\na\nb\n', 1 / 3), ('duplicate_paragraphs', 'a\na', 0),
+    ('duplicate_paragraph_characters', 'a\nb\n\nc\n\n\na\nb', 3 / 12),
+    ('top_2_words', 'A b, a B. c', 4 / 11), ('top_2_words', 'a b c', 0),
+    ('top_3_words', 'aa b c aa b c', 8 / 13), ('top_4_words', 'a b c dd a b c dd', 10 / 17),
+    ('top_4_words', 'a b c a b c', 0),
+    ('repeated_5_words', 'a b c d ee x A B C D EE', 6 / 23),
+    ('repeated_5_words', 'a b c d e f x a b c d e f', 6 / 25),
+    ('repeated_6_words', 'a b c d ee x a b c d ee', 0),
+    ('repeated_10_words', f'{TEN}. {TEN}', 39 / 98), ('repeated_9_words', TEN, 0),
+    ('sentences', 'One. Two! "Three?" Four 3.5 is', 3), ('sentences', 'Wait... what?', 2),
+    ('lorem_ipsum', 'Lorem ipsum. lorem  ipsum', 1), ('curly_brackets', '{a} {', 2),
+    ('bad_words', 'Darn, darn it! heckle', 1), ('bad_words', 'heck, DARN', 2)])
+def test_measures_by_hand(name, text, expected):
+    assert measures(text)[name] == pytest.approx(expected)
+
+
+def test_measures_of_nothing():
+    for text in ('', ' \n\n', '.'):
+        assert all(np.isfinite(value) for value in measures(text).values())
+
+
+def test_every_measure_has_a_threshold_and_every_threshold_a_measure():
+    settings = [key for key in settings_of(vars(prepare)) if key.startswith(('min_', 'max_'))]
+    assert set(measures('')) == {key[4:] for key in settings} - {'line_words', 'files'}
+
+
+@pytest.mark.parametrize('settings,inside', [
+    ({'min_x': 1, 'max_x': 2}, '1 1.5 2'), ({'min_x': 1}, '1 1.5 2 2.001'),
+    ({'max_x': 2}, '0.999 1 1.5 2'), ({'min_y': 9}, '0.999 1 1.5 2 2.001'),
+    ({'max_x': 0}, '')])
+def test_outside(settings, inside):
+    for value in (0.999, 1, 1.5, 2, 2.001):
+        assert (outside([('x', value)], settings) == {}) == (str(value) in inside.split())
+    assert outside([('x', 3), ('y', 4), ('x2', 5)], {'max_x': 2, 'max_x2': 5}) == {'x': 3}
+
+
+@pytest.mark.parametrize('line,stays', [
+    ('This line has five words.', True), ('He said: "It has five words!"', True),
+    ('And is this a question?  ', True), ('It has only four.', False),
+    ('There is no end to this', False), ('Please enable JavaScript to go on.', False),
+    ('This site, like others, uses cookies.', False),
+    ('Read our Privacy Policy before this.', False)])
+def test_c4_lines(line, stays):
+    assert clean.c4_lines(line, 5) == line * stays
+    rest, line = 'Here is another line, which stays.\n', f'{line}\n'
+    assert clean.c4_lines(f'{rest}\n{line}{rest}', 5) == rest + line * stays + rest
+
+
+def test_c4_without_bad_words():
+    assert dict(clean.c4('Darn. It.', None)) == {
+        'sentences': 2, 'lorem_ipsum': 0, 'curly_brackets': 0, 'bad_words': 0}
+
+
+def repetition(text: str) -> dict[str, set]:
+    """The same as gopher_repetition's by its docstring: the values that each measure may have."""
+    words, found = text.split(), {}
+    for n in range(2, 11):
+        grams = [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
+        if n < 5:
+            counts = Counter(grams)
+            most = max(counts.values(), default=0)
+            found[f'top_{n}_words'] = {most * len(''.join(gram)) / len(text) for gram in counts
+                                       if counts[gram] == most > 1} or {0}
+        else:
+            inside = {j for i, gram in enumerate(grams) if gram in grams[:i]
+                      for j in range(i, i + n)}
+            found[f'repeated_{n}_words'] = {sum(len(words[j]) for j in inside) / len(text)}
+    return found
+
+
+def test_repetition_is_that_of_a_slow_reference():
+    rng, seen = random.Random(0), Counter()
+    for _ in range(300):
+        kinds = [c * rng.randint(1, 4) for c in 'abcdefgh'[:rng.randint(2, 8)]]
+        words = rng.choices(kinds, k=rng.randint(1, 40))
+        text = ' '.join(words + words[rng.randrange(len(words)):] * rng.randrange(3))
+        got = dict(clean.gopher_repetition(text, *word_hashes(text)))
+        for name, allowed in repetition(text).items():
+            assert min(abs(got[name] - value) for value in allowed) < 1e-12, (name, text)
+            seen[name] += got[name] > 0
+    assert min(seen.values()) > 30
+
+
+# ---------------------------------------------------------------------------------------------
+# Overlaps
+
+
+def slow_overlaps(text: str, known: list[str], n: int) -> list[tuple[int, int]]:
+    split = lambda text: [(found[0].lower(), *found.span()) for found in re.finditer(r'\w+', text)]
+    words = split(text)
+    inside = [False] * len(words)
+    for other in known:
+        other = [word for word, *_ in split(other)]
+        size = min(n, len(other))
+        grams = {tuple(other[i:i + size]) for i in range(len(other) - size + 1)}
+        for i in range(len(words) - size + 1):
+            if size >= 8 and tuple(word for word, *_ in words[i:i + size]) in grams:
+                inside[i:i + size] = [True] * size
+    spans = []
+    for (_, begin, end), yes, before in zip(words, inside, [False, *inside]):
+        if yes and before:
+            spans[-1] = (spans[-1][0], end)
+        elif yes:
+            spans.append((begin, end))
+    return spans
+
+
+def test_overlaps_are_those_of_a_slow_reference():
+    rng, seen = random.Random(0), Counter()
+    some = lambda words: ''.join(word + rng.choice([' ', ', ', '.\n']) for word in words)
+    for _ in range(300):
+        vocabulary = ['a', 'B', 'éÉ', 'dd'][:rng.randint(2, 4)]
+        known = [some(rng.choices(vocabulary, k=rng.randint(5, 25))) for _ in range(4)]
+        words = rng.choices(vocabulary, k=rng.randint(0, 40))
+        text = some(words) + rng.choice(known).upper() * rng.randrange(2) + some(words[:9])
+        n = rng.choice([8, 10, 13])
+        found = clean.overlaps(text, clean.ngram_index(known, n))
+        assert found == slow_overlaps(text, known, n)
+        assert found == clean.overlaps(text, clean.ngram_index(known, n), word_hashes(text)[0])
+        seen[len(found)] += 1
+    assert min(seen[0], seen[1], seen[2]) > 9
+
+
+@pytest.mark.parametrize('size', range(6, 15))
+def test_items_of_a_benchmark(size):
+    """Short ones are found whole, shorter than 8 words never; long ones from 13 words on."""
+    question = 'What is the capital of a country that has no sea, and why not?'
+    words, before, after = question.split()[:size], 'İn the end, ', ' Who knows.'
+    item = ' '.join(words)
+    index = clean.ngram_index([item], 13)
+    text = before + item.upper() + after
+    found = clean.overlaps(text, index)
+    assert [text[begin:end] for begin, end in found] == [item.upper().rstrip('?,')] * (size >= 8)
+    assert clean.overlaps(f'{before}{" ".join(words[1:13])}{after}', index) == []
+    assert len(clean.overlaps(f'{item} {item}. x {item}', index)) == 2 * (size >= 8)
+
+
+def test_overlaps_of_chinese():
+    text = '子曰：学而时习之，不亦说乎？有朋自远方来，不亦乐乎？人不知而不愠。'
+    (begin, end), = clean.overlaps(text, clean.ngram_index(['有朋自远方来，不亦乐乎？人不知'], 13))
+    assert text[begin:end] == '有朋自远方来，不亦乐乎？人不知'
+
+
+def test_overlaps_of_nothing():
+    assert clean.ngram_index(['', 'too short'], 13) == {}
+    assert clean.overlaps('', clean.ngram_index([TEN], 8)) == []
+    assert clean.overlaps('short', clean.ngram_index([TEN], 8)) == []
+
+
+def slow_without(text: str, spans: list, margin: int) -> list[str]:
+    stays = [not any(begin - margin <= i < end + margin for begin, end in spans)
+             for i in range(len(text))]
+    pieces = ''.join(c if yes else '\0' for c, yes in zip(text, stays)).split('\0')
+    pieces = [piece for piece in pieces if len(piece) > margin]
+    return pieces if len(pieces) <= 10 else []
+
+
+def test_without_overlaps_is_that_of_a_slow_reference():
+    rng, seen = random.Random(0), Counter()
+    for _ in range(500):
+        text = ''.join(rng.choices('abc ', k=rng.randint(1, 300)))
+        n_spans = rng.randint(0, min(12, len(text) // 2))
+        edges = sorted(rng.sample(range(len(text) + 1), 2 * n_spans))
+        spans, margin = list(zip(edges[::2], edges[1::2])), rng.choice([0, 1, 3, 30])
+        pieces = clean.without_overlaps(text, spans, margin)
+        assert pieces == slow_without(text, spans, margin)
+        seen[len(pieces)] += 1
+    assert min(seen[n] for n in range(11)) > 0
+
+
+@pytest.mark.parametrize('before,after,left', [
+    (400, 400, []), (401, 400, [201]), (401, 402, [201, 202]), (0, 1000, [800]), (150, 0, [])])
+def test_margin_of_200_characters(before, after, left):
+    text = 'x' * before + 'item' + 'y' * after
+    pieces = clean.without_overlaps(text, [(before, before + 4)])
+    assert [len(piece) for piece in pieces] == left
+    assert text.startswith(pieces[0]) or text.endswith(pieces[0]) if pieces else True
+
+
+@pytest.mark.parametrize('n_items,n_pieces', [(8, 9), (9, 10), (10, 0), (30, 0)])
+def test_more_than_ten_pieces_are_none(n_items, n_pieces):
+    text = 'item'.join(['x' * 700] * (n_items + 1))
+    spans = [found.span() for found in re.finditer('item', text)]
+    assert len(clean.without_overlaps(text, spans)) == n_pieces
+
+
+# ---------------------------------------------------------------------------------------------
+# Repeated sentences
+
+STORIES = 'A is one.  B is two! "C is three?"\nD\n\nE is (five.) F...'
+
+
+def test_sentences():
+    assert [STORIES[begin:end] for begin, end in clean.sentences(STORIES)] == [
+        'A is one.  ', 'B is two! ', '"C is three?"\n', 'D\n\n', 'E is (five.) ', 'F...']
+    assert clean.sentences('') == [] and clean.sentences('3.5 a.b') == [(0, 7)]
+
+
+def test_nothing_is_lost_between_sentences():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = ''.join(rng.choices('ab.!?"\n ”)', k=rng.randint(0, 60)))
+        n, spans = rng.randint(1, 4), clean.sentences(text)
+        assert ''.join(text[begin:end] for begin, end in spans) == text
+        hashes = clean.sentence_spans(text, n)
+        assert len(hashes) == max(0, len(spans) - n + 1)
+        assert clean.without_sentences(text, np.zeros(len(hashes), bool), n) == text
+
+
+@pytest.mark.parametrize('n,marked,left', [
+    (1, [2], 'A is one.  B is two! D\n\nE is (five.) F...'),
+    (3, [1], 'A is one.  E is (five.) F...'), (3, [0, 1], 'E is (five.) F...'), (3, [0, 3], ''),
+    (2, [0, 4], '"C is three?"\nD\n\n'), (6, [0], ''), (7, [], STORIES)])
+def test_without_sentences(n, marked, left):
+    repeated = np.zeros(len(clean.sentence_spans(STORIES, n)), bool)
+    repeated[marked] = True
+    assert clean.without_sentences(STORIES, repeated, n) == left
+
+
+def test_sentences_that_came_before_go():
+    first = 'Once upon a time. There was a cat. It was black. The end.\n'
+    second = f'Hello.\nTHERE was  a cat. It was black.\nThe end. {"New. " * 2}It was black. Bye.'
+    hashes = [clean.sentence_spans(text, 3) for text in (first, second)]
+    repeated = clean.repeats(np.concatenate(hashes))
+    assert repeated.sum() == 1
+    left = clean.without_sentences(second, repeated[len(hashes[0]):], 3)
+    assert left == 'Hello.\nNew. New. It was black. Bye.'
+
+
+# ---------------------------------------------------------------------------------------------
+# Near duplicates
+
+
+def pair(rng, similarity: float, size: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """The shingles of two texts, as sets that have about the Jaccard similarity."""
+    shared = round(size * 2 * similarity / (1 + similarity))
+    words = word_hashes(' '.join(map(str, rng.sample(range(10 ** 9), 2 * size))))[0]
+    other = np.concatenate([words[:shared], words[size:2 * size - shared]])
+    return clean.shingles(words[:size], 1), clean.shingles(other, 1)
+
+
+def test_jaccard():
+    of = lambda *values: np.array(values, np.uint64)
+    assert clean.jaccard(of(1, 2, 3), of(2, 3, 4, 5)) == 2 / 5
+    assert clean.jaccard(of(1, 2), of(1, 2)) == 1 and clean.jaccard(of(1), of(2)) == 0
+    assert clean.jaccard(of(), of()) == clean.jaccard(of(), of(1)) == 0
+
+
+def test_shingles_are_sets():
+    words = word_hashes('a b a b c')[0]
+    assert clean.shingles(words, 2).tolist() == sorted(set(ngram_hashes(words, 2).tolist()))
+    assert len(clean.shingles(words, 2)) == 3 and len(clean.shingles(words, 5)) == 1
+    assert clean.shingles(words, 6).tolist() == sorted(set(words.tolist()))
+    assert clean.minhash(clean.shingles(words[:0], 3)).tolist() == [0xffffffff] * clean.N_HASHES
+
+
+def test_minhash_estimates_the_similarity():
+    rng, errors = random.Random(0), []
+    for i in range(200):
+        a, b = pair(rng, i / 200, rng.choice([40, 300, 700]))
+        estimate = (clean.minhash(a) == clean.minhash(b)).mean()
+        errors.append(estimate - clean.jaccard(a, b))
+    assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 0.06
+
+
+def test_minhash_of_real_text():
+    words = BOOK.split() * 3
+    a, b = (clean.shingles(word_hashes(' '.join(text))[0], 3) for text in (words, words[20:]))
+    estimate = (clean.minhash(a) == clean.minhash(b)).mean()
+    assert 0.5 < clean.jaccard(a, b) <= 1 and abs(estimate - clean.jaccard(a, b)) < 0.12
+
+
+@pytest.mark.parametrize('threshold', [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1])
+def test_bands_and_rows(threshold):
+    """98%, and with one row more it would be less."""
+    agree = lambda rows: 1 - (1 - threshold ** rows) ** (clean.N_HASHES // rows)
+    bands, rows = clean.bands_and_rows(threshold)
+    assert bands == clean.N_HASHES // rows and agree(rows) >= 0.98
+    assert rows == 32 or max(agree(more) for more in range(rows + 1, 33)) < 0.98
+
+
+def test_similar_documents_agree_in_a_band():
+    rng, cut = random.Random(0), clean.bands_and_rows(0.7)
+    agree = lambda a, b: (clean.band_hashes(clean.minhash(a), *cut)
+                          == clean.band_hashes(clean.minhash(b), *cut)).any()
+    similar = sum(agree(*pair(rng, 0.7)) for _ in range(300))
+    others = sum(agree(*pair(rng, 0.2)) for _ in range(300))
+    assert similar >= 0.95 * 300 and others <= 0.04 * 300
+
+
+def test_band_hashes():
+    signature = np.arange(128, dtype=np.uint32)
+    found = clean.band_hashes(signature, 25, 5)
+    assert found.shape == (25,) and found.dtype == np.uint64 and len(set(found.tolist())) == 25
+    for i in range(128):    # each value is of one band
+        other = signature.copy()
+        other[i] += 1000
+        changed = clean.band_hashes(other, 25, 5) != found
+        assert np.flatnonzero(changed).tolist() == [i // 5] * (i < 125)

@@ -1,6 +1,8 @@
 """core/dataset.py: token shards, the order of windows, the shares of the ranks."""
 import os
 import struct
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from core.dataset import (
     HEADER,
     IGNORE,
     PADDING,
+    PackedWindows,
     ShardWriter,
     Tokens,
     Windows,
+    best_fit_decreasing,
+    document_starts,
     load_split,
     open_shard,
     share,
@@ -45,7 +50,6 @@ def test_shard_bytes(tmp_path):
     assert raw == (b'SCRATGPT' + struct.pack('<II', 1, 2) + struct.pack('<Q', 3) + bytes(8)
                    + b'\x01\x00\x02\x00\x02\x01')
     assert HEADER.size == 32 and writer.paths == [tmp_path / 'train-00000.bin']
-    assert (writer.n_tokens, writer.max_id) == (3, 258)
 
 
 @pytest.mark.parametrize('vocab_size,itemsize', [(256, 2), (65_536, 2), (65_537, 4), (150_000, 4)])
@@ -67,9 +71,7 @@ def test_several_shards(tmp_path, n, pieces, sizes):
         f'train-{i:05d}.bin' for i in range(len(sizes))]
     assert sorted(tmp_path.iterdir()) == writer.paths
     assert [len(open_shard(path)) for path in writer.paths] == sizes
-    assert (writer.n_tokens, len(Tokens(tmp_path, 'train'))) == (n, n)
-    if n:
-        assert writer.max_id == n - 1
+    assert len(Tokens(tmp_path, 'train')) == n
     assert Tokens(tmp_path, 'train').read(0, 100).tolist() == list(range(n))
 
 
@@ -152,7 +154,8 @@ def test_every_target_once_an_epoch(tmp_path, n, block_size):
     for epoch in range(4):
         targets, short = [], 0
         for g in range(epoch * len(w), (epoch + 1) * len(w)):
-            x, y = w.window(g)
+            x, y, doc = w.window(g)
+            assert doc is None
             assert x.shape == y.shape == (block_size,) and x.dtype == y.dtype == np.int64
             real = y != IGNORE
             length = int(real.sum())
@@ -170,7 +173,7 @@ def test_wrap_around(tmp_path):
     """The window over the end goes on with the first pair, not from the last token to the first."""
     w = windows(tmp_path, 12, 4, shuffle=False)
     w.offset = 9  # pairs 9 and 10, then 0 and 1
-    x, y = w.window(0)
+    x, y, _ = w.window(0)
     assert x.tolist() == [9, 10, 0, 1] and y.tolist() == [10, 11, 1, 2]
 
 
@@ -192,7 +195,7 @@ def test_pure_function_of_the_sample_number(tmp_path):
     expected = [w.window(g) for g in range(3 * len(w))]
     for g in np.random.default_rng(0).permutation(3 * len(w)):
         for one in (w, Windows(Tokens(tmp_path, 'train'), 8, 1)):  # one used before, one fresh
-            x, y = one.window(int(g))
+            x, y, _ = one.window(int(g))
             assert (x == expected[g][0]).all() and (y == expected[g][1]).all()
 
 
@@ -226,16 +229,16 @@ def test_in_order_from_the_beginning(tmp_path):
     w = windows(tmp_path, 21, 8, shuffle=False)
     for epoch in range(2):
         rows = [w.window(g) for g in range(epoch * 3, epoch * 3 + 3)]
-        assert [x.tolist() for x, _ in rows] == [
+        assert [x.tolist() for x, _, _ in rows] == [
             list(range(8)), list(range(8, 16)), [16, 17, 18, 19, 0, 0, 0, 0]]
-        assert [y.tolist() for _, y in rows] == [
+        assert [y.tolist() for _, y, _ in rows] == [
             list(range(1, 9)), list(range(9, 17)), [17, 18, 19, 20] + [IGNORE] * 4]
 
 
 def test_batch(tmp_path):
     w = windows(tmp_path, 101, 8, seed=5)
-    x, y = w.batch([3, PADDING, np.int64(40)])
-    assert x.shape == y.shape == (3, 8) and x.dtype == y.dtype == torch.int64
+    x, y, doc = w.batch([3, PADDING, np.int64(40)])
+    assert doc is None and x.shape == y.shape == (3, 8) and x.dtype == y.dtype == torch.int64
     for row, g in ((0, 3), (2, 40)):
         assert x[row].tolist() == w.window(g)[0].tolist()
         assert y[row].tolist() == w.window(g)[1].tolist()
@@ -251,6 +254,192 @@ def test_steps_cover_the_epochs(tmp_path):
             for micro in share(step * 6, 6, rank, 2, 2):
                 seen += [y for y in w.batch(micro)[1].flatten().tolist() if y != IGNORE]
     assert sorted(seen) == sorted(list(range(1, 101)) * 6)
+
+
+# ---------------------------------------------------------------------------------------------
+# Windows that respect documents
+
+EOS = 0     # the same id as that of padding, so that tests see if they are confused
+
+
+def documents(rng, sizes) -> list[int]:
+    """Documents of so many tokens, eos between them; every other id occurs once."""
+    ids = iter(rng.permutation(sum(sizes)) + 1)
+    return [i for size in sizes for i in (EOS, *(next(ids) for _ in range(size)))][1:]
+
+
+def packed(folder, ids, block_size: int, **more) -> PackedWindows:
+    write(folder, ids, vocab_size=1 << 16, shard_tokens=7)
+    return PackedWindows(Tokens(folder, 'train'), block_size, eos=EOS, **more)
+
+
+def test_packing_by_hand(tmp_path):
+    """Four documents; of their pieces, in order of length, the longest is that of a document cut in
+    two, and the last, a mere eos, fits the second row better than the fourth."""
+    ids = [1, 2, 3, EOS, 4, EOS, 11, 12, 13, 14, 15, 16, EOS, 8]
+    w = packed(tmp_path, ids, 4, shuffle=False)
+    rows = [[row.tolist() for row in w.window(g)] for g in range(len(w))]
+    assert rows == [
+        [[EOS, 11, 12, 13], [11, 12, 13, 14], [0, 0, 0, 0]],
+        [[1, 2, 3, EOS], [2, 3, EOS, 8], [0, 0, 0, 1]],
+        [[14, 15, 16, 0], [15, 16, EOS, IGNORE], [0, 0, 0, -1]],
+        [[EOS, 4, 0, 0], [4, EOS, IGNORE, IGNORE], [0, 0, -1, -1]]]
+    assert w.about == ('4 documents, of which 1 are longer than block_size=4 and cut, in 4 rows an '
+                       'epoch, 18.75% of it padding')
+    assert (w.n_targets, w.block_size) == (13, 4)
+
+
+CASES = [[0, 3, 0, 0, 20, 1], [5], [40], [0, 0, 0], [7, 8, 9, 15, 16, 17, 23, 24], [3, 0],
+         *(np.random.default_rng(i).integers(0, 30, 40).tolist() for i in range(4))]
+
+
+@pytest.mark.parametrize('sizes', CASES)
+def test_packed_rows(tmp_path, sizes):
+    """Every target once an epoch; no document is cut that fits, none sees another."""
+    ids = documents(np.random.default_rng(1), sizes)
+    w = packed(tmp_path, ids, 8, seed=2)
+    after = {x: y for x, y in zip(ids, ids[1:]) if x != EOS}
+    firsts = {y for x, y in zip(ids, ids[1:]) if x == EOS}
+    for epoch in range(2):
+        targets, full = [], 0
+        for g in range(epoch * len(w), (epoch + 1) * len(w)):
+            x, y, doc = w.window(g)
+            assert x.shape == y.shape == doc.shape == (8,)
+            assert x.dtype == y.dtype == doc.dtype == np.int64
+            n = int((doc >= 0).sum())
+            assert n and doc[:n].tolist() == sorted(doc[:n]) and (doc[n:] == -1).all()
+            assert (x[n:] == 0).all() and (y[n:] == IGNORE).all() and (y[:n] != IGNORE).all()
+            assert set(doc[:n]) == set(range(doc[n - 1] + 1))
+            for number in range(doc[n - 1] + 1):
+                xs, ys = x[doc == number].tolist(), y[doc == number].tolist()
+                assert xs[1:] == ys[:-1] and EOS not in xs[1:]
+                assert ys[0] in firsts | {EOS} if xs[0] == EOS else ys[0] == after[xs[0]]
+                whole = ys[-1] in (EOS, ids[-1])
+                assert whole or len(xs) == 8    # what is cut off fills its row
+                full += not whole
+            targets += y[:n].tolist()
+        assert sorted(targets) == sorted(ids[1:])
+        sizes_in = [size + (i > 0) for i, size in enumerate(sizes)]
+        sizes_in[-1] -= 1       # nothing follows the last token
+        assert full == sum(max(0, -(-size // 8) - 1) for size in sizes_in)
+        assert f'of which {sum(size > 8 for size in sizes_in)} are longer' in w.about
+
+
+def naive_best_fit_decreasing(lengths, size: int) -> list[list[int]]:
+    """As the paper has it: the longest piece first, into the fullest row that has room for it."""
+    rows = []
+    for length in sorted(lengths, reverse=True):
+        fits = [row for row in rows if sum(row) + length <= size]
+        if not fits:
+            rows.append(row := [])
+            fits = [row]
+        max(fits, key=sum).append(length)
+    return rows
+
+
+def test_as_many_rows_as_best_fit_piece_by_piece():
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        size = int(rng.integers(1, 40))
+        lengths = rng.integers(1, rng.integers(1, size + 1) + 1, rng.integers(1, 60))
+        row = best_fit_decreasing(lengths, size)
+        got = [sorted(lengths[row == r], reverse=True) for r in range(row.max() + 1)]
+        assert sorted(got) == sorted(naive_best_fit_decreasing(lengths, size)), (size, lengths)
+
+
+def test_packing_is_fast_and_small(tmp_path):
+    """A million documents: less than a second, 73 bytes each; eos is looked for in small blocks."""
+    rng = np.random.default_rng(0)
+    began = time.process_time()
+    assert best_fit_decreasing(rng.integers(1, 1025, 1_000_000), 1024).max() < 502_000
+    assert time.process_time() - began < 1.5    # half a million rows
+    sizes = np.clip(rng.lognormal(2, 1, 1_000_000).astype(int), 1, 1000)
+    ids = np.ones(sizes.sum() + len(sizes), np.uint16)
+    ids[np.cumsum(sizes + 1) - 1] = EOS
+    writer = ShardWriter(tmp_path, 'train', 256)
+    writer.write(ids)
+    writer.flush()
+    tokens = Tokens(tmp_path, 'train')
+    began = time.process_time()
+    w = PackedWindows(tokens, 1024, eos=EOS)
+    assert time.process_time() - began < 4
+    assert w.about.startswith('1,000,000 documents, of which 0 are') and '0.01% of it' in w.about
+    tracemalloc.start()
+    assert len(PackedWindows(tokens, 1024, eos=EOS)) == len(w)
+    assert tracemalloc.get_traced_memory()[1] < 100 * len(sizes)
+    tracemalloc.reset_peak()
+    assert len(document_starts(tokens, 2, block=1 << 16)) == 1
+    assert tracemalloc.get_traced_memory()[1] < 1 << 18
+    tracemalloc.stop()
+
+
+def test_eos_is_found_in_every_block(tmp_path):
+    """Also where it is an epoch's first input, where two stand together; not at the very end."""
+    ids = np.random.default_rng(0).integers(0, 4, 100)
+    ids[[0, 20, 21, 99]] = EOS
+    write(tmp_path, ids, shard_tokens=13)
+    tokens = Tokens(tmp_path, 'train')
+    expected = np.flatnonzero(ids[:99] == EOS).tolist()
+    for block in (1, 4, 13, 50):
+        assert document_starts(tokens, EOS, block).tolist() == expected
+    assert document_starts(tokens, 9).tolist() == [0]
+
+
+def rows_of(w, epoch: int) -> list:
+    return [tuple(map(tuple, w.window(g))) for g in range(epoch * len(w), (epoch + 1) * len(w))]
+
+
+def test_epochs_only_shuffle_the_packed_rows(tmp_path):
+    ids = documents(np.random.default_rng(3), np.random.default_rng(3).integers(0, 30, 60))
+    w = packed(tmp_path, ids, 16, seed=1)
+    plain = rows_of(PackedWindows(w.tokens, 16, shuffle=False, eos=EOS), 0)
+    other = PackedWindows(w.tokens, 16, seed=2, eos=EOS)
+    orders = [rows_of(one, epoch) for one in (w, other) for epoch in range(3)] + [plain]
+    assert len({tuple(order) for order in orders}) == 7
+    assert all(sorted(order) == sorted(plain) for order in orders)
+
+
+def test_packed_rows_are_a_pure_function_of_the_sample_number(tmp_path):
+    ids = documents(np.random.default_rng(3), np.random.default_rng(3).integers(0, 30, 60))
+    w = packed(tmp_path, ids, 16, seed=1)
+    expected = [row for epoch in range(3) for row in rows_of(w, epoch)]
+    for i, g in enumerate(np.random.default_rng(0).permutation(3 * len(w))):
+        if i % 20 == 0:
+            fresh = PackedWindows(Tokens(tmp_path, 'train'), 16, 1, eos=EOS)
+        for one in (w, fresh):
+            assert tuple(map(tuple, one.window(int(g)))) == expected[g]
+
+
+def test_the_packing_is_frozen(tmp_path):
+    """A change would silently change what a resumed run reads."""
+    ids = documents(np.random.default_rng(3), [i * 7 % 31 for i in range(60)])
+    w = packed(tmp_path, ids, 16, seed=1337)
+    starts = lambda samples: [[start for start, _ in w.spans(w.place(g))] for g in samples]
+    assert (len(w), len(ids)) == (60, 948)
+    assert starts(range(4)) == [[404, 441], [575, 747], [367, 486], [91]]
+    assert starts(range(10 ** 6, 10 ** 6 + 3)) == [[222, 282], [870], [409]]
+
+
+def test_packed_batch(tmp_path):
+    w = packed(tmp_path, documents(np.random.default_rng(3), [5, 2, 9, 0, 3]), 8, seed=1)
+    batch = w.batch([1, PADDING])
+    for got, want, empty in zip(batch, w.window(1), (0, IGNORE, -1)):
+        assert got.shape == (2, 8) and got.dtype == torch.int64
+        assert got[0].tolist() == want.tolist() and got[1].tolist() == [empty] * 8
+
+
+def test_evaluation_numbers_the_documents_of_contiguous_windows(tmp_path):
+    ids = [EOS, 1, EOS, EOS, 2, 3, 4, 5, 6, EOS, 7]
+    write(tmp_path, ids)
+    w = Windows(Tokens(tmp_path, 'train'), 4, shuffle=False, eos=EOS)
+    plain = Windows(w.tokens, 4, shuffle=False)
+    assert [w.window(g)[2].tolist() for g in range(len(w))] == [
+        [0, 0, 1, 2], [0, 0, 0, 0], [0, 1, -1, -1]]
+    for got, want in zip(w.batch([0, 1, 2])[:2], plain.batch([0, 1, 2])):
+        assert got.tolist() == want.tolist()
+    assert w.window(PADDING)[2].tolist() == [-1] * 4
+    w.offset = 7    # the ring's beginning is not the same document as its end
+    assert w.window(0)[2].tolist() == [0, 0, 1, 2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,6 +479,18 @@ def test_load_split(tmp_path):
     assert (train.block_size, train.seed, train.shuffle, len(train)) == (8, 4, True, 1)
     val = load_split(tmp_path, 'val', 8, shuffle=False)  # shorter than a window is fine here
     assert val.window(0)[1].tolist() == [1] + [IGNORE] * 7
+
+
+def test_load_split_that_respects_documents(tmp_path):
+    for split in ('train', 'val'):
+        write(tmp_path, [1, 2, EOS, 3, 4, 5, 6, 7], split=split)
+    train = load_split(tmp_path, 'train', 4, seed=4, eos=EOS)
+    assert type(train) is PackedWindows and (train.block_size, train.seed) == (4, 4)
+    assert len(train) == 2 and train.shuffle
+    val = load_split(tmp_path, 'val', 4, shuffle=False, eos=EOS)
+    assert type(val) is Windows and len(val) == 2
+    assert val.window(0)[2].tolist() == [0, 0, 1, 1]
+    assert load_split(tmp_path, 'val', 4, shuffle=False).window(0)[2] is None
 
 
 def test_training_split_too_short(capsys, tmp_path):

@@ -9,8 +9,11 @@ import pytest
 from conftest import stopped_at_last as stopped
 
 import prepare
+from core import recipes
 from core.dataset import NoNetwork, Tokens
 from core.hf_tokenizer import tokenizer_json
+from core.recipes import Recipe
+from core.settings import Stop
 from core.tokenizer import load
 
 MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRROR'])
@@ -74,12 +77,25 @@ def raising(error):
     return function
 
 
+def refusing(path: str):
+    """The function open, but for one file."""
+    def opened(file, *rest, **more):
+        if str(file) == path:
+            raise PermissionError(13, 'Permission denied')
+        return whole(file, *rest, **more)
+    whole = open
+    return opened
+
+
 @pytest.fixture
 def small_recipe(monkeypatch):
     """A named dataset that needs no network."""
-    recipe = prepare.Recipe('two lines', 'public domain', 'char',
-                            lambda downloads: iter([prepare.Document('a', TEXT)]))
-    monkeypatch.setitem(prepare.RECIPES, 'small', recipe)
+    monkeypatch.setitem(prepare.RECIPES, 'small', recipe_of('small.txt', TEXT))
+
+
+def recipe_of(path: str, text: str) -> Recipe:
+    return Recipe('two lines', 'public domain', 'char',
+                  lambda downloads, max_files: ([Path(write(path, text))], []))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,7 +215,7 @@ def test_file(kind, capsys):
     folder = prepare.build(path, tokenizer=kind)
     assert folder == Path('data') / f'novel_{kind}'
     assert sorted(p.name for p in folder.iterdir()) == [
-        'meta.json', 'tokenizer.json', 'train-00000.bin', 'val-00000.bin']
+        'meta.json', 'report.html', 'tokenizer.json', 'train-00000.bin', 'val-00000.bin']
     cut = len(TEXT) * 9 // 10
     assert decoded(folder) == (TEXT[:cut], TEXT[cut:])
     meta = meta_of(folder)
@@ -211,15 +227,18 @@ def test_file(kind, capsys):
 def test_meta():
     folder = prepare.build(write('novel.txt', TEXT), tokenizer='byte', val_fraction=0.2)
     meta, n = meta_of(folder), len(TEXT)
-    digest = hashlib.sha256(len(TEXT.encode()).to_bytes(8, 'little') + TEXT.encode()).hexdigest()
+    one = hashlib.sha256(TEXT.encode()).hexdigest()
     for key, value in dict(
             name='novel_byte', about='text from novel.txt', source=str(Path('novel.txt').resolve()),
-            tokenizer='byte', val_fraction=0.2, sha256=digest, documents=1, characters=n,
-            bytes=len(TEXT.encode()), replaced=0, vocab_size=256 + 5, max_id=max(TEXT.encode()),
+            tokenizer='byte', sha256=hashlib.sha256(one.encode()).hexdigest(), documents=1,
+            characters=n, bytes=len(TEXT.encode()), vocab_size=256 + 5, max_id=max(TEXT.encode()),
             train_tokens=len(TEXT[:n * 8 // 10].encode()),
-            val_tokens=len(TEXT[n * 8 // 10:].encode()),
-            files=[{'source': 'novel.txt', 'characters': n}]).items():
-        assert meta[key] == value, key
+            val_tokens=len(TEXT[n * 8 // 10:].encode()), lengths=[[128, 256, 1]],
+            inputs=[{'file': 'novel.txt', 'bytes': len(TEXT.encode()), 'sha256': one}],
+            frequent=[[' ', 40], ['a', 25], ['t', 15]], bad=[], bytes_per_token=1.0).items():
+        assert (meta[key][:3] if key == 'frequent' else meta[key]) == value, key
+    assert meta['settings']['val_fraction'] == 0.2 and meta['settings']['near_duplicates'] == 0.7
+    assert meta['steps']['without near duplicates'] == [1, n, 1, n]
     assert 'unknown' in meta['licence']
 
 
@@ -241,7 +260,7 @@ def test_folder():
     meta = meta_of(folder)
     assert (meta['documents'], meta['characters'], meta['train_tokens']) == (4, 120, 111)
     assert meta['max_id'] == tok.special['<|endoftext|>']
-    assert [f['source'] for f in meta['files']] == [
+    assert [f['file'] for f in meta['inputs']] == [
         'books/a.md', 'books/b.txt', 'books/c/d.TXT', 'books/e.rst']
 
 
@@ -274,16 +293,16 @@ def test_marks_and_line_ends():
 
 def test_replaced_bytes_are_counted(capsys):
     path = write('latin.txt', b'caf\xe9 and na\xefve; \xef\xbf\xbd was there before\n')
-    folder = prepare.build(path, errors='replace')
+    folder = prepare.build(path, errors='replace', encoding='utf-8')
     assert ''.join(decoded(folder)) == 'caf\ufffd and na\ufffdve; \ufffd was there before\n'
-    assert meta_of(folder)['replaced'] == 2 and '2 times U+FFFD' in capsys.readouterr().out
+    assert meta_of(folder)['counts']['U+FFFD'] == 3 and 'U+FFFD: 3' in capsys.readouterr().out
 
 
 def test_empty_files_of_a_folder_are_left_out(capsys):
-    write('books/a.txt', '')
+    write('books/a.txt', ' \n')
     write('books/b.txt', TEXT)
     folder = prepare.build('books')
-    assert 'warning: books/a.txt: empty' in capsys.readouterr().err
+    assert 'not empty: 2 -> 1 documents' in capsys.readouterr().out
     assert meta_of(folder)['documents'] == 1 and ''.join(decoded(folder)) == TEXT
 
 
@@ -325,7 +344,7 @@ def test_made_again_when_the_text_changed(capsys):
     assert ''.join(decoded(folder)) == TEXT + 'The end; 第一.\n'
     prepare.build(path, val_fraction=0.5)
     assert 'val_fraction changed' in capsys.readouterr().out
-    assert meta_of(folder)['val_fraction'] == 0.5
+    assert meta_of(folder)['settings']['val_fraction'] == 0.5
 
 
 def test_another_text_of_the_same_name(capsys):
@@ -357,9 +376,7 @@ def test_name_of_a_named_dataset(small_recipe):
 
 def test_one_name_for_two_named_datasets(small_recipe, monkeypatch, capsys):
     prepare.build('small', tokenizer='byte', name='mine')
-    other = prepare.RECIPES['small']._replace(
-        documents=lambda downloads: iter([prepare.Document('b', 'another text\n')]))
-    monkeypatch.setitem(prepare.RECIPES, 'other', other)
+    monkeypatch.setitem(prepare.RECIPES, 'other', recipe_of('b.txt', 'another text\n'))
     message = refused(capsys, 'other', tokenizer='byte', name='mine')
     assert 'small' in message and '--name=' in message
 
@@ -371,37 +388,40 @@ def test_one_name_for_two_named_datasets(small_recipe, monkeypatch, capsys):
 @pytest.mark.parametrize('raw,parts', [
     (b'', ['empty']),
     (b'\xef\xbb\xbf \r\n\t', ['empty']),
-    (b'abc\0def', ['binary', 'offset 3']),
-    (b'abc\xff', ['invalid UTF-8', 'byte offset 3', '0xff', '--errors=replace']),
-    ('é'.encode() * 3 + b'\xe9 \xe9', ['byte offset 6', '0xe9']),
-    (b'\xef\xbb\xbfab\0', ['binary', 'offset 5']),  # as an editor counts, the mark included
-    (b'\xef\xbb\xbfab\xff', ['invalid UTF-8', 'byte offset 5'])])
+    (b'abc\0def', ['binary', 'offset 3', '--skip_bad']),
+    ('é'.encode() * 3 + b'\xe9 \xe9', ['invalid UTF-8', 'byte offset 6', '0xe9', '--errors=']),
+    (b'\xef\xbb\xbfab\xff', ['invalid UTF-8', 'byte offset 5'])])  # the mark included
 def test_unusable_file(capsys, raw, parts):
     path = write('novel.txt', raw)
-    write('books/novel.txt', raw or b' ')
+    write('books/novel.txt', raw)
     for dataset, file in ((path, path), ('books', 'books/novel.txt')):
-        message = refused(capsys, dataset)
-        if file != path and not raw.strip():  # an empty file in a folder is only left out
-            assert message.startswith('books: no text files') and 'empty' in message
-            continue
-        assert message.startswith(f'{file}: ')
+        message = stopped(capsys, lambda: prepare.build(dataset))
+        assert message.startswith((f'{file}: ', str(Path(dataset).resolve())))
         for part in parts:
             assert part in message, message
+        assert [path for path in Path('data').iterdir() if path.name[0] != '.'] == []
+    write('books/good.txt', TEXT)
+    folder = prepare.build('books', skip_bad=True)
+    assert ''.join(decoded(folder)) == TEXT
+    assert len(meta_of(folder)['bad']) == (parts != ['empty'])
 
 
 def test_folder_without_text(capsys):
     write('books/cover.jpg', b'\xff\xd8\0')
-    message = refused(capsys, 'books')
-    assert message.startswith('books: no text files') and '.txt' in message
-    write('void/a.txt', '')
-    assert 'void' in refused(capsys, 'void')  # nothing but empty files
+    with pytest.raises(Stop) as e:
+        prepare.build('books')
+    assert e.value.message.startswith('books: no text files (.txt, ')
+    assert 'left out 1 x .jpg' in capsys.readouterr().out
+    Path('void').mkdir()
+    assert 'void: no text files' in refused(capsys, 'void')
 
 
 def test_unreadable_file(capsys, monkeypatch):
     path = write('novel.txt', TEXT)
-    monkeypatch.setattr(Path, 'read_bytes', raising(PermissionError(13, 'Permission denied')))
+    monkeypatch.setattr('builtins.open', refusing(path))
     message = stopped(capsys, lambda: prepare.build(path))
-    assert message == 'novel.txt: cannot be read (Permission denied)' and not subfolders('data')
+    assert message.startswith('novel.txt: cannot be read (Permission denied)')
+    assert not list(Path('data').glob('[!.]*'))
 
 
 def test_unknown_dataset(capsys):
@@ -414,7 +434,7 @@ def test_unknown_dataset(capsys):
 
 def test_openwebtext_is_not_started_unasked(capsys):
     message = refused(capsys, 'openwebtext')
-    assert '13.5 GB' in message and 'data/openwebtext' in message and '--dataset=' in message
+    assert '80 x 303 MB' in message and 'python prepare.py openwebtext --max_files=80' in message
     assert list(Path('.').iterdir()) == []
 
 
@@ -447,14 +467,14 @@ def test_python_char(monkeypatch, capsys):
     assert meta['name'] == 'python_char' and meta['source'] == 'python_char'
     assert meta['tokenizer'] == load('data/python_char/tokenizer.json').kind == 'byte'
     assert meta['documents'] > 100 and meta['bytes'] > 2_000_000 and 'PSF' in meta['licence']
-    assert meta['max_id'] == 256 and len(meta['files']) == meta['documents']
+    assert meta['max_id'] == 256 and meta['n_inputs'] >= meta['documents']
     train, val = decoded('data/python_char')
     assert 0.89 < len(train) / len(train + val) < 0.91 and '\nimport ' in train
 
 
 def test_no_network(monkeypatch, capsys):
     problem = NoNetwork('https://host/input.txt cannot be reached (ConnectionError)')
-    monkeypatch.setattr(prepare, 'fetch', raising(problem))
+    monkeypatch.setattr(recipes, 'fetch', raising(problem))
     with pytest.raises(NoNetwork):
         prepare.build('shakespeare')  # for train.py's fallback
     message = stopped(capsys, lambda: run_main(monkeypatch, dataset='shakespeare'))

@@ -11,7 +11,7 @@ import pytest
 
 import prepare
 from core import hf
-from core.tokenizer import CharTokenizer, gpt2
+from core.tokenizer import gpt2
 from model import GPTConfig, build_model
 
 ROOT = Path(prepare.__file__).parent
@@ -45,11 +45,12 @@ def folder(tmp_path_factory):
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
     text = 'ROMEO:\nTo be, or not to be? Once upon a time. JULIET!\n' * 100
-    meta = {'name': 'shakespeare', 'about': 'a test', 'licence': 'none', 'source': 'shakespeare',
-            'tokenizer': 'char', 'val_fraction': 0.1, 'sha256': '0' * 64}
-    (folder / 'data').mkdir()
-    prepare.write_dataset(folder / 'data' / 'shakespeare', [prepare.Document('', text)],
-                          CharTokenizer.train(text), meta, 9999)
+    (folder / 'data' / 'downloads').mkdir(parents=True)
+    (folder / 'shakespeare.txt').write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(prepare.RECIPES, 'shakespeare', prepare.RECIPES['shakespeare']._replace(
+            files=lambda downloads, max_files: ([folder / 'shakespeare.txt'], [])))
+        prepare.build('shakespeare', str(folder / 'data'))
     (folder / 'my_novels').mkdir()
     (folder / 'my_novels' / 'one.txt').write_text(text)
     if MIRROR:  # a small stand-in for the model of that name, with GPT-2's own tokenizer

@@ -6,15 +6,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
 import train
 from core import checkpoint, optim, rundir
+from core import device as hardware
+from core.dataset import IGNORE, ShardWriter, load_split, share
+from core.parallel import Ranks
 from core.settings import Stop, read_config
-from model import GPT, LSTM, flops_per_token
+from model import GPT, LSTM, GPTConfig, flops_per_token
 
 ROOT = Path(train.__file__).parent
 
@@ -179,6 +184,131 @@ def test_evaluation_covers_every_token_once(run_train):
     assert c['val_loss'] != pytest.approx(b['val_loss'], abs=1e-5)
 
 
+@pytest.fixture
+def letters(tmp_path):
+    """A folder of 60 short texts, of which at least three are in the validation split."""
+    random = np.random.default_rng(0)
+    (tmp_path / 'letters').mkdir()
+    for i, n in enumerate(random.integers(1, 90, 60)):
+        text = ''.join(random.choice(list('abcde fgh'), n))
+        (tmp_path / 'letters' / f'{i:02d}.txt').write_text(f'{i:02d} {text}\n')
+    return 'letters'
+
+
+def test_packed_documents(run_train, letters, monkeypatch, capsys):
+    """Such a run learns, resumes bitwise, and is told from one without."""
+    settings = dict(dataset=letters, pack_documents=True, dropout=0.1, learning_rate=0.02)
+    whole = run_train(out_dir='out/whole', **settings)
+    out = capsys.readouterr().out
+    line, = (line for line in out.splitlines() if line.startswith('packed '))
+    assert ' documents, of which ' in line and 'rows an epoch' in line and '% of it padding' in line
+    found = losses('out/whole')
+    assert found[-1] < found[0] - 0.1
+    assert rundir.read_log('out/whole', 'step')[-1]['tokens'] == 6 * 4 * 32
+    assert run_train(out_dir='out/whole', eval_only=True, **settings)['val_loss'] == \
+        pytest.approx(whole['best_val_loss'], abs=1e-6)
+    alone = run_train(out_dir='out/whole', eval_only=True, dataset=letters)['val_loss']
+    assert abs(alone - whole['best_val_loss']) > 1e-4   # what stands before a document did matter
+
+    real = train.train_step
+    monkeypatch.setattr(train, 'train_step', lambda *args: (*real(*args)[:3], args[7] == 3))
+    assert run_train(out_dir='out/cut', **settings)['stopped']
+    monkeypatch.setattr(train, 'train_step', real)
+    plain = {**settings, 'pack_documents': False}
+    stopped(capsys, run_train, 'data.pack_documents is None, but was True', out_dir='out/cut',
+            init_from='resume', **plain)
+    other = run_train(out_dir='out/cut', **plain)['run_dir']
+    assert other == 'out/cut-2' and losses(other) != found
+    assert 'packed ' not in capsys.readouterr().out
+    stopped(capsys, run_train, 'data.pack_documents is True, but was None', out_dir='out/cut-2',
+            init_from='resume', **settings)
+    assert 'pack_documents' not in rundir.identity_of(Path(other))['data']  # as in older runs
+    out = run_train(out_dir='out/cut', **settings)
+    assert out['run_dir'] == 'out/cut' and out['val_loss'] == whole['val_loss']
+    assert losses('out/cut') == found
+
+
+def test_packed_accumulation_is_the_same_training(run_train, letters):
+    """Micro-batches have unequal numbers of targets."""
+    settings = dict(dataset=letters, pack_documents=True, eval_interval=100, batch_size=5)
+    whole = run_train(out_dir='out/whole', micro_batch_size=5, **settings)
+    parts = run_train(out_dir='out/parts', micro_batch_size=2, **settings)
+    assert losses(parts['run_dir']) == pytest.approx(losses(whole['run_dir']), abs=1e-5)
+
+
+EOS, CPU = 3, hardware.Device('cpu', 'cpu', 'float32', False, 1.0, [])
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two splits of the same documents with an untrained model, and its losses document by
+    document: (folder, model, function of a list of inputs and targets -> sum)."""
+    random = np.random.default_rng(1)
+    ids = random.integers(0, 20, 400)   # an eos every 20 ids, and sometimes two together
+    ids[[100, 101]] = EOS
+    for split in ('train', 'val'):
+        writer = ShardWriter(tmp_path, split, 20, shard_tokens=150)
+        writer.write(ids)
+        writer.flush()
+    model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=32,
+                          norm='rmsnorm', mlp='swiglu', position='learned'))
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
+
+    def alone(x, y):
+        """Of inputs that are cut before every eos."""
+        cuts = [0, *(i for i, t in enumerate(x) if t == EOS and i), len(x)]
+        return sum(model(torch.tensor([x[a:b]]), torch.tensor([y[a:b]]), reduction='sum').item()
+                   for a, b in zip(cuts, cuts[1:]))
+    return tmp_path, ids.tolist(), model, alone
+
+
+def test_packed_rows_have_the_losses_of_their_documents_alone(corpus):
+    folder, ids, model, alone = corpus
+    windows = load_split(folder, 'train', 16, seed=1, eos=EOS)
+    micro_batches = [windows.batch(samples) for samples in share(0, len(windows), 0, 1, 6)]
+    unseparated = [(x, y, None) for x, y, _ in micro_batches]
+    step = lambda batches: train.train_step(
+        model, train.build_optimizers(model, CPU), CPU.scaler(), CPU, Ranks(), batches, 0.0, 0)[0]
+    ends = [i for i, t in enumerate(ids[:-1]) if t == EOS]
+    expected = 0.0
+    for start, end in zip([0, *ends], [*ends, 399]):    # a long document in pieces of 16
+        for a in range(start, end, 16):
+            b = min(a + 16, end)
+            expected += alone(ids[a:b], ids[a + 1:b + 1]) / 399
+    assert step(micro_batches) == pytest.approx(expected, rel=1e-6)
+    assert step(unseparated) != pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+def test_evaluation_of_documents(corpus):
+    """The same windows and targets as without, each once; no target sees another document."""
+    folder, ids, model, alone = corpus
+    seen = []
+    tokenizer = SimpleNamespace(byte_lengths=lambda: np.ones(20, np.int64))
+
+    class Spy(GPT):
+        def forward(self, x, y, **options):
+            seen.extend(y[y != IGNORE].tolist())
+            return super().forward(x, y, **options)
+
+    model.__class__ = Spy
+    results = {}
+    for eos in (EOS, None):
+        windows = load_split(folder, 'val', 16, shuffle=False, eos=eos)
+        for rows in (1, 8):
+            seen.clear()
+            results[eos, rows], _ = train.evaluate(model, windows, tokenizer, rows, CPU, Ranks())
+            assert seen == ids[1:]
+    model.__class__ = GPT
+    expected = sum(alone(ids[a:min(a + 16, 399)], ids[a + 1:a + 17])
+                   for a in range(0, 399, 16)) / 399
+    assert results[EOS, 1] == pytest.approx(expected, rel=1e-6)
+    assert results[EOS, 8] == pytest.approx(expected, rel=1e-6)
+    assert results[None, 8] != pytest.approx(expected, rel=1e-3)
+
+
 def test_max_minutes_fixes_the_number_of_steps(run_train):
     out = run_train(max_minutes=0.02, eval_interval=10_000, log_interval=10_000)
     assert out['step'] > 5
@@ -221,12 +351,13 @@ def test_depth_is_one_knob(run_train, capsys, monkeypatch):
     (dict(vocab_size=10), ['vocab_size=10', 'tokens']),
     (dict(block_size=100_000), ['block_size=100000', 'smaller']),
     (dict(dataset='no_such_thing'), ['no_such_thing', 'shakespeare']),
-    (dict(dataset='openwebtext'), ['openwebtext', 'GB']),
+    (dict(dataset='openwebtext'), ['openwebtext', '80 x 303 MB']),
     (dict(device='cuda'), ['device=cuda', '--device=cpu']),
     (dict(dtype='int8'), ['dtype=int8', 'bfloat16']),
     (dict(init_from='nowhere'), ['init_from=nowhere']),
     (dict(timeout_minutes=0.0), ['timeout_minutes=0.0', 'at least']),
     (dict(spike_sigma=-1.0), ['spike_sigma=-1.0', 'at least 0']),
+    (dict(pack_documents=True, arch='lstm'), ['pack_documents=True', 'LSTM', 'leave it out']),
 ])
 def test_bad_settings(run_train, capsys, tmp_path, settings, parts):
     if settings.get('device') == 'cuda' and torch.cuda.is_available():

@@ -1,0 +1,386 @@
+"""The documents of a dataset in the making: on disk, a row each in memory.
+
+A work folder has a few files for each batch of documents (their texts, hashes, counts), written by
+several processes; what is there already is not done again. Duplicates are found over all rows; then
+the texts that stay are encoded, in order, into shards.
+"""
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from core import clean, documents
+from core.dataset import ShardWriter
+from core.documents import Bad
+from core.report import Tally
+from core.workers import ordered_map
+
+MANY = 100                      # documents: from so many on validation takes whole ones, at random
+VAL_CHARACTERS = 10_000_000     # most that it takes of them
+
+
+# ---------------------------------------------------------------------------------------------
+# Cleaning: records to documents in the work folder, one batch a process
+
+DOCUMENT = np.dtype([('size', '<i8'), ('characters', '<i4'), ('hash', '<u8'), ('source', '<i4'),
+                     ('continued', '?'), ('spans', '<i4')])
+
+
+def clean_all(work: Path, batches: Iterable[list], options: dict, benchmark: Iterable[str],
+              n_workers: int, complain: Callable[[str], None]) -> int:
+    """Clean all batches of records into `work`, but those that are there; how many they are.
+
+    `complain` is called with a message for each record that is no good. What shares n words in a
+    row with a text of `benchmark` is cut out.
+    """
+    index = clean.ngram_index(benchmark, options['overlap_words'])
+    banned = set(Path(options['bad_words']).read_text(encoding='utf-8').lower().split()
+                 ) if options['bad_words'] else set()
+    count = 0
+
+    def missing():
+        nonlocal count
+        for number, batch in enumerate(batches):
+            count = number + 1
+            if not (work / f'{number:06d}.json').is_file():
+                yield number, batch
+
+    for bad in ordered_map(clean_batch, missing(), n_workers, work, options, index, banned):
+        for message in bad:
+            complain(message)
+    return count
+
+
+def clean_batch(job, work: Path, options: dict, index: dict, banned: set) -> list[str]:
+    """Clean a batch of records and write what is left; returns what was bad in it."""
+    number, records = job
+    tally, texts, rows, bands, spans, places = Tally(), [], [], [], [], []
+    cut = clean.bands_and_rows(options['near_duplicates'] or 1)
+    for source, record in records:
+        try:
+            document = documents.parse(record, options['text_column'])
+        except Bad as e:
+            tally.bad.append(str(e))
+            continue
+        tally.counts[f'encoding: {record.encoding}'] += not document.continued
+        for text, words in clean_document(document, options, index, banned, tally):
+            raw = text.encode('utf-8')
+            found = clean.sentence_spans(text, options['repeated_sentences'] or 3)
+            rows.append((len(raw), len(text), clean.text_hash(text), source, document.continued,
+                         len(found)))
+            texts.append(raw)
+            spans.append(found)
+            places.append(document.where)
+            signature = clean.minhash(clean.shingles(words, options['shingle_words']))
+            bands.append(clean.band_hashes(signature, *cut))
+    if tally.bad and not options['skip_bad']:
+        return tally.bad
+    path = work / f'{number:06d}'
+    path.with_suffix('.txt').write_bytes(b''.join(texts))
+    np.savez(path.with_suffix('.npz'), documents=np.array(rows, DOCUMENT),
+             bands=np.array(bands, np.uint64).reshape(len(rows), cut[0]).T,
+             spans=np.concatenate([np.empty(0, np.uint64), *spans]))
+    save_json(path.with_suffix('.json'), {'tally': tally.state(), 'places': places})  # comes last
+    return tally.bad
+
+
+def clean_document(document, options: dict, index: dict, banned: set, tally: Tally
+                   ) -> Iterator[tuple[str, np.ndarray]]:
+    """What is left of a document, with its words' hashes: one text, none, or the pieces around
+    what it shares with a benchmark."""
+    where, applied = document.where, options['quality'].split(',')
+    text = clean.normalize(document.text, options['normalize'])
+    tally.counts['NUL characters removed'] += document.text.count('\0')
+    tally.counts['U+FFFD'] += text.count('\ufffd')
+    left = [text] if text.strip() else []
+    tally.step('not empty', [document.text], left)
+    if not left:
+        return
+    body = clean.strip_gutenberg(text)
+    tally.step("without Project Gutenberg's licence", left, [body])
+    if options['mask_pii']:
+        body, masked = clean.mask(body)
+        tally.counts.update({f'masked: {kind}': n for kind, n in masked.items()})
+    kept = clean.c4_lines(body, options['min_line_words'])
+    tally.counts["characters outside of C4's lines"] += len(body) - len(kept)
+    if 'c4' in applied:
+        tally.step("C4's lines", [body], [kept])
+        body = kept
+    words, lengths = clean.word_hashes(body)
+    rules = {'gopher': (*clean.gopher_quality(body),
+                        *clean.gopher_repetition(body, words, lengths)),
+             'c4': clean.c4(kept, banned)}
+    bad = set()
+    for family, measures in rules.items():
+        for measure, value in clean.outside(measures, options).items():
+            tally.rule(f'{family}: {measure}', family in applied, where, body, f'{value:.4g}')
+            bad.add(family)
+    for family in bad:
+        tally.counts[f'documents outside of {family} rules'] += 1
+    dropped = bad & {*applied}
+    tally.step('good by the rules', [body], [] if dropped else [body])
+    if dropped:
+        return
+    found = clean.overlaps(body, index, words) if index else []
+    pieces = clean.without_overlaps(body, found) if found else [body]
+    if index:
+        tally.step('without benchmark items', [body], pieces)
+        for begin, end in found[:3]:
+            tally.example('benchmark items', where, body[begin:end])
+    for piece in pieces:
+        yield piece, clean.word_hashes(piece)[0] if found else words
+
+
+def save_json(path: Path, value) -> None:
+    """Write a JSON file that is either whole or not there."""
+    tmp = path.with_name(f'{path.name}.part')
+    tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    os.replace(tmp, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Duplicates
+
+
+class Corpus:
+    """The documents in the work folder, one row each; their text stays on disk."""
+
+    def __init__(self, work: Path, n_batches: int, tally: Tally):
+        self.work, self.n_batches, parts = work, n_batches, []
+        for number in range(n_batches):
+            tally.add(json.loads((work / f'{number:06d}.json').read_text('utf-8'))['tally'])
+            parts.append(np.load(work / f'{number:06d}.npz')['documents'])
+        self.rows = np.concatenate([np.empty(0, DOCUMENT), *parts])
+        self.first = np.cumsum([0, *map(len, parts)])       # number of each batch's first document
+        self.batch = np.repeat(np.arange(n_batches), [len(part) for part in parts])
+        ends = np.cumsum(self.rows['size'])
+        begins = ends - self.rows['size']
+        self.offset = begins - begins[np.minimum(self.first[self.batch], max(0, len(begins) - 1))]
+
+    def load(self, number: int, array: str) -> np.ndarray:
+        return np.load(self.work / f'{number:06d}.npz')[array]
+
+    def place(self, i: int) -> tuple[int, int, int, int]:
+        """Where document i is: its number, batch, offset in it and size in bytes."""
+        return i, int(self.batch[i]), int(self.offset[i]), int(self.rows['size'][i])
+
+    def example(self, i: int) -> tuple[str, str]:
+        """Where document i came from, and its beginning."""
+        batch = int(self.batch[i])
+        found = json.loads((self.work / f'{batch:06d}.json').read_text('utf-8'))['places']
+        return found[i - self.first[batch]], read_document(self.work, self.place(i))[:300]
+
+
+def read_document(work: Path, place: tuple[int, int, int, int]) -> str:
+    """The text of a document in the work folder; for its place see Corpus."""
+    _, batch, offset, size = place
+    with open(work / f'{batch:06d}.txt', 'rb') as f:
+        f.seek(offset)
+        return f.read(size).decode('utf-8')
+
+
+def choose_validation(rows: np.ndarray, given: np.ndarray, fraction: float) -> np.ndarray:
+    """Which documents are for validation: those of sources that are `given` for it, or of many
+    documents a random part, by their hash; of few none, the last part of the text is taken later.
+    """
+    if given.any() or len(rows) < MANY:
+        return given[rows['source']]
+    sizes = rows['characters'].astype(np.int64)
+    room, chosen = min(VAL_CHARACTERS, fraction * sizes.sum()), np.zeros(len(rows), bool)
+    for i in np.argsort(rows['hash'], kind='stable'):
+        if room >= sizes[i]:
+            room, chosen[i] = room - sizes[i], True
+        if room <= 0:
+            break
+    return chosen
+
+
+def drop_duplicates(corpus: Corpus, val: np.ndarray, options: dict, n_workers: int,
+                    tally: Tally) -> np.ndarray:
+    """Which documents stay: of equal and of similar ones the first, or one for validation."""
+    rows = corpus.rows
+    order = np.argsort(~val, kind='stable')
+    stays = np.ones(len(rows), bool)
+    stays[order[clean.repeats(rows['hash'][order])]] = False
+    sizes = rows['characters'].astype(np.int64)
+    step(tally, 'without equal documents', sizes, np.ones(len(rows), bool), stays)
+    for i in np.flatnonzero(~stays)[:3]:
+        tally.example('equal documents', *corpus.example(i))
+    if not options['near_duplicates']:
+        return stays
+    before = stays.copy()
+    bands = np.lib.format.open_memmap(corpus.work / 'bands.npy', 'w+', np.uint64, (
+        clean.bands_and_rows(options['near_duplicates'])[0], len(rows)))
+    for number in range(corpus.n_batches):
+        bands[:, corpus.first[number]:corpus.first[number + 1]] = corpus.load(number, 'bands')
+    for band in tqdm(bands, desc='near duplicates', unit='band', leave=False,
+                     disable=len(rows) < 1000):
+        alive = order[stays[order]]
+        by_hash = np.argsort(band[alive], kind='stable')
+        values, alive = band[alive][by_hash], alive[by_hash]
+        new = np.concatenate([[True], values[1:] != values[:-1]]) if len(values) else []
+        starts = np.flatnonzero(new)
+        counts = np.diff([*starts, len(values)])
+        buckets = ([corpus.place(int(i)) for i in alive[start:start + n]]
+                   for start, n in zip(starts[counts > 1], counts[counts > 1]))
+        for found in ordered_map(check_bucket, buckets, n_workers, corpus.work,
+                                 options['near_duplicates'], options['shingle_words']):
+            for i, like in found:
+                stays[i] = False
+                if len(tally.examples.get('near duplicates', ())) < 3:
+                    where, text = corpus.example(i)
+                    tally.example('near duplicates', f'{where}, like {corpus.example(like)[0]}',
+                                  text)
+    step(tally, 'without near duplicates', sizes, before, stays)
+    return stays
+
+
+def check_bucket(places: list, work: Path, threshold: float, n: int) -> list[tuple[int, int]]:
+    """Which of documents with an equal band are similar to an earlier one that stays: pairs of
+    their numbers."""
+    kept, found = [], []
+    for place in places:
+        shingles = clean.shingles(clean.word_hashes(read_document(work, place))[0], n)
+        like = next((i for i, other in kept if clean.jaccard(shingles, other) >= threshold), None)
+        if like is not None:
+            found.append((place[0], like))
+        elif len(kept) < 8:     # more kinds than this in one bucket are not worth the time
+            kept.append((place[0], shingles))
+    return found
+
+
+def mark_sentences(corpus: Corpus, stays: np.ndarray, tally: Tally, apply: bool) -> None:
+    """Note in the work folder which spans of sentences came before, in documents that stay."""
+    repeated = np.zeros(int(corpus.rows['spans'].sum(dtype=np.int64)), bool)
+    ends = np.concatenate([[0], np.cumsum(corpus.rows['spans'], dtype=np.int64)])
+    for part in range(16):      # of the hashes, so that few are in memory at a time
+        hashes, at = [], []
+        for number in range(corpus.n_batches):
+            first, last = corpus.first[number], corpus.first[number + 1]
+            spans = corpus.load(number, 'spans')
+            here = np.repeat(stays[first:last], corpus.rows['spans'][first:last])
+            chosen = np.flatnonzero(here & (spans % np.uint64(16) == part))
+            hashes.append(spans[chosen])
+            at.append(chosen + ends[first])
+        at = np.concatenate([np.empty(0, np.int64), *at])
+        repeated[at[clean.repeats(np.concatenate([np.empty(0, np.uint64), *hashes]))]] = True
+    counts = np.add.reduceat(np.append(repeated, False), ends[:-1]) if len(ends) > 1 else []
+    touched = np.flatnonzero((counts > 0) & (corpus.rows['spans'] > 0)) if len(ends) > 1 else []
+    tally.counts['repeated spans of sentences'] = int(repeated.sum())
+    tally.counts['documents with repeated spans of sentences'] = len(touched)
+    for i in touched[:3]:
+        tally.example('repeated sentences', *corpus.example(int(i)))
+    if apply:
+        np.save(corpus.work / 'repeated.npy', repeated)
+        np.save(corpus.work / 'spans.npy', ends)
+
+
+def step(tally: Tally, name: str, sizes: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
+    """Note a step by which of all documents were there before and after it."""
+    tally.steps[name] = [int(n) for n in (before.sum(), sizes[before].sum(), after.sum(),
+                                          sizes[after].sum())]
+
+
+# ---------------------------------------------------------------------------------------------
+# Documents to shards
+
+
+class Split(NamedTuple):
+    """What of a corpus goes into a split: how often each document; in one of them the text begins
+    or ends at `cut`."""
+    name: str
+    copies: np.ndarray
+    cut_document: int = -1
+    cut: int = 0
+
+
+def split_corpus(corpus: Corpus, stays: np.ndarray, val: np.ndarray, weights: np.ndarray,
+                 fraction: float) -> tuple[Split, Split]:
+    """The validation and the training split; `weights` are those of the sources."""
+    weight = weights[corpus.rows['source']]
+    copies = np.floor(weight).astype(np.int64)      # of a part of a copy that part of the documents
+    copies += (corpus.rows['hash'] & np.uint64(0xffffffff)) < np.uint64(2 ** 32) * (weight % 1)
+    copies *= stays
+    if val.any() or len(corpus.rows) >= MANY:
+        return Split('val', (stays & val).astype(np.int64)), Split('train', copies * ~val)
+    ends = np.cumsum(corpus.rows['characters'] * stays, dtype=np.int64)
+    cut = int(ends[-1] * (1 - fraction))
+    document = min(int(np.searchsorted(ends, cut, side='right')), len(ends) - 1)
+    inside = cut - int(ends[document] - corpus.rows['characters'][document] * stays[document])
+    number = np.arange(len(ends))
+    return (Split('val', stays * (number >= document).astype(np.int64), document, inside),
+            Split('train', copies * (number <= document), document, inside))
+
+
+def jobs(corpus: Corpus, split: Split) -> Iterator[tuple]:
+    """The work of encoding a split: batch, documents of it, and which begin after another."""
+    first = True
+    for copy in range(int(split.copies.max(initial=0))):
+        chosen = split.copies > copy
+        whole = np.append(False, chosen[:-1])   # whether the document before it is in it, too
+        fresh = ~(corpus.rows['continued'] & whole)
+        for number in range(corpus.n_batches):
+            begin, end = corpus.first[number], corpus.first[number + 1]
+            here = np.flatnonzero(chosen[begin:end])
+            if len(here):
+                after = fresh[begin:end][here]
+                if first:
+                    after[0], first = False, False
+                yield number, here, after
+
+
+def texts_of(job: tuple, corpus: Corpus, split: Split, n_sentences: int) -> Iterator[str]:
+    """The texts of a job (see jobs), in order."""
+    number, here, _ = job
+    for i in here + corpus.first[number]:
+        text = read_document(corpus.work, corpus.place(i))
+        if n_sentences:
+            begin, end = np.load(corpus.work / 'spans.npy', mmap_mode='r')[i:i + 2]
+            repeated = np.load(corpus.work / 'repeated.npy', mmap_mode='r')[begin:end]
+            text = clean.without_sentences(text, repeated, n_sentences) if repeated.any() else text
+        if i == split.cut_document:
+            text = text[:split.cut] if split.name == 'train' else text[split.cut:]
+        yield text
+
+
+def encode_job(job: tuple, corpus: Corpus, split: Split, tok, n_sentences: int) -> np.ndarray:
+    """The ids of a job, an end-of-text token before each document that begins after another."""
+    parts = []
+    for after, text in zip(job[2], texts_of(job, corpus, split, n_sentences)):
+        parts += [[tok.eos]] * bool(after)
+        parts += [tok.encode(block) for block in tok.blocks(text)]
+    return np.concatenate([np.asarray(part, np.int64) for part in parts])
+
+
+def encode_split(corpus: Corpus, split: Split, tok, options: dict, n_workers: int, ready: Path
+                 ) -> None:
+    """Write the shards of a split into `ready`, going on after the last whole one."""
+    progress = ready / f'.{split.name}.json'        # jobs before it are done, `skip` ids of it too
+    done = json.loads(progress.read_text()) if progress.is_file() else {
+        'job': 0, 'skip': 0, 'shards': 0, 'whole': False}
+    if done['whole']:
+        return
+    writer = ShardWriter(ready, split.name, len(tok), options['shard_tokens'], done['shards'])
+    todo = itertools.islice(enumerate(jobs(corpus, split)), done['job'], None)
+    todo, numbered = itertools.tee(todo)
+    total = int((corpus.rows['size'] * split.copies).sum())
+    with tqdm(total=total, unit='B', unit_scale=True, desc=f'encoding {split.name}',
+              leave=False, disable=total < 1 << 23) as bar:
+        results = ordered_map(encode_job, (job for _, job in todo), n_workers, corpus, split, tok,
+                              options['repeated_sentences'])
+        for (number, job), ids in zip(numbered, results):
+            skip = done['skip'] if number == done['job'] else 0
+            shards = len(writer.paths)
+            writer.write(ids[skip:])
+            if len(writer.paths) > shards:
+                rest = sum(map(len, writer.pending))
+                save_json(progress, {'job': number, 'skip': len(ids) - rest,
+                                     'shards': len(writer.paths), 'whole': False})
+            bar.update(int(corpus.rows['size'][job[1] + corpus.first[job[0]]].sum()))
+    writer.flush()
+    save_json(progress, {'whole': True})

@@ -1,0 +1,289 @@
+"""Files of any format -> documents: text, web pages, JSON lines, tables, Parquet; each also as .gz.
+
+Reading has two halves. `read` goes through files in order, in one process, and yields records:
+bytes or text of a few megabytes at most, with the place they come from. `parse` makes documents of
+a record; that is the slow half, which prepare.py gives to several processes.
+Whatever cannot be read raises Bad with file, line or row, and a remedy.
+"""
+import codecs
+import csv
+import glob
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import charset_normalizer  # comes with requests
+
+TEXT, TABLES = ('.txt', '.md', '.rst', '.py'), ('.csv', '.tsv')
+SUFFIXES = (*TEXT, '.html', '.htm', '.jsonl', *TABLES, '.parquet')
+LONGEST = 1 << 22       # characters of a document in memory; a longer one comes in parts
+LONGEST_LINE = 1 << 26  # bytes of a JSON line
+SEPARATOR = re.compile(r'^<\|endoftext\|>(?:\n|\Z)', re.MULTILINE)  # such a line ends a document
+# What text may be that is not UTF-8 and does not say what it is. Neighbours of these (Latin-2, say)
+# cannot be told from them, and have to be stated.
+GUESSED = ('cp1252', 'cp1251', 'koi8_r', 'cp1253', 'cp1255', 'cp1256', 'cp932', 'euc_jp', 'gb18030',
+           'big5', 'cp949')
+MARKS = ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF32_LE, 'utf-32'),
+         (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF16_LE, 'utf-16'),
+         (codecs.BOM_UTF16_BE, 'utf-16'))
+
+
+class Bad(Exception):
+    """Input that cannot be used; the message is one line with place and remedy."""
+
+
+class Record(NamedTuple):
+    """A piece of a file, unparsed."""
+    where: str              # file, file:line or file:row
+    data: bytes | str
+    end: int                # bytes of the file up to here, for progress
+    kind: str = 'text'      # text, json or html
+    encoding: str = 'utf-8'
+    continued: bool = False     # goes on with the document of the record before it
+
+
+class Document(NamedTuple):
+    """One text, or a part of one that is too long to be kept in memory."""
+    where: str
+    text: str
+    continued: bool = False
+
+
+def suffix(path) -> str:
+    """What decides how a file is read: its last suffix in lower case, .gz aside."""
+    path = Path(path)
+    return Path(path.stem if path.suffix.lower() == '.gz' else path).suffix.lower()
+
+
+def find_files(place: str, bad) -> tuple[list[Path], Counter]:
+    """The files of a path, a folder with all below it, or a glob, sorted; and how many were left
+    out of folders by suffix. `bad` is called with a message for a loop of links."""
+    if Path(place).is_file():
+        return [Path(place)], Counter()
+    roots = [place] if Path(place).is_dir() else sorted(glob.glob(place, recursive=True))
+    files, left_out = [], Counter()
+    for root in roots:
+        if Path(root).is_dir():
+            below = list(walk(Path(root), bad))
+            files += [path for path in below if suffix(path) in SUFFIXES]
+            left_out.update(suffix(path) or 'no suffix' for path in below
+                            if suffix(path) not in SUFFIXES)
+        else:
+            files.append(Path(root))
+    return files, left_out
+
+
+def walk(folder: Path, bad, above: tuple = ()) -> Iterator[Path]:
+    """All files below a folder, but hidden ones, in the order of their names; links are followed,
+    unless they lead back up: that is told to `bad`."""
+    try:
+        here = folder.stat()
+        entries = sorted(os.listdir(folder))
+    except OSError as e:
+        bad(f'{folder}: cannot be read ({e.strerror})')
+        return
+    if (here.st_dev, here.st_ino) in above:
+        bad(f'{folder}: a link to a folder above it, which would never end; remove it')
+        return
+    for name in entries:
+        path = folder / name
+        if name.startswith('.'):
+            continue
+        if path.is_dir():
+            yield from walk(path, bad, (*above, (here.st_dev, here.st_ino)))
+        else:
+            yield path
+
+
+# ---------------------------------------------------------------------------------------------
+# Files to records
+
+
+def read(path: Path, encoding: str, errors: str, column: str) -> Iterator[Record]:
+    """The records of a file in their order. `encoding` '' is found out, `errors` is 'strict' or
+    'replace', `column` is the text's in tables and JSON lines. Raises Bad."""
+    kind, where = suffix(path), path
+    reader = {'.html': read_html, '.htm': read_html, '.jsonl': read_jsonl, '.parquet': read_parquet,
+              **dict.fromkeys(TABLES, read_table)}.get(kind, read_text)
+    try:
+        with open(path, 'rb') as raw:
+            f = gzip.open(raw) if path.suffix.lower() == '.gz' else raw
+            for record in reader(path, f, raw, encoding, errors, column):
+                where = record.where
+                yield record
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise Bad(f'{path}: a damaged or truncated gzip file, after {where} ({e}); get it '
+                  'again') from e
+    except UnicodeError as e:   # a decoder's, whose offset counts from its last block
+        raise Bad(f'{path}: after {where}: {e}; state its --encoding, or --errors=replace') from e
+    except OSError as e:
+        raise Bad(f'{path}: cannot be read ({e.strerror})') from e
+
+
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file that may be compressed."""
+    with gzip.open(path) if path.suffix.lower() == '.gz' else open(path, 'rb') as f:
+        for line in f:
+            yield line.decode('utf-8', 'replace').rstrip('\n')
+
+
+def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    """A text file, decoded a block at a time; of any length, and with lines of any length."""
+    head = f.read(1 << 24)
+    encoding = encoding or detect(path, head)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), True)
+    text, block, offset, continued = '', head[:1 << 20], 0, False
+    head = memoryview(head)[1 << 20:]
+    while True:
+        try:
+            text += decoder.decode(block, final=not block)
+        except UnicodeDecodeError as e:
+            at = offset + e.start + len(block) - len(e.object)
+            raise Bad(f'{path}: invalid {encoding.upper()} at byte offset {at} '
+                      f'(0x{e.object[e.start]:02x}); convert it, state its --encoding, or put '
+                      'U+FFFD there with --errors=replace') from e
+        offset += len(block)
+        *whole, text = SEPARATOR.split(text)
+        for part in whole:
+            yield Record(str(path), part, raw.tell(), 'text', encoding, continued)
+            continued = False
+        while len(text) > LONGEST or not block and text:
+            cut = min(len(text), LONGEST)
+            if cut < len(text):
+                cut = max(text.rfind('\n', cut // 2, cut), text.rfind(' ', cut // 2, cut), 0) or cut
+            yield Record(str(path), text[:cut], raw.tell(), 'text', encoding, continued)
+            text, continued = text[cut:], True
+        if not block:
+            return
+        block, head = bytes(head[:1 << 20]), head[1 << 20:]
+        block = block or f.read(1 << 20)
+
+
+def detect(path, head: bytes) -> str:
+    """The encoding of a text that begins with `head`: its byte order mark's, UTF-8 if it is that
+    (or mostly that, and damaged), what a Project Gutenberg header states, or a guess."""
+    for mark, name in MARKS:
+        if head.startswith(mark):
+            return name
+    if (at := head.find(b'\0', 0, 8000)) >= 0:
+        raise Bad(f'{path}: a binary file (NUL byte at offset {at}); only text can be prepared, '
+                  'and UTF-16 without a byte order mark needs its --encoding')
+    text = codecs.getincrementaldecoder('utf-8')('replace').decode(head)
+    wrong = text.count('\ufffd') - head.count('\ufffd'.encode())
+    if not wrong or wrong <= len(re.findall(r'[^\x00-\x7f\ufffd]', text)):
+        return 'utf-8'
+    stated = re.search(rb'^Character set encoding: *([\w-]+)', head[:5000], re.MULTILINE)
+    if stated:
+        try:
+            return codecs.lookup(stated[1].decode()).name
+        except LookupError:
+            pass
+    odd = b'\n'.join(line for line in head.splitlines() if not line.isascii())[:1 << 16]
+    found = charset_normalizer.from_bytes(odd, cp_isolation=list(GUESSED)).best()
+    if not found:
+        raise Bad(f'{path}: neither UTF-8 nor any other encoding that could be told; state its '
+                  '--encoding')
+    return found.encoding
+
+
+def read_html(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    yield Record(str(path), f.read(), raw.tell(), 'html')   # a page states its encoding itself
+
+
+def read_jsonl(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    number = 0
+    while line := f.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE and not line.endswith(b'\n'):
+            raise Bad(f'{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; cut the '
+                      'text into several records, or give it as a .txt file')
+        if line.strip():
+            yield Record(f'{path}:{number}', line, raw.tell(), 'json')
+
+
+def read_table(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    head = f.peek(1 << 16) if hasattr(f, 'peek') else b''
+    encoding = encoding or detect(path, head)
+    csv.field_size_limit(LONGEST_LINE)
+    lines = io.TextIOWrapper(f, encoding, errors, newline='')
+    rows = csv.DictReader(lines, delimiter='\t' if suffix(path) == '.tsv' else ',')
+    try:
+        if column not in (rows.fieldnames or ()):
+            raise Bad(f'{path}:1: no column {column!r} among {", ".join(rows.fieldnames or ())}; '
+                      'name the one that has the text with --text_column')
+        for row in rows:
+            if row[column] is None:
+                raise Bad(f'{path}:{rows.line_num}: a row without the column {column!r}')
+            yield Record(f'{path}:{rows.line_num}', row[column], raw.tell(), 'text', encoding)
+    except csv.Error as e:
+        raise Bad(f'{path}:{rows.line_num}: {e}') from e
+
+
+def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise Bad(f'{path}: Parquet needs pyarrow: pip install pyarrow') from None
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(raw)
+        names = table.schema_arrow.names
+        if column not in names:
+            raise Bad(f'{path}: no column {column!r} among {", ".join(names)}; name the one that '
+                      'has the text with --text_column')
+        size, n_rows = os.path.getsize(path), table.metadata.num_rows
+        for batch in table.iter_batches(256, columns=[column]):
+            for value in batch.column(0):
+                row += 1
+                text = value.as_py()
+                if not isinstance(text, str):
+                    raise Bad(f'{path}: row {row}: {column!r} is no text')
+                yield Record(f'{path}:{row}', text, size * row // n_rows)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise Bad(f'{path}: a damaged or truncated Parquet file, after row {row} '
+                  f'({" ".join(str(e).split())[:200]}); get it again') from e
+
+
+# ---------------------------------------------------------------------------------------------
+# Records to documents
+
+
+def parse(record: Record, column: str) -> Document:
+    """The document of a record. Raises Bad."""
+    where, data = record.where, record.data
+    if record.kind == 'json':
+        data = parse_json(where, data, column)
+    elif record.kind == 'html':
+        data = html_to_text(where, data)
+    return Document(where, data, record.continued)
+
+
+def parse_json(where: str, line: bytes, column: str) -> str:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise Bad(f'{where}: not JSON ({e})') from e
+    if not isinstance(found, dict) or not isinstance(found.get(column), str):
+        names = f'it has {", ".join(found)}' if isinstance(found, dict) else 'it is no object'
+        raise Bad(f'{where}: no text in a field {column!r}: {names[:200]}; name the one that has '
+                  'it with --text_column')
+    return found[column].encode('utf-8', 'replace').decode()    # a lone surrogate is no text
+
+
+def html_to_text(where: str, page: bytes) -> str:
+    """What a reader of a web page reads: trafilatura leaves menus and footers out."""
+    try:
+        import trafilatura
+    except ImportError:
+        raise Bad(f'{where}: web pages need trafilatura: pip install trafilatura '
+                  'lxml_html_clean') from None
+    text = trafilatura.extract(page, include_comments=False, favor_recall=True)
+    return text + '\n' if text else ''

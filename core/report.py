@@ -1,0 +1,153 @@
+"""What preparing a dataset did: counted in a Tally, shown as report.html, a page without links."""
+import html
+from collections import Counter
+from pathlib import Path
+
+
+class Tally:
+    """Counts that can be added up over batches of documents, and the first examples of each kind.
+
+    steps: name -> documents and characters before, documents and characters after
+    rules: name -> documents outside of it, documents it dropped
+    """
+
+    def __init__(self):
+        self.steps, self.rules, self.counts = {}, {}, Counter()
+        self.examples, self.bad = {}, []
+
+    def step(self, name: str, before: list[str], after: list[str]) -> None:
+        """Note what a step made of a document: lists of texts."""
+        counts = self.steps.setdefault(name, [0, 0, 0, 0])
+        for i, texts in ((0, before), (2, after)):
+            counts[i] += len(texts)
+            counts[i + 1] += sum(map(len, texts))
+
+    def rule(self, name: str, dropped: bool, where: str, text: str, value: str) -> None:
+        """Note that a document lies outside of a rule, and whether it was dropped for that."""
+        counts = self.rules.setdefault(name, [0, 0])
+        counts[0] += 1
+        counts[1] += dropped
+        self.example(name, f'{where}: {value}', text)
+
+    def example(self, kind: str, where: str, text: str) -> None:
+        """Keep the beginning of a text, if it is one of the first three of its kind."""
+        found = self.examples.setdefault(kind, [])
+        if len(found) < 3:
+            found.append([where, text[:300]])
+
+    def state(self) -> dict:
+        return dict(vars(self))
+
+    def add(self, other: dict) -> None:
+        """Add the state of another tally."""
+        for mine, theirs in ((self.steps, other['steps']), (self.rules, other['rules'])):
+            for name, counts in theirs.items():
+                mine[name] = [a + b for a, b in zip(mine.get(name, [0] * 4), counts)]
+        self.counts.update(other['counts'])
+        self.bad += other['bad']
+        for kind, found in other['examples'].items():
+            self.examples[kind] = [*self.examples.get(kind, []), *found][:3]
+
+
+STYLE = '''
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
+th, td { text-align: left; padding: .2rem 1rem .2rem 0; border-bottom: 1px solid #8884;
+         vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem; padding: .5rem;
+      background: #8882; border-radius: .3rem; font-size: 85%; }
+td { overflow-wrap: anywhere; white-space: pre-wrap; }
+svg { width: 100%; height: auto; }
+'''
+
+
+def write_report(path: Path, meta: dict) -> None:
+    """Write the page of a dataset whose meta.json is `meta`."""
+    page = [f'<h1>{esc(meta["name"])}</h1><p>{esc(meta["about"])}</p>']
+    sizes = [('documents', f'{meta["documents"]:,}'), ('characters', f'{meta["characters"]:,}'),
+             ('tokens to train on', f'{meta["train_tokens"]:,}'),
+             ('tokens to validate on', f'{meta["val_tokens"]:,}'),
+             ('tokenizer', f'{meta["tokenizer"]}, {meta["vocab_size"]:,} tokens'),
+             ('bytes per token', f'{meta["bytes_per_token"]:.3f}'),
+             ("bytes per token of GPT-2's tokenizer on the same text",
+              f'{meta["gpt2_bytes_per_token"]:.3f}' if meta['gpt2_bytes_per_token']
+              else 'not measured: its file is not on this machine'),
+             ('licence', meta['licence'])]
+    page += [table('', [], sizes), '<h2>What went in and what came out</h2>',
+             table('The steps in their order. Where a line is the same twice, nothing was removed.',
+                   ['step', 'documents in', 'out', 'characters in', 'out', 'left'],
+                   [(name, f'{a:,}', f'{b:,}', f'{c:,}', f'{d:,}', f'{d / max(1, c):.2%}')
+                    for name, (a, c, b, d) in meta['steps'].items()])]
+    settings, n_tokens = meta['settings'], meta['train_tokens'] + meta['val_tokens']
+    applied = settings['quality'] or 'none'
+    page.append(table(
+        f'Quality rules; applied: {esc(applied)}. The others would have dropped what lies outside.',
+        ['rule', 'allowed', 'documents outside', 'dropped'],
+        [(rule, allowed(rule.partition(': ')[2], settings), f'{n:,}', f'{dropped:,}')
+         for rule, (n, dropped) in sorted(meta['rules'].items(), key=lambda r: -r[1][0])]
+        or [('no document lies outside of any rule', '', '0', '0')]))
+    page.append(table('Also counted', ['what', 'how many'],
+                      [(what, f'{n:,}') for what, n in meta['counts'].items() if n]))
+    if meta['bad']:
+        page.append(table(f'Left out because it cannot be read: {len(meta["bad"]):,}', ['what'],
+                          [(message,) for message in meta['bad'][:20]]))
+    page += ['<h2>Length of the documents</h2>', histogram(meta['lengths']),
+             '<h2>Most frequent tokens</h2>',
+             table('', ['token', 'how often', 'of all'],
+                   [(repr(token), f'{n:,}', f'{n / n_tokens:.2%}')
+                    for token, n in meta['frequent']]),
+             '<h2>Examples of what was removed, or would have been</h2>']
+    for kind, found in sorted(meta['examples'].items()):
+        page.append(f'<h3>{esc(kind)}</h3>' + ''.join(
+            f'<div>{esc(where)}</div><pre>{esc(text)}</pre>' for where, text in found))
+    page += ['<h2>Sources</h2>', table(
+        f'{meta["n_inputs"]:,} files, {meta["input_bytes"]:,} bytes'
+        + (', the first of them:' if meta['n_inputs'] > len(meta['inputs']) else ''),
+        ['file', 'bytes', 'SHA-256'],
+        [(f['file'], f'{f["bytes"]:,}', f['sha256'][:16] + '…') for f in meta['inputs'][:200]]),
+        '<h2>Settings</h2>',
+        table('', ['setting', 'value'], [(k, str(v)) for k, v in settings.items()])]
+    path.write_text(f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+                    f'<meta name="viewport" content="width=device-width">'
+                    f'<title>{esc(meta["name"])}</title><style>{STYLE}</style></head><body>\n'
+                    + '\n'.join(page) + '\n</body></html>\n', encoding='utf-8')
+
+
+def esc(text: str) -> str:
+    return html.escape(str(text))
+
+
+def allowed(measure: str, settings: dict) -> str:
+    """What the settings allow of a measure: '50 to 100,000', 'at most 0.3'."""
+    low, high = settings.get(f'min_{measure}'), settings.get(f'max_{measure}')
+    if low is not None and high is not None:
+        return f'{low:,} to {high:,}'
+    return f'at least {low:,}' if high is None else f'at most {high:,}'
+
+
+def table(title: str, head: list[str], rows: list[tuple]) -> str:
+    """An HTML table; columns of numbers are set to the right."""
+    right = [i > 0 and all(str(row[i])[:1].isdigit() for row in rows) for i in range(len(head))]
+    cell = lambda tag, i, text: (f'<{tag}{" class=n" if right[i:i + 1] == [True] else ""}>'
+                                 f'{esc(text)}</{tag}>')
+    return (f'<p>{title}</p>' * bool(title) + '<table>'
+            + ''.join(f'<tr>{"".join(cell(tag, i, text) for i, text in enumerate(row))}</tr>'
+                      for tag, row in [('th', head)] * bool(head) + [('td', r) for r in rows])
+            + '</table>')
+
+
+def histogram(lengths: list[list[int]]) -> str:
+    """Bars of (at least, below, how many documents), as SVG."""
+    most, width = max(n for *_, n in lengths), 900 / len(lengths)
+    bars = ''.join(
+        f'<g><title>{low:,} to {high - 1:,} characters: {n:,} documents</title>'
+        f'<rect x="{i * width + 2:.1f}" y="{220 - 190 * n / most:.1f}" width="{width - 4:.1f}" '
+        f'height="{190 * n / most:.1f}" fill="#47a"/>'
+        f'<text x="{(i + .5) * width:.1f}" y="{214 - 190 * n / most:.1f}" text-anchor="middle" '
+        f'font-size="13" fill="currentColor">{n:,}</text>'
+        f'<text x="{(i + .5) * width:.1f}" y="238" text-anchor="middle" font-size="13" '
+        f'fill="currentColor">{low:,}</text></g>' for i, (low, high, n) in enumerate(lengths))
+    return (f'<p>Documents by characters; each bar begins at the number below it.</p>'
+            f'<svg viewBox="0 0 900 245" role="img">{bars}</svg>')
