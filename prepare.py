@@ -329,13 +329,10 @@ def find_files(place: str, options: dict, downloads: str, tally: Tally) -> list[
         file += '' if documents.suffix(file) in documents.SUFFIXES else '.html'
         return [fetch(f'urls/{file}', place, downloads)]
     files, left_out = documents.find_files(place, lambda m: complain(m, options, tally))
-    if left_out:
-        tally.counts.update({f'left out: {suffix} files': n for suffix, n in left_out.items()})
-        print(f'{place}: left out ' + ', '.join(
-            f'{n:,} x {suffix}' for suffix, n in left_out.most_common(8)))
+    tally.counts.update({f'files left out: {suffix}': n for suffix, n in left_out.items()})
     if not files:
         stop(f'{place}: no text files ({", ".join(documents.SUFFIXES)}, each also as .gz) in this '
-             'folder')
+             f'folder, but {left_out.total():,} others')
     return files
 
 
@@ -556,10 +553,9 @@ def print_summary(folder: Path, meta: dict) -> None:
         if characters_in != characters_out:
             print(f'  {name}: {documents_in:,} -> {documents_out:,} documents, {characters_in:,} '
                   f'-> {characters_out:,} characters')
-    for what in ('U+FFFD', 'NUL characters removed', *(
-            what for what in meta['counts'] if what.startswith(('masked', 'documents outside')))):
-        if meta['counts'].get(what):
-            print(f'  {what}: {meta["counts"][what]:,}')
+    for what, n in meta['counts'].items():
+        if n and what.startswith(('U+FFFD', 'NUL', 'masked', 'documents outside', 'files')):
+            print(f'  {what}: {n:,}')
     if meta['bad']:
         print(f'  left out because it cannot be read: {len(meta["bad"]):,}')
     print(f'  what was removed and why: {folder}/report.html')

@@ -374,13 +374,12 @@ def encode_split(corpus: Corpus, split: Split, tok, options: dict, n_workers: in
         results = ordered_map(encode_job, (job for _, job in todo), n_workers, corpus, split, tok,
                               options['repeated_sentences'])
         for (number, job), ids in zip(numbered, results):
-            skip = done['skip'] if number == done['job'] else 0
-            shards = len(writer.paths)
-            writer.write(ids[skip:])
-            if len(writer.paths) > shards:
-                rest = sum(map(len, writer.pending))
-                save_json(progress, {'job': number, 'skip': len(ids) - rest,
-                                     'shards': len(writer.paths), 'whole': False})
+            at = done['skip'] if number == done['job'] else 0
+            while at < len(ids):
+                at += writer.write(ids[at:at + writer.room()])
+                if not writer.pending:      # a shard is whole
+                    save_json(progress, {'job': number, 'skip': at, 'shards': len(writer.paths),
+                                         'whole': False})
             bar.update(int(corpus.rows['size'][job[1] + corpus.first[job[0]]].sum()))
     writer.flush()
     save_json(progress, {'whole': True})

@@ -197,19 +197,24 @@ class ShardWriter:
     def path(self, number: int) -> Path:
         return self.folder / f'{self.split}-{number:05d}.bin'
 
-    def write(self, ids) -> None:
-        """Append a sequence of ids."""
+    def room(self) -> int:
+        """How many more ids fit into the shard that is being filled."""
+        return self.shard_tokens - sum(map(len, self.pending))
+
+    def write(self, ids) -> int:
+        """Append a sequence of ids; returns how many they are."""
         ids = np.asarray(ids, dtype=np.int64)
         low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
         if low < 0 or high > np.iinfo(self.dtype).max:
             raise ValueError(f'ids from {low} to {high} do not fit {self.dtype}')
-        ids = ids.astype(self.dtype)
+        ids, n = ids.astype(self.dtype), len(ids)
         while len(ids):
-            room = self.shard_tokens - sum(map(len, self.pending))
+            room = self.room()
             self.pending.append(ids[:room])
             ids = ids[room:]
             if len(self.pending[-1]) == room:
                 self.flush()
+        return n
 
     def flush(self) -> None:
         """Write what is pending as one shard, even an empty one if there is none yet."""

@@ -212,7 +212,7 @@ def test_a_worker_that_is_killed(monkeypatch):
 @pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills):
     """The next run goes on; the result is the same to the byte, and no file is ever half there."""
-    make_corpus(5)
+    make_corpus(3)
     began = time.monotonic()
     subprocess.run(prepare_command('--data_dir=whole'), check=True, capture_output=True)
     seconds, whole = time.monotonic() - began, contents('whole/it')
@@ -279,7 +279,7 @@ def test_austen(monkeypatch):
                    *documents_of('data/austen', 'val')[1:]]
     assert len(novels) == 7
     for text in novels:
-        assert not re.search('gutenberg|ebook|licen[cs]e|produced by', text, re.IGNORECASE)
+        assert not re.search('(?im)gutenberg|ebook|^produced by|^end of', text)
         assert '\ufffd' not in text and 'Ã' not in text
     chapters = [len(re.findall(r'^ *(?:CHAPTER|Chapter) +(?:[IVXLC]+|\d+)\.?', text, re.MULTILINE))
                 for text in novels]
