@@ -36,9 +36,10 @@ from core.corpus import (
     split_corpus,
     texts_of,
 )
-from core.dataset import NoNetwork, Tokens, fetch, file_hash, locked
+from core.dataset import Tokens
 from core.device import cpu_count
 from core.documents import Bad
+from core.download import NoNetwork, fetch, file_hash, locked
 from core.recipes import RECIPES
 from core.report import Tally, write_report
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn

@@ -24,7 +24,8 @@ import prepare
 from core import checkpoint, optim, parallel, rundir
 from core import device as hardware
 from core import tokenizer as tokenizers
-from core.dataset import IGNORE, NoNetwork, load_split, share
+from core.dataset import IGNORE, load_split, share
+from core.download import NoNetwork
 from core.parallel import print0
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
 from model import (

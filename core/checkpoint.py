@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import model as model_module
 from core import hf, hf_tokenizer
 from core import tokenizer as tokenizers
-from core.dataset import NoNetwork, file_hash
+from core.download import NoNetwork, file_hash
 from core.settings import stop, warn
 from model import GPTConfig, build_model
 

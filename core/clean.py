@@ -273,7 +273,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 def sentence_spans(text: str, n: int) -> np.ndarray:
     """(number of sentences - n + 1,) uint64 hashes of n sentences in a row."""
-    plain = [' '.join(text[begin:end].lower().split()) for begin, end in sentences(text)]
+    plain = [text[begin:end].strip() for begin, end in sentences(text)]
     return ngram_hashes(np.fromiter(map(crc.__wrapped__, plain), np.uint64, len(plain)), n)
 
 

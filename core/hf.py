@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from core.dataset import fetch, locked
+from core.download import fetch, locked
 from core.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
 from core.settings import stop
 from core.tokenizer import CHAT_TEMPLATE, Tokenizer

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core import hf
-from core.dataset import fetch
 from core.documents import read
+from core.download import fetch
 
 
 class Recipe(NamedTuple):

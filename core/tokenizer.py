@@ -28,8 +28,8 @@ import regex  # comes with tiktoken
 import tiktoken
 from tqdm import tqdm
 
-from core.dataset import fetch
 from core.device import cpu_count
+from core.download import fetch
 from core.settings import stop
 from core.workers import ordered_map
 

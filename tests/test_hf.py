@@ -705,7 +705,7 @@ def test_names_that_lead_nowhere(capsys, hub, folder, tmp_path, monkeypatch):
         assert message.startswith(f'run_dir={name:.80}: ')
     assert hub == []                                    # a slip of the pen asks nobody
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
-    monkeypatch.setattr('core.dataset.time.sleep', lambda s: None)
+    monkeypatch.setattr('core.download.time.sleep', lambda s: None)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         checkpoint.find_model('org/other')

@@ -10,7 +10,8 @@ from conftest import stopped_at_last as stopped
 
 import prepare
 from core import recipes
-from core.dataset import NoNetwork, Tokens
+from core.dataset import Tokens
+from core.download import NoNetwork
 from core.hf_tokenizer import tokenizer_json
 from core.recipes import Recipe
 from core.tokenizer import load

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from core import checkpoint
-from core.dataset import file_hash
+from core.download import file_hash
 from core.settings import Stop
 from model import GPTConfig, build_model
 
