@@ -368,7 +368,7 @@ def bench_data() -> dict:
         reader.start()
         while process.poll() is None:
             peak = max(peak, memory_of_all(process.pid))
-            time.sleep(0.2)
+            time.sleep(0.5)
         reader.join()
         if process.returncode:
             stop(f'prepare.py ended with status {process.returncode}; its output was: '

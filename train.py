@@ -431,13 +431,15 @@ def evaluate_run(ranks, device) -> dict:
     if known.hash() != tokenizers.load(data / 'tokenizer.json').hash():
         stop(f'{base} and {data} have different vocabularies; evaluate it on the data it knows')
     config = model.config
-    eos = known.eos if respects_documents(config) else None
+    as_trained = state.get('identity', {}).get('data', {}).get('pack_documents', False)
+    packed = respects_documents(config) or as_trained and 'pack_documents' not in GIVEN
+    eos = known.eos if packed else None
     windows = load_split(data, 'val', config.block_size, shuffle=False, eos=eos)
     rows = micro_batch_size or hardware.fit_micro_batch(
         device, 64, config.block_size, 1, config.n_embd, ranks.local_world)
     val_loss, bits_per_byte = evaluate(model, windows, known, rows, device, ranks)
     print0(f'{base}, step {state["step"]}, on {data}: validation loss {val_loss:.4f} nats per '
-           f'token, {bits_per_byte:.4f} bits per byte')
+           f'token, {bits_per_byte:.4f} bits per byte' + ', documents kept apart' * packed)
     return {'run_dir': str(base), 'step': state['step'], 'val_loss': val_loss,
             'bits_per_byte': bits_per_byte}
 

@@ -44,11 +44,15 @@ def strip_gutenberg(text: str) -> str:
 
 
 MASKS = {
-    'e-mail address': re.compile(r'\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b'),
+    'e-mail address': re.compile(
+        r'(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}\b'),
     'IP address': re.compile(
         r'(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]\d|\w)'),
-    'phone number': re.compile(r'(?<![\w.])(?:\+?\d{1,3}[ .-]?)?(?:\(\d{2,4}\)|\d{2,4})[ .-]'
-                               r'\d{3,4}[ .-]\d{3,4}(?!\w|[.-]\d)')}
+    # with the country's code, in North American groups, or with a leading 0
+    'phone number': re.compile(
+        r'(?<![\w.+-])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,5}|'
+        r'(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}|'
+        r'0\d{2,4}[ -]\d{3,4}[ -]\d{3,4})(?!\w|[.-]\d)')}
 
 
 def mask(text: str) -> tuple[str, Counter]:
@@ -132,7 +136,7 @@ def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
     lines = [line for line in text.split('\n') if line.strip()]
     m = max(1, len(lines))
     yield 'words', len(words)
-    yield 'mean_word_length', (len(text) - sum(map(text.count, ' \n\t'))) / n
+    yield 'mean_word_length', sum(map(len, words)) / n
     yield 'symbols', max(text.count('#'), text.count('...') + text.count('…')) / n
     yield 'bullet_lines', sum(line.lstrip().startswith(BULLETS) for line in lines) / m
     yield 'ellipsis_lines', sum(line.rstrip().endswith(('...', '…')) for line in lines) / m

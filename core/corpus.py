@@ -139,7 +139,9 @@ def clean_document(document, options: dict, index: dict, banned: set, tally: Tal
 def save_json(path: Path, value) -> None:
     """Write a JSON file that is either whole or not there."""
     tmp = path.with_name(f'{path.name}.part')
-    tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    # names of files may have bytes that are no UTF-8
+    tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8',
+                   errors='backslashreplace')
     os.replace(tmp, path)
 
 

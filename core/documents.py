@@ -25,7 +25,8 @@ TEXT, TABLES = ('.txt', '.md', '.rst', '.py'), ('.csv', '.tsv')
 SUFFIXES = (*TEXT, '.html', '.htm', '.jsonl', *TABLES, '.parquet')
 LONGEST = 1 << 22       # characters of a document in memory; a longer one comes in parts
 LONGEST_LINE = 1 << 26  # bytes of a JSON line
-SEPARATOR = re.compile(r'^<\|endoftext\|>(?:\n|\Z)', re.MULTILINE)  # such a line ends a document
+END = '<|endoftext|>'   # a line of it ends a document
+SEPARATOR = re.compile(r'^<\|endoftext\|>\n', re.MULTILINE)
 # What text may be that is not UTF-8 and does not say what it is. Neighbours of these (Latin-2, say)
 # cannot be told from them, and have to be stated.
 GUESSED = ('cp1252', 'cp1251', 'koi8_r', 'cp1253', 'cp1255', 'cp1256', 'cp932', 'euc_jp', 'gb18030',
@@ -37,6 +38,10 @@ MARKS = ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF32_LE, 'utf-32'),
 
 class Bad(Exception):
     """Input that cannot be used; the message is one line with place and remedy."""
+
+    def __init__(self, message: str):   # which may quote anything from the input
+        plain = message.encode('utf-8', 'backslashreplace').decode()
+        super().__init__(' '.join(part for part in plain.splitlines() if part))
 
 
 class Record(NamedTuple):
@@ -65,12 +70,15 @@ def suffix(path) -> str:
 def find_files(place: str, bad) -> tuple[list[Path], Counter]:
     """The files of a path, a folder with all below it, or a glob, sorted; and how many were left
     out of folders by suffix. `bad` is called with a message for a loop of links."""
-    if Path(place).is_file():
+    if os.path.isfile(place):
         return [Path(place)], Counter()
-    roots = [place] if Path(place).is_dir() else sorted(glob.glob(place, recursive=True))
-    files, left_out = [], Counter()
+    roots = [place] if os.path.isdir(place) else sorted(glob.glob(place, recursive=True))
+    files, left_out, folders = [], Counter(), set()
     for root in roots:
-        if Path(root).is_dir():
+        if not folders.isdisjoint(Path(root).parents):
+            continue    # ** matches a folder and what is in it
+        if os.path.isdir(root):
+            folders.add(Path(root))
             below = list(walk(Path(root), bad))
             files += [path for path in below if suffix(path) in SUFFIXES]
             left_out.update(suffix(path) or 'no suffix' for path in below
@@ -87,7 +95,7 @@ def walk(folder: Path, bad, above: tuple = ()) -> Iterator[Path]:
         here = folder.stat()
         entries = sorted(os.listdir(folder))
     except OSError as e:
-        bad(f'{folder}: cannot be read ({e.strerror})')
+        bad(f'{folder}: cannot be read ({e.strerror}); see to its permissions')
         return
     if (here.st_dev, here.st_ino) in above:
         bad(f'{folder}: a link to a folder above it, which would never end; remove it')
@@ -96,7 +104,7 @@ def walk(folder: Path, bad, above: tuple = ()) -> Iterator[Path]:
         path = folder / name
         if name.startswith('.'):
             continue
-        if path.is_dir():
+        if os.path.isdir(path):
             yield from walk(path, bad, (*above, (here.st_dev, here.st_ino)))
         else:
             yield path
@@ -110,6 +118,8 @@ def read(path: Path, encoding: str, errors: str, column: str) -> Iterator[Record
     """The records of a file in their order. `encoding` '' is found out, `errors` is 'strict' or
     'replace', `column` is the text's in tables and JSON lines. Raises Bad."""
     kind, where = suffix(path), path
+    if encoding and not is_encoding(encoding):
+        raise Bad(f'{path}: encoding={encoding} is none that Python knows for text; correct it')
     reader = {'.html': read_html, '.htm': read_html, '.jsonl': read_jsonl, '.parquet': read_parquet,
               **dict.fromkeys(TABLES, read_table)}.get(kind, read_text)
     try:
@@ -124,7 +134,16 @@ def read(path: Path, encoding: str, errors: str, column: str) -> Iterator[Record
     except UnicodeError as e:   # a decoder's, whose offset counts from its last block
         raise Bad(f'{path}: after {where}: {e}; state its --encoding, or --errors=replace') from e
     except OSError as e:
-        raise Bad(f'{path}: cannot be read ({e.strerror})') from e
+        raise Bad(f'{path}: cannot be read ({e.strerror}); see that it is there, with permission '
+                  'to read it') from e
+
+
+def is_encoding(name: str) -> bool:
+    """Whether Python knows an encoding of text by that name; hex and the like are none."""
+    try:
+        return codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        return False
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -150,20 +169,31 @@ def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
                       f'(0x{e.object[e.start]:02x}); convert it, state its --encoding, or put '
                       'U+FFFD there with --errors=replace') from e
         offset += len(block)
+        if not block and text.endswith(END):
+            text += '\n'
         *whole, text = SEPARATOR.split(text)
         for part in whole:
-            yield Record(str(path), part, raw.tell(), 'text', encoding, continued)
+            yield from parts(part, True, str(path), raw.tell(), encoding, continued)
             continued = False
-        while len(text) > LONGEST or not block and text:
-            cut = min(len(text), LONGEST)
-            if cut < len(text):
-                cut = max(text.rfind('\n', cut // 2, cut), text.rfind(' ', cut // 2, cut), 0) or cut
-            yield Record(str(path), text[:cut], raw.tell(), 'text', encoding, continued)
-            text, continued = text[cut:], True
+        rest = yield from parts(text, not block, str(path), raw.tell(), encoding, continued)
+        text, continued = rest, continued or len(rest) < len(text)
         if not block:
             return
         block, head = bytes(head[:1 << 20]), head[1 << 20:]
         block = block or f.read(1 << 20)
+
+
+def parts(text: str, whole: bool, where: str, end: int, encoding: str, continued: bool):
+    """Records of a text, none longer than LONGEST; if it is not the whole document yet, returns the
+    rest, which more will follow."""
+    while len(text) > LONGEST or whole and text:
+        cut = min(len(text), LONGEST)
+        if cut < len(text):     # between two words if there are any
+            cut = max(text.rfind('\n', cut // 2, cut), text.rfind(' ', cut // 2, cut), 0) or cut
+            cut -= text.startswith('<', cut)    # which at the start of a part might begin END
+        yield Record(where, text[:cut], end, 'text', encoding, continued)
+        text, continued = text[cut:], True
+    return text
 
 
 def detect(path, head: bytes) -> str:
@@ -180,13 +210,14 @@ def detect(path, head: bytes) -> str:
     if not wrong or wrong <= len(re.findall(r'[^\x00-\x7f\ufffd]', text)):
         return 'utf-8'
     stated = re.search(rb'^Character set encoding: *([\w-]+)', head[:5000], re.MULTILINE)
-    if stated:
-        try:
-            return codecs.lookup(stated[1].decode()).name
-        except LookupError:
-            pass
-    odd = b'\n'.join(line for line in head.splitlines() if not line.isascii())[:1 << 16]
-    found = charset_normalizer.from_bytes(odd, cp_isolation=list(GUESSED)).best()
+    if stated and is_encoding(stated[1].decode()):
+        return codecs.lookup(stated[1].decode()).name
+    odd, n = [], 0      # lines, since a part of one might begin or end within a character
+    for line in head.splitlines():
+        if not line.isascii() and n < 1 << 16:
+            odd.append(line)
+            n += len(line)
+    found = charset_normalizer.from_bytes(b'\n'.join(odd), cp_isolation=list(GUESSED)).best()
     if not found:
         raise Bad(f'{path}: neither UTF-8 nor any other encoding that could be told; state its '
                   '--encoding')
@@ -205,6 +236,7 @@ def read_jsonl(path, f, raw, encoding, errors, column) -> Iterator[Record]:
             raise Bad(f'{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; cut the '
                       'text into several records, or give it as a .txt file')
         if line.strip():
+            line = line.decode('utf-8', 'replace') if errors == 'replace' else line
             yield Record(f'{path}:{number}', line, raw.tell(), 'json')
 
 
@@ -220,10 +252,10 @@ def read_table(path, f, raw, encoding, errors, column) -> Iterator[Record]:
                       'name the one that has the text with --text_column')
         for row in rows:
             if row[column] is None:
-                raise Bad(f'{path}:{rows.line_num}: a row without the column {column!r}')
+                raise Bad(f'{path}:{rows.line_num}: a row without the column {column!r}; mend it')
             yield Record(f'{path}:{rows.line_num}', row[column], raw.tell(), 'text', encoding)
     except csv.Error as e:
-        raise Bad(f'{path}:{rows.line_num}: {e}') from e
+        raise Bad(f'{path}:{rows.reader.line_num}: {e}; mend the row') from e
 
 
 def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
@@ -234,7 +266,7 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
         raise Bad(f'{path}: Parquet needs pyarrow: pip install pyarrow') from None
     row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(raw)
+        table = pyarrow.parquet.ParquetFile(f)
         names = table.schema_arrow.names
         if column not in names:
             raise Bad(f'{path}: no column {column!r} among {", ".join(names)}; name the one that '
@@ -245,9 +277,10 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
                 row += 1
                 text = value.as_py()
                 if not isinstance(text, str):
-                    raise Bad(f'{path}: row {row}: {column!r} is no text')
-                yield Record(f'{path}:{row}', text, size * row // n_rows)
-    except (pyarrow.ArrowException, OSError) as e:
+                    raise Bad(f'{path}: row {row}: {column!r} is no text; name the column that '
+                              'has it with --text_column, or leave the row out')
+                yield Record(f'{path}:{row}', text, size * row // max(row, n_rows))
+    except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         raise Bad(f'{path}: a damaged or truncated Parquet file, after row {row} '
                   f'({" ".join(str(e).split())[:200]}); get it again') from e
 
@@ -266,11 +299,11 @@ def parse(record: Record, column: str) -> Document:
     return Document(where, data, record.continued)
 
 
-def parse_json(where: str, line: bytes, column: str) -> str:
+def parse_json(where: str, line: bytes | str, column: str) -> str:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as e:
-        raise Bad(f'{where}: not JSON ({e})') from e
+        raise Bad(f'{where}: not JSON ({e}); mend the line') from e
     if not isinstance(found, dict) or not isinstance(found.get(column), str):
         names = f'it has {", ".join(found)}' if isinstance(found, dict) else 'it is no object'
         raise Bad(f'{where}: no text in a field {column!r}: {names[:200]}; name the one that has '

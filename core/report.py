@@ -112,7 +112,7 @@ def write_report(path: Path, meta: dict) -> None:
     path.write_text(f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
                     f'<meta name="viewport" content="width=device-width">'
                     f'<title>{esc(meta["name"])}</title><style>{STYLE}</style></head><body>\n'
-                    + '\n'.join(page) + '\n</body></html>\n', encoding='utf-8')
+                    + '\n'.join(page) + '\n</body></html>\n', encoding='utf-8', errors='replace')
 
 
 def esc(text: str) -> str:

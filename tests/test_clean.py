@@ -417,7 +417,7 @@ def test_without_sentences(n, marked, left):
 
 def test_sentences_that_came_before_go():
     first = 'Once upon a time. There was a cat. It was black. The end.\n'
-    second = f'Hello.\nTHERE was  a cat. It was black.\nThe end. {"New. " * 2}It was black. Bye.'
+    second = f'Hello.\nThere was a cat.  It was black.\nThe end. {"New. " * 2}It was black. Bye.'
     hashes = [clean.sentence_spans(text, 3) for text in (first, second)]
     repeated = clean.repeats(np.concatenate(hashes))
     assert repeated.sum() == 1

@@ -77,12 +77,12 @@ FORMATS = {     # file -> its bytes, and (what follows the file in `where`, text
 }
 
 
-@pytest.mark.parametrize('packed', [False, True], ids=['plain', 'gz'])
+@pytest.mark.parametrize('packed', ['', '.gz', '.GZ'])
 @pytest.mark.parametrize('name', FORMATS)
 def test_formats(tmp_path, name, packed):
     data, expected = FORMATS[name]
     data = data.encode() if isinstance(data, str) else data
-    path = put(tmp_path, name + '.gz' * packed, gzip.compress(data) if packed else data)
+    path = put(tmp_path, name + packed, gzip.compress(data) if packed else data)
     assert docs(path) == [(f'{path}{place}', text, False) for place, text in expected]
 
 
@@ -154,6 +154,15 @@ def test_encodings_that_are_guessed(tmp_path, language, encoding, size):
         path = put(tmp_path, 'a.txt', text.encode(encoding))
         assert text_of(path) == text
         assert {record.encoding for record in read(path, '', 'strict', '')} == {encoding}
+
+
+def test_encoding_that_shows_late(tmp_path):
+    text = 'plain\n' * BLOCK + TEXTS['fr']
+    assert text_of(put(tmp_path, 'a.txt', text.encode('cp1252'))) == text
+
+
+def test_replaced_characters_are_no_damage(tmp_path):
+    assert text_of(put(tmp_path, 'a.txt', 'a \ufffd\ufffd b')) == 'a \ufffd\ufffd b'
 
 
 @pytest.mark.parametrize('mark,encoding', [
@@ -411,6 +420,10 @@ def test_long_lines_of_json(tmp_path, monkeypatch):
     assert refused(path).startswith(f'{path}:2: a line of more than 1 MiB; cut the text')
 
 
+def test_long_fields_of_tables(tmp_path):
+    assert len(text_of(put(tmp_path, 'a.csv', 'text\n' + 'x' * BLOCK))) == BLOCK
+
+
 ROWS = [f'Zeile {i}: {random.Random(i).random()}' for i in range(150)]
 PACKED = {
     'a.txt.gz': gzip.compress(f'\n{SEPARATOR}\n'.join(ROWS).encode(), mtime=0),
@@ -603,4 +616,18 @@ def test_folder_that_must_not_be_read(tree, monkeypatch):
 
     monkeypatch.setattr(os, 'listdir', denied)
     assert below(tree, tree, bad) == FOUND[:-1]
-    assert bad == [f'{tree}/sub/deep: cannot be read (Permission denied)']
+    assert bad == [f'{tree}/sub/deep: cannot be read (Permission denied); see to its permissions']
+
+
+def test_folder_that_may_be_listed_only(tree, monkeypatch):
+    """So that not even the kinds of the files in it are known."""
+    stat, bad = os.stat, []
+
+    def denied(path, *args, **kwargs):
+        if isinstance(path, (str, Path)) and Path(path).parent.name == 'deep':
+            raise PermissionError(13, 'Permission denied')
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, 'stat', denied)
+    files = below(tree, tree, bad)
+    assert files[:5] == FOUND[:-1] and (bad or files == FOUND)

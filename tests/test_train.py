@@ -207,7 +207,12 @@ def test_packed_documents(run_train, letters, monkeypatch, capsys):
     assert rundir.read_log('out/whole', 'step')[-1]['tokens'] == 6 * 4 * 32
     assert run_train(out_dir='out/whole', eval_only=True, **settings)['val_loss'] == \
         pytest.approx(whole['best_val_loss'], abs=1e-6)
-    alone = run_train(out_dir='out/whole', eval_only=True, dataset=letters)['val_loss']
+    evaluate = dict(out_dir='out/whole', eval_only=True, dataset=letters)
+    assert run_train(**evaluate)['val_loss'] == \
+        pytest.approx(whole['best_val_loss'], abs=1e-6)     # as it was trained
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'GIVEN', ('pack_documents',))
+        alone = run_train(**evaluate, pack_documents=False)['val_loss']
     assert abs(alone - whole['best_val_loss']) > 1e-4   # what stands before a document did matter
 
     real = train.train_step

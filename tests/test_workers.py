@@ -104,7 +104,7 @@ def test_whoever_has_enough_may_leave():
     assert no_worker_is_left() and time.perf_counter() - began < 5
 
 
-PARENT = '''
+PARENT = r'''
 import os, time
 from core.workers import ordered_map
 
