@@ -7,13 +7,16 @@ was removed and why. By default only duplicates are removed; what the quality ru
 counted. A run that was killed goes on where it was. train.py calls `build` by itself.
 """
 import glob
+import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -105,9 +108,10 @@ name = ''                   # folder under data_dir; '': the dataset's, or <path
 data_dir = 'data'           # where datasets and downloads live
 workers = 0                 # processes; 0: one for each core, but one alone for little text
 
-NOT_IN_META = ('dataset', 'name', 'data_dir', 'workers', 'tokenizer', 'vocab_size', 'skip_bad')
+GIVEN = ()                  # filled by configure: the settings that were given
+NOT_IN_META = ('dataset', 'name', 'data_dir', 'workers', 'tokenizer', 'vocab_size')
 BATCH = 1 << 21             # bytes that are cleaned at a time
-SAMPLE = 100_000_000        # most characters from which a tokenizer is learnt
+SAMPLE = 100_000_000        # most bytes from which a tokenizer is learnt
 
 
 class Source(NamedTuple):
@@ -133,61 +137,107 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
     """
     if not dataset:
         stop(f'no dataset given: name one of {", ".join(RECIPES)}, or a path to text')
-    options = settings_of(globals()) | given
-    recipe, made = RECIPES.get(dataset), Path(data_dir) / dataset
-    for folder in () if recipe else (Path(dataset), made):
-        if (folder / 'meta.json').is_file():
-            check_tokenizer(folder, tokenizer, vocab_size)
-            return folder
-    if recipe and recipe.n_files and not options['max_files'] and not made.exists():
-        stop(f'{dataset} ({recipe.about}) is not here yet, and {recipe.n_files:,} x '
-             f'{recipe.file_mb:,} MB to download, which is not started unasked: python prepare.py '
-             f'{dataset} --max_files={recipe.n_files}' + ', or fewer' * (recipe.n_files > 1))
+    try:
+        return build_or_stop(dataset, data_dir, name, tokenizer, vocab_size, given)
+    except OSError as e:
+        stop(f'{e.filename or data_dir}: {e.strerror or e}; the dataset was not made')
+
+
+def build_or_stop(dataset: str, data_dir: str, name: str, tokenizer: str, vocab_size: int,
+                  given: dict) -> Path:
+    """What build does; an OSError of the file system comes out."""
+    recipe = RECIPES.get(dataset)
+    for folder in () if recipe else (dataset, os.path.join(data_dir, dataset)):
+        if is_made(folder):
+            check_tokenizer(Path(folder), tokenizer, vocab_size)
+            check_given(Path(folder), given)
+            return Path(folder)
     name = name or folder_name(dataset, tokenizer, vocab_size)
     if name in ('', '.', '..', 'downloads') or name != Path(name).name:
         stop(f'name={name}: must be a plain folder name (other than downloads)')
     places = split_places(dataset)
     for place in places:
-        if place not in RECIPES and not is_url(place) and not glob.glob(place, recursive=True):
+        if place not in RECIPES and not is_url(place) and not os.path.exists(place) \
+                and not glob.glob(place, recursive=True):
             stop(f'dataset {place!r}: neither a named dataset ({", ".join(RECIPES)}), '
                  f'nor a folder in {data_dir}/, nor a path to text')
     folder = Path(data_dir) / name
+    for place in places if not folder.exists() else ():
+        check_size(place, settings_of(globals()) | given)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f'.{folder.name}.lock')):
-        wanted = {'source': ','.join(str(Path(place).resolve()) if Path(place).exists() else place
+        wanted = {'source': ','.join(os.path.abspath(place) if os.path.exists(place) else place
                                      for place in places),
-                  'tokenizer': tokenizer_label(dataset, tokenizer, vocab_size),
-                  'settings': {key: value for key, value in given.items()
-                               if key not in NOT_IN_META and (key, value) != ('max_files', 0)}}
+                  'tokenizer': tokenizer_label(dataset, tokenizer, vocab_size)}
+        before = read_meta(folder) if is_made(folder) else {}
+        known = before.get('settings', {}) if before.get('source') == wanted['source'] else {}
+        if known and not given.get('max_files', 1):
+            given = {**given, 'max_files': known['max_files']}      # as many as there are
+        options = settings_of(globals()) | known | given
+        wanted['settings'] = {key: options[key] for key in options if key not in NOT_IN_META}
+        wanted['lists'] = [file_hash(place) for key in ('decontaminate', 'bad_words')
+                           for place in lists_of(key, options)
+                           ] if given else before.get('lists', [])
         ready = ready_tokenizer(tokenizer or (recipe.tokenizer if recipe else ''), data_dir)
         if ready:   # of which nothing is learnt from the text
             wanted['tokenizer_hash'] = ready.hash()
-        if recipe and up_to_date(folder, wanted):   # a recipe's text does not change
+        work = folder.with_name(f'.{folder.name}.work')
+        if recipe and up_to_date(folder, wanted, work):     # a recipe's text does not change
             return folder
+        for place in places:
+            check_size(place, options)
         tally = Tally()
         sources = find_sources(places, options, data_dir, tally)
         inputs = hash_files(sources)
         wanted['sha256'] = hashlib.sha256(''.join(
             found['sha256'] for found in inputs).encode()).hexdigest()
-        if recipe or not up_to_date(folder, wanted):
-            wanted['settings'] = {key: value for key, value in options.items()
-                                  if key not in NOT_IN_META}
+        if recipe or not up_to_date(folder, wanted, work):
             about = '; '.join(RECIPES[place].about if place in RECIPES else f'text from {place}'
                               for place in places)
             licence = '; '.join(RECIPES[place].licence if place in RECIPES else
                                 'unknown: your own text' for place in places)
-            make(folder, sources, options, ready, tally,
+            make(folder, work, sources, options, ready, tally,
                  {'name': name, 'about': about, 'licence': licence, **wanted, 'inputs': inputs})
     return folder
 
 
 def split_places(dataset: str) -> list[str]:
-    """The parts of a dataset that is given as several with commas."""
-    return [dataset] if Path(dataset).exists() else [part for part in dataset.split(',') if part]
+    """The parts of a dataset that is given as several with commas, which a path may have, too."""
+    parts, places = dataset.split(','), []
+    while parts:
+        n = next((n for n in (4, 3, 2) if os.path.exists(','.join(parts[:n]))), 1)
+        places.append(','.join(parts[:n]))
+        parts = parts[n:]
+    return list(filter(None, places))
 
 
 def is_url(place: str) -> bool:
     return place.startswith(('http://', 'https://'))
+
+
+def is_made(folder) -> bool:
+    """Whether a folder is a dataset, and not text that happens to have a meta.json."""
+    return os.path.isfile(os.path.join(folder, 'meta.json')) and os.path.isfile(
+        os.path.join(folder, 'train-00000.bin'))
+
+
+def check_size(place: str, options: dict) -> None:
+    """Stop before the download of a large dataset that nobody asked for."""
+    recipe = RECIPES.get(place)
+    if recipe and recipe.n_files and not options['max_files']:
+        stop(f'{place} ({recipe.about}) is not here yet, and {recipe.n_files:,} x '
+             f'{recipe.file_mb:,} MB to download, which is not started unasked: python prepare.py '
+             f'{place} --max_files={recipe.n_files}' + ', or fewer' * (recipe.n_files > 1))
+
+
+def check_given(folder: Path, given: dict) -> None:
+    """Stop if a dataset that is named by its folder was made with other settings than those of the
+    command line."""
+    found = read_meta(folder)
+    for key in GIVEN:
+        if key in found['settings'] and key in given and given[key] != found['settings'][key]:
+            stop(f'{folder} was made with {key}={found["settings"][key]}; to change that, give '
+                 f'what it was made from: python prepare.py {found["source"]} --{key}={given[key]}')
 
 
 def check_tokenizer(folder: Path, tokenizer: str, vocab_size: int) -> None:
@@ -234,11 +284,12 @@ def folder_name(dataset: str, tokenizer: str, vocab_size: int) -> str:
     label = tokenizer_label(dataset, tokenizer, vocab_size)
     if dataset in RECIPES and label == tokenizer_label(dataset, '', 0):
         return dataset
-    stems = [re.sub(r'[*?].*', '', place).rstrip('/').rpartition('/')[2] if '*' in place
-             else Path(place).name for place in split_places(dataset)]
+    # of a glob and of '.' the folder's name
+    stems = [os.path.basename(os.path.abspath(re.sub(r'[^/]*[*?].*', '', place)))
+             for place in split_places(dataset)]
     stems = [re.sub(rf'({"|".join(map(re.escape, documents.SUFFIXES))})?(\.gz)?$', '', stem)
              for stem in stems]
-    return f'{"+".join(stems)[:100]}_{label}'
+    return f'{"+".join(stems)[:100]}_{label[:100]}'
 
 
 def ready_tokenizer(tokenizer: str, data_dir: str):
@@ -255,7 +306,7 @@ def find(dataset: str, data_dir: str = 'data', tokenizer: str = '', vocab_size: 
     path = Path(dataset)
     known = [Path(data_dir) / folder_name(dataset, tokenizer, vocab_size)]
     known += [] if dataset in RECIPES else [path, Path(data_dir) / dataset]
-    found = [folder for folder in known if (folder / 'meta.json').is_file()]
+    found = [folder for folder in known if is_made(folder)]
     if not found:
         stop(f'dataset {dataset!r}: not prepared yet: python prepare.py {dataset}')
     return found[0]
@@ -269,18 +320,19 @@ def read_meta(folder: Path) -> dict:
         for key in ('source', 'sha256', 'max_id', 'about', 'licence'):
             meta[key]
     except (OSError, ValueError, TypeError, KeyError) as e:
-        stop(f'{path}: damaged ({type(e).__name__}: {e}); delete {folder} and make it again')
+        stop(f'{path}: damaged ({type(e).__name__}: {e}); make the dataset again')
     return meta
 
 
-def up_to_date(folder: Path, wanted: dict) -> bool:
-    """Whether the meta.json in `folder` says what is wanted.
+def up_to_date(folder: Path, wanted: dict, work: Path) -> bool:
+    """Whether the meta.json in `folder` says what is wanted; if so, what was left in its work
+    folder by a kill at the very end goes.
 
     Stops if the folder was made from another place, or is no dataset: it must not be replaced.
     """
     if not folder.exists():
         return False
-    if not (folder / 'meta.json').is_file():
+    if not is_made(folder):
         stop(f'{folder} is there already and is no dataset; choose another name with --name')
     found = read_meta(folder)
     if found['source'] != wanted['source']:
@@ -289,9 +341,11 @@ def up_to_date(folder: Path, wanted: dict) -> bool:
     changed = [key for key in {**wanted, 'tokenizer_hash': ''} if key != 'settings'
                and found.get(key) != wanted.get(key)]
     changed += [key for key, value in wanted['settings'].items()
-                if found.get('settings', {}).get(key) != value]
+                if found['settings'].get(key, value) != value]
     if changed:
         print(f'{folder}: {" and ".join(changed)} changed since it was made, so it is made again')
+    elif work.exists() and not (work / 'ready').exists():
+        shutil.rmtree(work)
     return not changed
 
 
@@ -313,23 +367,27 @@ def find_sources(places: list[str], options: dict, data_dir: str, tally: Tally) 
     for place, share in zip(places, shares):
         try:
             train, val = (RECIPES[place].files(downloads, options['max_files']) if place in RECIPES
-                          else (find_files(place, options, downloads, tally), []))
+                          else (find_files(place, options, data_dir, tally), []))
         except Bad as e:
             stop(str(e))
         sources += [Source(train, share)] + [Source(val, 1.0, True)] * bool(val)
-    if options['validation']:
-        sources.append(Source(find_files(options['validation'], options, downloads, tally), 1.0,
-                              True))
+    for place in split_places(options['validation']):
+        if not os.path.exists(place) and not glob.glob(place, recursive=True):
+            stop(f'validation={place}: no such file or folder')
+        sources.append(Source(find_files(place, options, data_dir, tally), 1.0, True))
     return sources
 
 
-def find_files(place: str, options: dict, downloads: str, tally: Tally) -> list[Path]:
+def find_files(place: str, options: dict, data_dir: str, tally: Tally) -> list[Path]:
     """The files of a path, a folder, a glob or a URL. Stops if there are none."""
     if is_url(place):   # an address without one of the known suffixes is taken for a web page
-        file = re.sub(r'[^\w./-]', '_', place.partition('://')[2]).strip('/')
-        file += '' if documents.suffix(file) in documents.SUFFIXES else '.html'
-        return [fetch(f'urls/{file}', place, downloads)]
-    files, left_out = documents.find_files(place, lambda m: complain(m, options, tally))
+        address = urllib.parse.urlsplit(place)
+        last = re.sub(r'[^\w.-]', '_', address.path.rstrip('/').rpartition('/')[2])[-80:]
+        last += '' if documents.suffix(last) in documents.SUFFIXES else '.html'
+        digest = hashlib.sha256(place.encode()).hexdigest()[:8]     # of the path and the query
+        return [fetch(f'urls/{address.hostname}/{digest}-{last.lstrip(".")}', place,
+                      Path(data_dir) / 'downloads')]
+    files, left_out = documents.find_files(place, lambda m: complain(m, options, tally), data_dir)
     tally.counts.update({f'files left out: {suffix}': n for suffix, n in left_out.items()})
     if not files:
         stop(f'{place}: no text files ({", ".join(documents.SUFFIXES)}, each also as .gz) in this '
@@ -395,18 +453,35 @@ def benchmark_texts(options: dict) -> Iterator[str]:
             for part in value.values() if isinstance(value, dict) else value:
                 yield from strings(part)
 
-    for place in filter(None, options['decontaminate'].split(',')):
-        if not Path(place).is_file():
-            stop(f'decontaminate={place}: no such file')
+    for place in lists_of('decontaminate', options):
+        kind, number = documents.suffix(place), 0
         try:
-            if documents.suffix(place) == '.json':
-                yield from strings(json.loads(Path(place).read_text(encoding='utf-8')))
-                continue
-            for line in documents.lines(Path(place)):
-                yield from strings(json.loads(line)) if documents.suffix(place) == '.jsonl' else [
-                    line]
+            with gzip.open(place) if place.endswith('.gz') else open(place, 'rb') as f:
+                for line in [f.read()] if kind == '.json' else f:
+                    number += 1
+                    text = line.decode('utf-8')
+                    if kind not in ('.json', '.jsonl'):
+                        yield text
+                    elif text.strip():
+                        yield from strings(json.loads(text))
         except (ValueError, OSError, EOFError) as e:
-            stop(f'decontaminate={place}: cannot be read ({e})')
+            stop(f'decontaminate={place}:{number}: cannot be read ({e}); give JSON, JSON lines or '
+                 'text, also as .gz')
+
+
+def lists_of(key: str, options: dict) -> list[str]:
+    """The files of the setting decontaminate or bad_words. Stops if one is not there."""
+    places = split_places(options[key])
+    for place in places:
+        if not os.path.isfile(place):
+            stop(f'{key}={place}: no such file')
+    return places
+
+
+def bad_words_of(options: dict) -> Iterator[str]:
+    """The words and phrases, a line each, that C4's rule does not allow."""
+    for place in lists_of('bad_words', options):
+        yield from Path(place).read_text(encoding='utf-8').splitlines()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -423,26 +498,28 @@ def learn_tokenizer(label: str, corpus: Corpus, splits: tuple[Split, Split], opt
 
     val, train = splits
     if not label.startswith('bpe'):
-        characters = set().union(*(set(text) for split in splits for text in texts(split)))
+        characters = set()
+        for text in itertools.chain(texts(val), texts(train)):
+            characters.update(text)
         return tokenizers.KINDS[label].train(''.join(characters))
-    total = int((corpus.rows['characters'] * (train.copies > 0)).sum())
-    tok = tokenizers.BPETokenizer.train(texts(train, SAMPLE / max(1, total)), int(label[3:]))
+    total = int((corpus.bytes * (train.copies > 0)).sum())
+    tok = tokenizers.BPETokenizer.train(texts(train, SAMPLE / max(1, total)), int(label[3:]),
+                                        workers=options['workers'])
     if len(tok) < int(label[3:]):
         warn(f'vocab_size={label[3:]}: after {len(tok):,} tokens no pair of them occurs twice, '
              'so there are no more')
     return tok
 
 
-def make(folder: Path, sources: list[Source], options: dict, ready_tok, tally: Tally, meta: dict
-         ) -> None:
+def make(folder: Path, work: Path, sources: list[Source], options: dict, ready_tok, tally: Tally,
+         meta: dict) -> None:
     """Clean, free of duplicates, encode, report; the finished folder appears at once.
 
     The work folder beside it is kept until then. A run with the same input, settings and source
     code goes on with what is there.
     """
-    work = folder.with_name(f'.{folder.name}.work')
-    sources_hash = hashlib.sha256(b''.join(Path(module.__file__).read_bytes() for module in (
-        clean, documents, tokenizers, sys.modules[__name__]))).hexdigest()
+    code = [Path(__file__), *sorted(Path(clean.__file__).parent.glob('*.py'))]
+    sources_hash = hashlib.sha256(b''.join(path.read_bytes() for path in code)).hexdigest()
     plan = {'meta': meta, 'source code': sources_hash}
     if not (work / 'plan.json').is_file() or json.loads((work / 'plan.json').read_text()) != plan:
         shutil.rmtree(work, ignore_errors=True)
@@ -454,7 +531,7 @@ def make(folder: Path, sources: list[Source], options: dict, ready_tok, tally: T
     n_workers = options['workers'] or (cpu_count() if size > 8 * BATCH else 1)
     began = time.perf_counter()
     n_batches = clean_all(work, batches(sources, options, tally), options,
-                          benchmark_texts(options), n_workers,
+                          benchmark_texts(options), bad_words_of(options), n_workers,
                           # a batch's own tally has it already
                           lambda message: complain(message, options, Tally()))
     said('cleaned', size, began, n_workers)
@@ -466,9 +543,16 @@ def make(folder: Path, sources: list[Source], options: dict, ready_tok, tally: T
     val = choose_validation(corpus.rows, np.array([source.validation for source in sources]),
                             options['val_fraction'])
     stays = drop_duplicates(corpus, val, options, n_workers, tally)
-    mark_sentences(corpus, stays, tally, bool(options['repeated_sentences']))
+    mark_sentences(corpus, stays, tally, options['repeated_sentences'])
     splits = split_corpus(corpus, stays, val, np.array([source.weight for source in sources]),
                           options['val_fraction'])
+    for i, source in enumerate(sources):
+        mine = stays & ~val & (corpus.rows['source'] == i)
+        sizes = corpus.rows['characters'].astype(np.int64)
+        share = (splits[1].copies * sizes)[mine].sum() / max(1, sizes[mine].sum())
+        if source.weight % 1 and abs(share / source.weight - 1) > 0.1:
+            warn(f'weights={options["weights"]}: number {i + 1} is used {share:.2f} times, since '
+                 'documents are taken whole; cut its text into more of them')
     said('duplicates found', int(corpus.rows['size'].sum()), began, n_workers)
     ready = work / 'ready'
     ready.mkdir(exist_ok=True)
@@ -505,6 +589,8 @@ def finish(folder: Path, ready: Path, corpus: Corpus, stays: np.ndarray, tok, ta
         n_tokens[split] = len(tokens)
         for i in range(0, len(tokens), 1 << 24):
             counts += np.bincount(tokens.read(i, 1 << 24), minlength=len(tok))
+    if not n_tokens['train']:
+        stop(f'{meta["source"]}: nothing is left to train on; see to weights, validation and rules')
     rows = corpus.rows[stays]
     few = Tokens(ready, 'val' if n_tokens['val'] > 1000 else 'train').read(0, 500_000).tolist()
     text = tok.decode([i for i in few if i != tok.eos])
@@ -513,11 +599,11 @@ def finish(folder: Path, ready: Path, corpus: Corpus, stays: np.ndarray, tok, ta
     low = int(np.flatnonzero(bins)[0])
     meta |= {
         'documents': len(rows), 'characters': int(rows['characters'].sum(dtype=np.int64)),
-        'bytes': int(rows['size'].sum()), 'train_tokens': n_tokens['train'],
+        'bytes': int(corpus.bytes[stays].sum()), 'train_tokens': n_tokens['train'],
         'val_tokens': n_tokens['val'], 'vocab_size': len(tok),
         'max_id': int(np.flatnonzero(counts)[-1]), 'steps': tally.steps, 'rules': tally.rules,
         'counts': dict(sorted(tally.counts.items())), 'examples': tally.examples,
-        'bad': tally.bad[:1000],
+        'bad': tally.bad[:1000], 'n_bad': len(tally.bad),
         'bytes_per_token': len(text.encode()) / max(1, len(few)),
         'gpt2_bytes_per_token': len(text.encode()) / len(gpt2.encode(text)) if gpt2 else None,
         'lengths': [[1 << i, 2 << i, int(n)] for i, n in enumerate(bins) if i >= low],
@@ -531,8 +617,8 @@ def finish(folder: Path, ready: Path, corpus: Corpus, stays: np.ndarray, tok, ta
     write_report(ready / 'report.html', meta)
     for progress in ready.glob('.*.json'):
         progress.unlink()
-    if folder.exists():
-        shutil.rmtree(folder)
+    if folder.exists():     # is deleted with the work folder
+        os.rename(folder, ready.with_name(f'old-{time.time_ns()}'))
     os.rename(ready, folder)
     print_summary(folder, meta)
 
@@ -569,6 +655,8 @@ def main() -> dict:
     check_bounds(globals(), val_fraction=(0, 0.9), shard_tokens=(1, None), vocab_size=(0, None),
                  near_duplicates=(0, 1), shingle_words=(1, 100), repeated_sentences=(0, 100),
                  overlap_words=(clean.SHORTEST, 1000), workers=(0, 1000), **thresholds)
+    if encoding and not documents.is_encoding(encoding):
+        stop(f'encoding={encoding}: no encoding of text that Python knows')
     check_choice(globals(), errors=('strict', 'replace'), normalize=('', 'NFC', 'NFKC'),
                  quality=('', 'gopher', 'c4', 'gopher,c4', 'c4,gopher'))
     if vocab_size and not tokenizer_label(dataset, tokenizer, vocab_size).startswith('bpe'):

@@ -34,13 +34,21 @@ CREDITS = re.compile(r'\A\s*(?:Produced by|E-text prepared by|Special thanks are
                      r'(?:.+\n)+?\n')
 
 
-def strip_gutenberg(text: str) -> str:
-    """A Project Gutenberg book without its header, licence and credits; other text unchanged."""
-    marks = {found[1]: found.span() for found in MARKER.finditer(text)}
-    if set(marks) != {'START', 'END'}:
+def strip_gutenberg(text: str, part: bool = False) -> str:
+    """Project Gutenberg books without their headers, licences and credits; other text unchanged.
+
+    Of a `part` of a long document a header before a lone start goes, and all after a lone end.
+    """
+    marks = [(found[1], *found.span()) for found in MARKER.finditer(text)]
+    if part and marks and marks[0][0] == 'END':
+        marks.insert(0, ('START', 0, 0))
+    if part and marks and marks[-1][0] == 'START':
+        marks.append(('END', len(text), len(text)))
+    if not marks or [mark for mark, *_ in marks] != ['START', 'END'] * (len(marks) // 2):
         return text
-    text = END_LINE.sub('', text[marks['START'][1]:marks['END'][0]])
-    return CREDITS.sub('', text).strip() + '\n'
+    books = [END_LINE.sub('', text[begin:end])
+             for (_, _, begin), (_, end, _) in zip(marks[::2], marks[1::2])]
+    return '\n\n'.join(CREDITS.sub('', book).strip() + '\n' for book in books)
 
 
 MASKS = {
@@ -148,6 +156,8 @@ def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
                       ) -> Iterator[tuple[str, float]]:
     """The measures of the same, table A1, "Repetition removal": parts of the text that lines and
     paragraphs which came before take up, the most frequent n words, and n words which came before.
+
+    Words count without what stands between them; places of the most frequent n words may overlap.
     """
     size = max(1, len(text))
     for name, parts in (('line', text.split('\n')), ('paragraph', PARAGRAPH.split(text))):
@@ -197,13 +207,15 @@ def c4_lines(text: str, min_words: int) -> str:
                    and not POLICY.search(line))
 
 
-def c4(kept: str, bad_words) -> Iterator[tuple[str, float]]:
-    """The measures of the same by which whole pages go; `kept` is what c4_lines left."""
-    low = kept.lower()
+def c4(kept: str, bad_words: dict) -> Iterator[tuple[str, float]]:
+    """The measures of the same by which whole pages go; `kept` is what c4_lines left, as in their
+    code. `bad_words` is an ngram_index of words and phrases."""
     yield 'sentences', len(SENTENCE_END.findall(kept))
-    yield 'lorem_ipsum', low.count('lorem ipsum')
+    yield 'lorem_ipsum', kept.lower().count('lorem ipsum')
     yield 'curly_brackets', kept.count('{')
-    yield 'bad_words', len(bad_words.intersection(WORD.findall(low))) if bad_words else 0
+    words = word_hashes(kept)[0] if bad_words else ()
+    yield 'bad_words', sum(int(np.isin(ngram_hashes(words, n), known).sum())
+                           for n, known in bad_words.items())
 
 
 def outside(measures: Iterable[tuple[str, float]], settings: dict) -> dict[str, float]:
@@ -219,15 +231,15 @@ def outside(measures: Iterable[tuple[str, float]], settings: dict) -> dict[str, 
 SHORTEST = 8    # words: what is shorter than this may be anyone's
 
 
-def ngram_index(texts: Iterable[str], n: int) -> dict[int, np.ndarray]:
+def ngram_index(texts: Iterable[str], n: int, shortest: int = SHORTEST) -> dict[int, np.ndarray]:
     """All n words in a row of the texts, to look up: length -> sorted hashes.
 
-    A text of fewer than n words, but SHORTEST or more, counts as a whole.
+    A text of fewer than n words, but `shortest` or more, counts as a whole.
     """
     found = {}
     for text in texts:
         words, _ = word_hashes(text)
-        if len(words) >= SHORTEST:
+        if len(words) >= shortest:
             found.setdefault(min(n, len(words)), []).append(ngram_hashes(words, min(n, len(words))))
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
 

@@ -18,6 +18,7 @@ from core import clean, documents
 from core.dataset import ShardWriter
 from core.documents import Bad
 from core.report import Tally
+from core.settings import warn
 from core.workers import ordered_map
 
 MANY = 100                      # documents: from so many on validation takes whole ones, at random
@@ -32,15 +33,19 @@ DOCUMENT = np.dtype([('size', '<i8'), ('characters', '<i4'), ('hash', '<u8'), ('
 
 
 def clean_all(work: Path, batches: Iterable[list], options: dict, benchmark: Iterable[str],
-              n_workers: int, complain: Callable[[str], None]) -> int:
+              bad_words: Iterable[str], n_workers: int, complain: Callable[[str], None]) -> int:
     """Clean all batches of records into `work`, but those that are there; how many they are.
 
     `complain` is called with a message for each record that is no good. What shares n words in a
     row with a text of `benchmark` is cut out.
     """
+    benchmark = list(benchmark)
     index = clean.ngram_index(benchmark, options['overlap_words'])
-    banned = set(Path(options['bad_words']).read_text(encoding='utf-8').lower().split()
-                 ) if options['bad_words'] else set()
+    short = sum(len(clean.word_hashes(text)[0]) < clean.SHORTEST for text in benchmark)
+    if options['decontaminate'] and (short or not index):
+        warn(f'decontaminate={options["decontaminate"]}: {short:,} of {len(benchmark):,} texts '
+             f'have fewer than {clean.SHORTEST} words and are not looked for')
+    banned = clean.ngram_index(bad_words, 100, shortest=1)
     count = 0
 
     def missing():
@@ -56,26 +61,27 @@ def clean_all(work: Path, batches: Iterable[list], options: dict, benchmark: Ite
     return count
 
 
-def clean_batch(job, work: Path, options: dict, index: dict, banned: set) -> list[str]:
+def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> list[str]:
     """Clean a batch of records and write what is left; returns what was bad in it."""
     number, records = job
     tally, texts, rows, bands, spans, places = Tally(), [], [], [], [], []
     cut = clean.bands_and_rows(options['near_duplicates'] or 1)
     for source, record in records:
         try:
-            document = documents.parse(record, options['text_column'])
+            found = list(documents.parse(record, options['text_column']))
         except Bad as e:
             tally.bad.append(str(e))
             continue
-        tally.counts[f'encoding: {record.encoding}'] += not document.continued
-        for text, words in clean_document(document, options, index, banned, tally):
+        if record.kind == 'text':
+            tally.counts[f'encoding: {record.encoding}'] += not record.continued
+        for text, words, continued in (piece for document in found for piece in clean_document(
+                document, options, index, banned, tally)):
             raw = text.encode('utf-8')
-            found = clean.sentence_spans(text, options['repeated_sentences'] or 3)
-            rows.append((len(raw), len(text), clean.text_hash(text), source, document.continued,
-                         len(found)))
+            spans.append(clean.sentence_spans(text, options['repeated_sentences'] or 3))
+            rows.append((len(raw), len(text), clean.text_hash(text), source, continued,
+                         len(spans[-1])))
             texts.append(raw)
-            spans.append(found)
-            places.append(document.where)
+            places.append(record.where)
             signature = clean.minhash(clean.shingles(words, options['shingle_words']))
             bands.append(clean.band_hashes(signature, *cut))
     if tally.bad and not options['skip_bad']:
@@ -89,10 +95,10 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: set) -> lis
     return tally.bad
 
 
-def clean_document(document, options: dict, index: dict, banned: set, tally: Tally
-                   ) -> Iterator[tuple[str, np.ndarray]]:
-    """What is left of a document, with its words' hashes: one text, none, or the pieces around
-    what it shares with a benchmark."""
+def clean_document(document, options: dict, index: dict, banned: dict, tally: Tally
+                   ) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """What is left of a document, with its words' hashes and whether it goes on with the part
+    before it: one text, none, or the pieces around what it shares with a benchmark."""
     where, applied = document.where, options['quality'].split(',')
     text = clean.normalize(document.text, options['normalize'])
     tally.counts['NUL characters removed'] += document.text.count('\0')
@@ -101,7 +107,8 @@ def clean_document(document, options: dict, index: dict, banned: set, tally: Tal
     tally.step('not empty', [document.text], left)
     if not left:
         return
-    body = clean.strip_gutenberg(text)
+    part = document.continued or len(text) >= documents.LONGEST // 2
+    body = clean.strip_gutenberg(text, part)
     tally.step("without Project Gutenberg's licence", left, [body])
     if options['mask_pii']:
         body, masked = clean.mask(body)
@@ -132,8 +139,9 @@ def clean_document(document, options: dict, index: dict, banned: set, tally: Tal
         tally.step('without benchmark items', [body], pieces)
         for begin, end in found[:3]:
             tally.example('benchmark items', where, body[begin:end])
-    for piece in pieces:
-        yield piece, clean.word_hashes(piece)[0] if found else words
+    for i, piece in enumerate(pieces):
+        continued = document.continued and i == 0 and body.startswith(piece)
+        yield piece, clean.word_hashes(piece)[0] if found else words, continued
 
 
 def save_json(path: Path, value) -> None:
@@ -162,6 +170,7 @@ class Corpus:
         self.batch = np.repeat(np.arange(n_batches), [len(part) for part in parts])
         ends = np.cumsum(self.rows['size'])
         begins = ends - self.rows['size']
+        self.bytes = self.rows['size'].copy()       # of what is used of each
         self.offset = begins - begins[np.minimum(self.first[self.batch], max(0, len(begins) - 1))]
 
     def load(self, number: int, array: str) -> np.ndarray:
@@ -192,14 +201,16 @@ def choose_validation(rows: np.ndarray, given: np.ndarray, fraction: float) -> n
     """
     if given.any() or len(rows) < MANY:
         return given[rows['source']]
-    sizes = rows['characters'].astype(np.int64)
-    room, chosen = min(VAL_CHARACTERS, fraction * sizes.sum()), np.zeros(len(rows), bool)
-    for i in np.argsort(rows['hash'], kind='stable'):
+    whole = np.cumsum(~rows['continued'] | (np.arange(len(rows)) == 0)) - 1     # of all parts
+    sizes = np.bincount(whole, rows['characters'])
+    room, chosen = min(VAL_CHARACTERS, fraction * sizes.sum()), np.zeros(len(sizes), bool)
+    _, first = np.unique(whole, return_index=True)
+    for i in np.argsort(rows['hash'][first], kind='stable'):
         if room >= sizes[i]:
             room, chosen[i] = room - sizes[i], True
         if room <= 0:
             break
-    return chosen
+    return chosen[whole]
 
 
 def drop_duplicates(corpus: Corpus, val: np.ndarray, options: dict, n_workers: int,
@@ -256,8 +267,9 @@ def check_bucket(places: list, work: Path, threshold: float, n: int) -> list[tup
     return found
 
 
-def mark_sentences(corpus: Corpus, stays: np.ndarray, tally: Tally, apply: bool) -> None:
-    """Note in the work folder which spans of sentences came before, in documents that stay."""
+def mark_sentences(corpus: Corpus, stays: np.ndarray, tally: Tally, n: int) -> None:
+    """Count the spans of sentences that came before, in documents that stay; if n sentences in a
+    row are to go, note in the work folder which, and how long the documents are without them."""
     repeated = np.zeros(int(corpus.rows['spans'].sum(dtype=np.int64)), bool)
     ends = np.concatenate([[0], np.cumsum(corpus.rows['spans'], dtype=np.int64)])
     for part in range(16):      # of the hashes, so that few are in memory at a time
@@ -271,15 +283,24 @@ def mark_sentences(corpus: Corpus, stays: np.ndarray, tally: Tally, apply: bool)
             at.append(chosen + ends[first])
         at = np.concatenate([np.empty(0, np.int64), *at])
         repeated[at[clean.repeats(np.concatenate([np.empty(0, np.uint64), *hashes]))]] = True
-    counts = np.add.reduceat(np.append(repeated, False), ends[:-1]) if len(ends) > 1 else []
-    touched = np.flatnonzero((counts > 0) & (corpus.rows['spans'] > 0)) if len(ends) > 1 else []
+    counts = np.add.reduceat(np.append(repeated, False), ends[:-1], dtype=np.int64)
+    touched = np.flatnonzero((np.asarray(counts) > 0) & (corpus.rows['spans'] > 0))
     tally.counts['repeated spans of sentences'] = int(repeated.sum())
     tally.counts['documents with repeated spans of sentences'] = len(touched)
     for i in touched[:3]:
         tally.example('repeated sentences', *corpus.example(int(i)))
-    if apply:
+    if n:
         np.save(corpus.work / 'repeated.npy', repeated)
         np.save(corpus.work / 'spans.npy', ends)
+        before = corpus.rows['characters'].astype(np.int64)
+        for i in touched.tolist():
+            text = clean.without_sentences(read_document(corpus.work, corpus.place(i)),
+                                           repeated[ends[i]:ends[i + 1]], n)
+            corpus.rows['characters'][i], corpus.bytes[i] = len(text), len(text.encode())
+        after = corpus.rows['characters'].astype(np.int64)
+        tally.steps['without repeated sentences'] = [
+            int(k) for k in (stays.sum(), before[stays].sum(), (stays & (after > 0)).sum(),
+                             after[stays].sum())]
 
 
 def step(tally: Tally, name: str, sizes: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:

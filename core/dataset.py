@@ -58,11 +58,12 @@ class ShardWriter:
         """Write what is pending as one shard, even an empty one if there is none yet."""
         if not self.pending and self.paths:
             return
-        ids = np.concatenate(self.pending) if self.pending else np.empty(0, self.dtype)
         path = self.path(len(self.paths))
         with open(tmp := path.with_suffix('.part'), 'wb') as f:
-            f.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, len(ids)))
-            f.write(ids.tobytes())
+            n = sum(map(len, self.pending))
+            f.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, n))
+            for ids in self.pending:
+                f.write(ids.tobytes())
         os.replace(tmp, path)
         self.paths.append(path)
         self.pending = []

@@ -24,7 +24,8 @@ import charset_normalizer  # comes with requests
 TEXT, TABLES = ('.txt', '.md', '.rst', '.py'), ('.csv', '.tsv')
 SUFFIXES = (*TEXT, '.html', '.htm', '.jsonl', *TABLES, '.parquet')
 LONGEST = 1 << 22       # characters of a document in memory; a longer one comes in parts
-LONGEST_LINE = 1 << 26  # bytes of a JSON line
+LONGEST_LINE = 1 << 26  # bytes of a JSON line, characters of a line in a table
+LONGEST_PAGE = 1 << 24  # bytes of a web page, which takes many times as much to understand
 END = '<|endoftext|>'   # a line of it ends a document
 SEPARATOR = re.compile(r'^<\|endoftext\|>\n', re.MULTILINE)
 # What text may be that is not UTF-8 and does not say what it is. Neighbours of these (Latin-2, say)
@@ -49,7 +50,7 @@ class Record(NamedTuple):
     where: str              # file, file:line or file:row
     data: bytes | str
     end: int                # bytes of the file up to here, for progress
-    kind: str = 'text'      # text, json or html
+    kind: str = 'text'      # text, json, html, or bad: the data say what is wrong with it
     encoding: str = 'utf-8'
     continued: bool = False     # goes on with the document of the record before it
 
@@ -67,9 +68,10 @@ def suffix(path) -> str:
     return Path(path.stem if path.suffix.lower() == '.gz' else path).suffix.lower()
 
 
-def find_files(place: str, bad) -> tuple[list[Path], Counter]:
-    """The files of a path, a folder with all below it, or a glob, sorted; and how many were left
-    out of folders by suffix. `bad` is called with a message for a loop of links."""
+def find_files(place: str, bad, without: str = '') -> tuple[list[Path], Counter]:
+    """The files of a path, a folder with all below it but the folder `without`, or a glob, sorted;
+    and how many were left out of folders by suffix. `bad` is called with a message for what is no
+    file, and for a loop of links."""
     if os.path.isfile(place):
         return [Path(place)], Counter()
     roots = [place] if os.path.isdir(place) else sorted(glob.glob(place, recursive=True))
@@ -79,18 +81,26 @@ def find_files(place: str, bad) -> tuple[list[Path], Counter]:
             continue    # ** matches a folder and what is in it
         if os.path.isdir(root):
             folders.add(Path(root))
-            below = list(walk(Path(root), bad))
+            below = list(walk(Path(root), bad, os.path.realpath(without)))
             files += [path for path in below if suffix(path) in SUFFIXES]
             left_out.update(suffix(path) or 'no suffix' for path in below
                             if suffix(path) not in SUFFIXES)
-        else:
+        elif is_file(Path(root), bad):
             files.append(Path(root))
     return files, left_out
 
 
-def walk(folder: Path, bad, above: tuple = ()) -> Iterator[Path]:
-    """All files below a folder, but hidden ones, in the order of their names; links are followed,
-    unless they lead back up: that is told to `bad`."""
+def is_file(path: Path, bad) -> bool:
+    """Whether a path is a file, or a link that should be one; pipes and the like are told."""
+    known = os.path.isfile(path) or os.path.islink(path)
+    if not known:
+        bad(f'{path}: not a regular file; write what it gives into one')
+    return known
+
+
+def walk(folder: Path, bad, without: str = '', above: tuple = ()) -> Iterator[Path]:
+    """All files below a folder, but hidden ones and the folder `without`, in the order of their
+    names; links are followed, unless they lead back up: that is told to `bad`."""
     try:
         here = folder.stat()
         entries = sorted(os.listdir(folder))
@@ -105,8 +115,9 @@ def walk(folder: Path, bad, above: tuple = ()) -> Iterator[Path]:
         if name.startswith('.'):
             continue
         if os.path.isdir(path):
-            yield from walk(path, bad, (*above, (here.st_dev, here.st_ino)))
-        else:
+            if os.path.realpath(path) != without:
+                yield from walk(path, bad, without, (*above, (here.st_dev, here.st_ino)))
+        elif is_file(path, bad):
             yield path
 
 
@@ -144,13 +155,6 @@ def is_encoding(name: str) -> bool:
         return codecs.lookup(name)._is_text_encoding
     except (LookupError, ValueError):
         return False
-
-
-def lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file that may be compressed."""
-    with gzip.open(path) if path.suffix.lower() == '.gz' else open(path, 'rb') as f:
-        for line in f:
-            yield line.decode('utf-8', 'replace').rstrip('\n')
 
 
 def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
@@ -217,7 +221,10 @@ def detect(path, head: bytes) -> str:
         if not line.isascii() and n < 1 << 16:
             odd.append(line)
             n += len(line)
-    found = charset_normalizer.from_bytes(b'\n'.join(odd), cp_isolation=list(GUESSED)).best()
+    odd = b'\n'.join(odd)
+    western = sum(byte > 127 for byte in odd) < 0.4 * len(odd)      # few letters with accents
+    names = ('cp1252',) if western else GUESSED
+    found = charset_normalizer.from_bytes(odd, cp_isolation=list(names)).best()
     if not found:
         raise Bad(f'{path}: neither UTF-8 nor any other encoding that could be told; state its '
                   '--encoding')
@@ -225,37 +232,70 @@ def detect(path, head: bytes) -> str:
 
 
 def read_html(path, f, raw, encoding, errors, column) -> Iterator[Record]:
-    yield Record(str(path), f.read(), raw.tell(), 'html')   # a page states its encoding itself
+    page = f.read(LONGEST_PAGE + 1)
+    if len(page) > LONGEST_PAGE:
+        raise Bad(f'{path}: a web page of more than {LONGEST_PAGE >> 20} MiB; give its text')
+    # a page states its encoding itself
+    yield Record(str(path), page.decode(encoding, errors) if encoding else page, raw.tell(), 'html')
 
 
 def read_jsonl(path, f, raw, encoding, errors, column) -> Iterator[Record]:
     number = 0
     while line := f.readline(LONGEST_LINE):
         number += 1
-        if len(line) == LONGEST_LINE and not line.endswith(b'\n'):
-            raise Bad(f'{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; cut the '
-                      'text into several records, or give it as a .txt file')
-        if line.strip():
-            line = line.decode('utf-8', 'replace') if errors == 'replace' else line
-            yield Record(f'{path}:{number}', line, raw.tell(), 'json')
+        where, whole = f'{path}:{number}', line.endswith(b'\n')
+        if len(line) == LONGEST_LINE and not whole:
+            while not whole and (line := f.readline(LONGEST_LINE)):
+                whole = line.endswith(b'\n')
+            yield bad_record(where, f'a line of more than {LONGEST_LINE >> 20} MiB; cut the text '
+                             'into several records, or give it as a .txt file', raw)
+        elif line.strip():
+            if encoding or errors == 'replace':
+                line = line.decode(encoding or 'utf-8', errors)
+            yield Record(where, line, raw.tell(), 'json', encoding or 'utf-8')
 
 
 def read_table(path, f, raw, encoding, errors, column) -> Iterator[Record]:
-    head = f.peek(1 << 16) if hasattr(f, 'peek') else b''
-    encoding = encoding or detect(path, head)
-    csv.field_size_limit(LONGEST_LINE)
-    lines = io.TextIOWrapper(f, encoding, errors, newline='')
-    rows = csv.DictReader(lines, delimiter='\t' if suffix(path) == '.tsv' else ',')
+    encoding = encoding or detect(path, f.read(1 << 24))
+    encoding = 'utf-8-sig' if codecs.lookup(encoding).name == 'utf-8' else encoding
+    f.seek(0)
+    csv.field_size_limit(LONGEST_LINE - 1)
+    lines = lines_of(io.TextIOWrapper(f, encoding, errors, newline=''))
+    if suffix(path) == '.tsv':      # which knows no quotes
+        rows = csv.DictReader(lines, delimiter='\t', quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.DictReader(lines, strict=True)
     try:
         if column not in (rows.fieldnames or ()):
             raise Bad(f'{path}:1: no column {column!r} among {", ".join(rows.fieldnames or ())}; '
                       'name the one that has the text with --text_column')
-        for row in rows:
-            if row[column] is None:
-                raise Bad(f'{path}:{rows.line_num}: a row without the column {column!r}; mend it')
-            yield Record(f'{path}:{rows.line_num}', row[column], raw.tell(), 'text', encoding)
     except csv.Error as e:
-        raise Bad(f'{path}:{rows.reader.line_num}: {e}; mend the row') from e
+        raise Bad(f'{path}:1: {e}; mend the row') from e
+    while True:
+        try:
+            found = next(rows)[column]
+            where = f'{path}:{rows.line_num}'
+            yield Record(where, found, raw.tell(), 'text', encoding) if found is not None else \
+                bad_record(where, f'a row without the column {column!r}; mend it', raw)
+        except csv.Error as e:
+            yield bad_record(f'{path}:{rows.reader.line_num}', f'{e}; mend the row', raw)
+        except StopIteration:
+            return
+
+
+def lines_of(text) -> Iterator[str]:
+    """The lines of a table without NUL characters. Of one that is too long only so much comes that
+    csv refuses it."""
+    while line := text.readline(LONGEST_LINE):
+        more = line
+        while len(more) == LONGEST_LINE and more[-1] not in '\r\n':
+            more, line = text.readline(LONGEST_LINE), 'x' * LONGEST_LINE
+        yield line.replace('\0', '')
+
+
+def bad_record(where: str, what: str, raw) -> Record:
+    """A record that is no good, while those after it may be."""
+    return Record(where, f'{where}: {what}', raw.tell(), 'bad')
 
 
 def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
@@ -276,10 +316,11 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
             for value in batch.column(0):
                 row += 1
                 text = value.as_py()
-                if not isinstance(text, str):
-                    raise Bad(f'{path}: row {row}: {column!r} is no text; name the column that '
-                              'has it with --text_column, or leave the row out')
-                yield Record(f'{path}:{row}', text, size * row // max(row, n_rows))
+                if isinstance(text, str):
+                    yield Record(f'{path}:{row}', text, size * row // max(row, n_rows))
+                else:
+                    yield bad_record(f'{path}: row {row}', f'{column!r} is no text; name the '
+                                     'column that has it with --text_column', raw)
     except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         raise Bad(f'{path}: a damaged or truncated Parquet file, after row {row} '
                   f'({" ".join(str(e).split())[:200]}); get it again') from e
@@ -289,14 +330,20 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
 # Records to documents
 
 
-def parse(record: Record, column: str) -> Document:
-    """The document of a record. Raises Bad."""
-    where, data = record.where, record.data
+def parse(record: Record, column: str) -> Iterator[Document]:
+    """The document of a record, or its parts if it is too long. Raises Bad."""
+    where, text = record.where, record.data
+    if record.kind == 'bad':
+        raise Bad(text)
     if record.kind == 'json':
-        data = parse_json(where, data, column)
+        text = parse_json(where, text, column)
     elif record.kind == 'html':
-        data = html_to_text(where, data)
-    return Document(where, data, record.continued)
+        text = html_to_text(where, text)
+    if len(text) <= LONGEST:
+        yield Document(where, text, record.continued)
+    else:
+        for part in parts(text, True, where, 0, '', record.continued):
+            yield Document(where, part.data, part.continued)
 
 
 def parse_json(where: str, line: bytes | str, column: str) -> str:
@@ -311,7 +358,7 @@ def parse_json(where: str, line: bytes | str, column: str) -> str:
     return found[column].encode('utf-8', 'replace').decode()    # a lone surrogate is no text
 
 
-def html_to_text(where: str, page: bytes) -> str:
+def html_to_text(where: str, page: bytes | str) -> str:
     """What a reader of a web page reads: trafilatura leaves menus and footers out."""
     try:
         import trafilatura

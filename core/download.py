@@ -49,12 +49,14 @@ def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0, headers:
         sha256 = record.read_text().partition(' ')[0]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(folder) / f'{name}.part'
-        if not download(url, part, size, headers=headers, optional=optional):
-            return None
-        verify(part, sha256, size, delete=True, shown=url)
-        record.write_text(f'{file_hash(part)}  {path.name}\n')  # the format of sha256sum -c
-        os.replace(part, path)
+        with locked(path.with_name(f'.{path.name}.lock')):
+            part = Path(folder) / f'{name}.part'
+            if not path.is_file():      # another process may have brought it meanwhile
+                if not download(url, part, size, headers=headers, optional=optional):
+                    return None
+                verify(part, sha256, size, delete=True, shown=url)
+                record.write_text(f'{file_hash(part)}  {path.name}\n')  # as sha256sum -c has it
+                os.replace(part, path)
     return verify(path, sha256, size)
 
 

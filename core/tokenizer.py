@@ -358,7 +358,12 @@ def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counte
     for found in ordered_map(count_share, tqdm(shares, desc='counting', leave=False,
                                                disable=size < 1 << 22), workers, pattern):
         counts.update(found)
+        if len(counts) > MOST_PIECES:   # as in Chinese, where few pieces come twice
+            counts = Counter({piece: n for piece, n in counts.items() if n > 1})
     return counts
+
+
+MOST_PIECES = 3_000_000     # kept in memory; above, those that came only once are forgotten
 
 
 def count_share(parts: Iterable[str], pattern: str) -> Counter:

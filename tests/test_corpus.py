@@ -279,10 +279,10 @@ def test_austen(monkeypatch):
                    *documents_of('data/austen', 'val')[1:]]
     assert len(novels) == 7
     for text in novels:
-        assert not re.search('(?im)gutenberg|ebook|^produced by|^end of', text)
+        assert not re.search('(?im)gutenberg|ebook|^produced by', text)
         assert '\ufffd' not in text and 'Ã' not in text
     chapters = [len(re.findall(r'^ *(?:CHAPTER|Chapter) +(?:[IVXLC]+|\d+)\.?', text, re.MULTILINE))
                 for text in novels]
     assert chapters == [55, 0, 48, 31, 24, 61, 50]
     assert len(re.findall(r'^[IVXL]+$', novels[1], re.MULTILINE)) == 41  # letters of Lady Susan
-    assert '_arrangé_' in novels[4] and '£' in novels[2] and novels[0].count('“') == 2110
+    assert '_arrangé_' in novels[4] and '£' in novels[2] and novels[0].count('“') == 2099

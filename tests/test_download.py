@@ -111,7 +111,7 @@ def get(server, folder, **known) -> Path:
 
 
 def names(folder) -> list[str]:
-    return sorted(path.name for path in Path(folder).iterdir())
+    return sorted(path.name for path in Path(folder).iterdir() if path.suffix != '.lock')
 
 
 # ---------------------------------------------------------------------------------------------

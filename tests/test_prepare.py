@@ -14,6 +14,7 @@ from core.dataset import Tokens
 from core.download import NoNetwork
 from core.hf_tokenizer import tokenizer_json
 from core.recipes import Recipe
+from core.settings import Stop
 from core.tokenizer import load
 
 MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRROR'])
@@ -517,3 +518,113 @@ def test_two_processes_at_once(tmp_path, capfd):
     assert out.count('tokens to train on') == 1 and 'made again' not in out  # one waited
     assert ''.join(decoded(tmp_path / 'data' / 'novel_byte')) == TEXT * 5000
     assert subfolders(tmp_path / 'data') == ['novel_byte']
+
+
+# ---------------------------------------------------------------------------------------------
+# Odd input
+
+
+def test_one_bad_row_of_many(capsys):
+    """The rows after it are read; without the flag the command stops, also the next time."""
+    rows = [f'{i},row number {i} of the table' for i in range(20)]
+    rows[5] = '5'
+    path = write('a.csv', 'id,text\n' + '\n'.join(rows))
+    folder = prepare.build(path, skip_bad=True, near_duplicates=0.0)
+    assert meta_of(folder)['documents'] == 19 and len(meta_of(folder)['bad']) == 1
+    with pytest.raises(Stop):
+        prepare.build(path, skip_bad=False)
+    assert "a.csv:7: a row without the column 'text'" in capsys.readouterr().err
+
+
+def test_train_keeps_the_settings_of_a_dataset():
+    path = write('t.txt', TEXT + 'Write to me@example.org.\n' * 3)
+    prepare.build(path, mask_pii=True)
+    write(path, TEXT + 'Write to you@example.org.\n' * 4)
+    assert 'example' not in ''.join(decoded(prepare.build(path)))     # as train.py calls it
+
+
+def test_a_changed_benchmark(capsys):
+    item = 'one two three four five six seven eight nine ten eleven twelve thirteen fourteen'
+    path = write('t.txt', 'a ' * 300 + item + ' z' * 300)
+    write('bench.txt', 'nothing that this text has in common with any other text of this test\n')
+    given = dict(decontaminate='bench.txt')
+    assert item in ''.join(decoded(prepare.build(path, **given)))
+    write('bench.txt', item)
+    assert item not in ''.join(decoded(prepare.build(path, **given)))
+    assert meta_of('data/t_char')['steps']['without benchmark items'][2] == 2
+    write('bench.txt', 'too short\n')
+    prepare.build(path, **given)
+    assert '1 of 1 texts have fewer than 8 words' in capsys.readouterr().err
+
+
+def test_sentences_that_go_count_in_the_split():
+    """A tenth of what is left is for validation."""
+    sentences = [f'This is sentence number {i} of the text.' for i in range(300)]
+    path = write('t.txt', '\n'.join(sentences * 5))
+    folder = prepare.build(path, repeated_sentences=3)
+    train, val = decoded(folder)
+    assert 0.09 < len(val) / len(train + val) < 0.11
+    assert meta_of(folder)['characters'] == len(train + val) < len('\n'.join(sentences)) + 100
+    assert meta_of(folder)['steps']['without repeated sentences'][3] == len(train + val)
+
+
+def test_odd_names(monkeypatch, capsys):
+    """Brackets and commas in names, the folder itself, bytes that are no UTF-8, globs."""
+    for name in ('a[1].txt', 'p,q.txt', 'caf\udce9.txt'):
+        write(f'odd/{name}', f'{ascii(name)} ' + TEXT)
+    assert prepare.build('odd/a[1].txt') == Path('data/a[1]_char')
+    both = prepare.build('odd/p,q.txt,odd/a[1].txt')
+    assert len(''.join(decoded(both)).split('<|endoftext|>')) == 2
+    assert meta_of(prepare.build('odd/*.txt'))['n_inputs'] == 3
+    monkeypatch.chdir('odd')
+    folder = prepare.build('.')
+    before = snapshot(folder)
+    assert folder == Path('data/odd_char') and prepare.build('.') == folder     # not with data/
+    assert snapshot(folder) == before
+
+
+def test_text_beside_a_meta_json():
+    """Of somebody else: that does not make the folder a dataset."""
+    write('my/meta.json', '{}')
+    write('my/a.txt', TEXT)
+    assert ''.join(decoded(prepare.build('my'))) == TEXT
+
+
+def test_a_dataset_of_other_settings(monkeypatch, capsys):
+    prepare.build(write('t.txt', TEXT))
+    monkeypatch.setattr(prepare, 'GIVEN', ('quality',))
+    message = stopped(capsys, lambda: run_main(monkeypatch, dataset='t_char', quality='gopher'))
+    assert message.startswith('data/t_char was made with quality=; to change that, give ')
+
+
+@pytest.mark.parametrize('settings,part', [
+    (dict(validation='nope.txt'), 'validation=nope.txt: no such file'),
+    (dict(validation='t.txt'), 'nothing is left to train on'),
+    (dict(encoding='hex'), 'encoding=hex: no encoding'),
+    (dict(bad_words='nope'), 'bad_words=nope: no such file'),
+    (dict(decontaminate='nope'), 'decontaminate=nope: no such file'),
+    (dict(data_dir='t.txt'), 't.txt'), (dict(name='x' * 300), 'File name too long'),
+    (dict(dataset='openwebtext,t.txt'), 'openwebtext ('),
+    (dict(dataset='pipe'), 'pipe: not a regular file')])
+def test_one_line_for_each(settings, part, monkeypatch, capsys):
+    write('t.txt', TEXT)
+    os.mkfifo('pipe')
+    message = stopped(capsys, lambda: run_main(monkeypatch, **{'dataset': 't.txt', **settings}))
+    assert part in message
+    assert not Path('data').is_dir() or not list(Path('data').glob('[!.]*'))
+
+
+def test_disk_full(monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, 'No space left on device', 'data/x')
+    monkeypatch.setattr(prepare.np, 'savez', full)
+    message = stopped(capsys, lambda: prepare.build(write('t.txt', TEXT)))
+    assert message.startswith('data/x: No space left on device')
+
+
+def test_two_books_in_one_file():
+    book = ('*** START OF THE PROJECT GUTENBERG EBOOK A ***\n\n{0}\n\n'
+            '*** END OF THE PROJECT GUTENBERG EBOOK A ***\nlicence\n')
+    text = 'header\n' + book.format(TEXT) + 'header\n' + book.format('Other ' + TEXT)
+    train, val = decoded(prepare.build(write('two.txt', text)))
+    assert (train + val).split('\n\n\n') == [TEXT.strip(), f'Other {TEXT}']
