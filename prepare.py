@@ -643,8 +643,8 @@ def print_summary(folder: Path, meta: dict) -> None:
     for what, n in meta['counts'].items():
         if n and what.startswith(('U+FFFD', 'NUL', 'masked', 'documents outside', 'files')):
             print(f'  {what}: {n:,}')
-    if meta['bad']:
-        print(f'  left out because it cannot be read: {len(meta["bad"]):,}')
+    if meta['n_bad']:
+        print(f'  left out because it cannot be read: {meta["n_bad"]:,}')
     print(f'  what was removed and why: {folder}/report.html')
 
 

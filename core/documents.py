@@ -1,4 +1,4 @@
-"""Files of any format -> documents: text, web pages, JSON lines, tables, Parquet; each also as .gz.
+"""Files of any format -> documents: text, web pages, JSON lines, tables, Parquet, each also as .gz.
 
 Reading has two halves. `read` goes through files in order, in one process, and yields records:
 bytes or text of a few megabytes at most, with the place they come from. `parse` makes documents of

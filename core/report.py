@@ -91,7 +91,7 @@ def write_report(path: Path, meta: dict) -> None:
     page.append(table('Also counted', ['what', 'how many'],
                       [(what, f'{n:,}') for what, n in meta['counts'].items() if n]))
     if meta['bad']:
-        page.append(table(f'Left out because it cannot be read: {len(meta["bad"]):,}', ['what'],
+        page.append(table(f'Left out because it cannot be read: {meta["n_bad"]:,}', ['what'],
                           [(message,) for message in meta['bad'][:20]]))
     page += ['<h2>Length of the documents</h2>', histogram(meta['lengths']),
              '<h2>Most frequent tokens</h2>',
