@@ -65,7 +65,7 @@ quality = ''                # rules that are applied: gopher, c4 or gopher,c4; e
 near_duplicates = 0.7       # Jaccard similarity from which documents are duplicates; 0: only equal
 shingle_words = 3           # the similarity is that of the sets of so many words in a row
 repeated_sentences = 0      # so many sentences in a row that came before go (C4: 3); 0: stay
-decontaminate = ''          # benchmark files; what shares overlap_words in a row with them goes
+decontaminate = ''          # benchmark files: what has overlap_words in a row with them goes
 overlap_words = 13
 # thresholds of Gopher (Rae et al. 2021, appendix A1.1): quality, then repetition
 min_words = 50
@@ -96,7 +96,7 @@ min_sentences = 3
 max_lorem_ipsum = 0
 max_curly_brackets = 0
 max_bad_words = 0
-bad_words = ''              # a file with a word a line; '': none
+bad_words = ''              # files with a word or phrase a line; '': none
 # tokens
 tokenizer = ''              # char, byte, bpe, gpt2, or where a model is whose tokenizer is taken;
                             # '': the named dataset's own, char for a path
@@ -138,13 +138,13 @@ def build(dataset: str, data_dir: str = 'data', name: str = '', tokenizer: str =
     if not dataset:
         stop(f'no dataset given: name one of {", ".join(RECIPES)}, or a path to text')
     try:
-        return build_or_stop(dataset, data_dir, name, tokenizer, vocab_size, given)
+        return find_or_make(dataset, data_dir, name, tokenizer, vocab_size, given)
     except OSError as e:
         stop(f'{e.filename or data_dir}: {e.strerror or e}; the dataset was not made')
 
 
-def build_or_stop(dataset: str, data_dir: str, name: str, tokenizer: str, vocab_size: int,
-                  given: dict) -> Path:
+def find_or_make(dataset: str, data_dir: str, name: str, tokenizer: str, vocab_size: int,
+                 given: dict) -> Path:
     """What build does; an OSError of the file system comes out."""
     recipe = RECIPES.get(dataset)
     for folder in () if recipe else (dataset, os.path.join(data_dir, dataset)):
@@ -234,10 +234,11 @@ def check_given(folder: Path, given: dict) -> None:
     """Stop if a dataset that is named by its folder was made with other settings than those of the
     command line."""
     found = read_meta(folder)
+    known = found.get('settings', {})
     for key in GIVEN:
-        if key in found['settings'] and key in given and given[key] != found['settings'][key]:
-            stop(f'{folder} was made with {key}={found["settings"][key]}; to change that, give '
-                 f'what it was made from: python prepare.py {found["source"]} --{key}={given[key]}')
+        if key in known and key in given and given[key] != known[key]:
+            stop(f'{folder} was made with {key}={known[key]}; to change that, give what it was '
+                 f'made from: python prepare.py {found["source"]} --{key}={given[key]}')
 
 
 def check_tokenizer(folder: Path, tokenizer: str, vocab_size: int) -> None:
@@ -340,8 +341,9 @@ def up_to_date(folder: Path, wanted: dict, work: Path) -> bool:
              f'one another name: python prepare.py {wanted["source"]} --name=<name>')
     changed = [key for key in {**wanted, 'tokenizer_hash': ''} if key != 'settings'
                and found.get(key) != wanted.get(key)]
-    changed += [key for key, value in wanted['settings'].items()
-                if found['settings'].get(key, value) != value]
+    known = found.get('settings', {})
+    changed += [key for key, value in wanted['settings'].items() if known.get(key, value) != value]
+    changed += ['the program'] * ('settings' not in found)
     if changed:
         print(f'{folder}: {" and ".join(changed)} changed since it was made, so it is made again')
     elif work.exists() and not (work / 'ready').exists():
