@@ -400,7 +400,7 @@ def encode_split(corpus: Corpus, split: Split, tok, options: dict, n_workers: in
             at = done['skip'] if number == done['job'] else 0
             while at < len(ids):
                 at += writer.write(ids[at:at + writer.room()])
-                if not writer.pending:      # a shard is whole
+                if not writer.filled:       # a shard is whole
                     save_json(progress, {'job': number, 'skip': at, 'shards': len(writer.paths),
                                          'whole': False})
             bar.update(int(corpus.rows['size'][job[1] + corpus.first[job[0]]].sum()))

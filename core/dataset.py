@@ -30,14 +30,14 @@ class ShardWriter:
                  n_shards: int = 0):
         self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
         self.dtype = np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')
-        self.pending, self.paths = [], [self.path(i) for i in range(n_shards)]
+        self.file, self.filled, self.paths = None, 0, [self.path(i) for i in range(n_shards)]
 
     def path(self, number: int) -> Path:
         return self.folder / f'{self.split}-{number:05d}.bin'
 
     def room(self) -> int:
         """How many more ids fit into the shard that is being filled."""
-        return self.shard_tokens - sum(map(len, self.pending))
+        return self.shard_tokens - self.filled
 
     def write(self, ids) -> int:
         """Append a sequence of ids; returns how many they are."""
@@ -47,26 +47,32 @@ class ShardWriter:
             raise ValueError(f'ids from {low} to {high} do not fit {self.dtype}')
         ids, n = ids.astype(self.dtype), len(ids)
         while len(ids):
-            room = self.room()
-            self.pending.append(ids[:room])
-            ids = ids[room:]
-            if len(self.pending[-1]) == room:
+            here, ids = ids[:self.room()], ids[self.room():]
+            self.begin()
+            self.file.write(here.tobytes())
+            self.filled += len(here)
+            if not self.room():
                 self.flush()
         return n
 
+    def begin(self) -> None:
+        """Begin a shard, unless one is begun."""
+        if not self.file:
+            self.file = open(self.path(len(self.paths)).with_suffix('.part'), 'wb')
+            self.file.write(bytes(HEADER.size))
+
     def flush(self) -> None:
-        """Write what is pending as one shard, even an empty one if there is none yet."""
-        if not self.pending and self.paths:
+        """Give the shard that is being filled its name; an empty one, too, if there is none yet."""
+        if not self.file and self.paths:
             return
+        self.begin()
+        self.file.seek(0)
+        self.file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, self.filled))
+        self.file.close()
         path = self.path(len(self.paths))
-        with open(tmp := path.with_suffix('.part'), 'wb') as f:
-            n = sum(map(len, self.pending))
-            f.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, n))
-            for ids in self.pending:
-                f.write(ids.tobytes())
-        os.replace(tmp, path)
+        os.replace(path.with_suffix('.part'), path)
         self.paths.append(path)
-        self.pending = []
+        self.file, self.filled = None, 0
 
 
 class Tokens:

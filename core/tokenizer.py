@@ -15,6 +15,7 @@ samples must mask ids from `len(tokenizer)` on.
 import codecs
 import hashlib
 import heapq
+import itertools
 import json
 import re
 import unicodedata
@@ -349,21 +350,22 @@ def blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
 
 def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counter:
     """How often each piece occurs in the texts; counted by `workers` processes (0: all cores)."""
-    parts = [part for text in texts for part in blocks(text)]
-    size = sum(map(len, parts))
+    parts = (part for text in texts for part in blocks(text))
+    first = list(itertools.islice(parts, 4))
+    large = sum(map(len, first)) > 1 << 21
     if not workers:     # more than one pay from some megabytes on
-        workers = cpu_count() if size > 1 << 22 else 1
-    shares = [parts[i:i + 8] for i in range(0, len(parts), 8)]
+        workers = cpu_count() if large else 1
+    shares = itertools.chain([first], iter(lambda: list(itertools.islice(parts, 4)), []))
     counts = Counter()
     for found in ordered_map(count_share, tqdm(shares, desc='counting', leave=False,
-                                               disable=size < 1 << 22), workers, pattern):
+                                               disable=not large), workers, pattern):
         counts.update(found)
         if len(counts) > MOST_PIECES:   # as in Chinese, where few pieces come twice
             counts = Counter({piece: n for piece, n in counts.items() if n > 1})
     return counts
 
 
-MOST_PIECES = 3_000_000     # kept in memory; above, those that came only once are forgotten
+MOST_PIECES = 500_000   # kept in memory; above, those that came only once are forgotten
 
 
 def count_share(parts: Iterable[str], pattern: str) -> Counter:
