@@ -21,7 +21,7 @@ META = {
     'counts': {'U+FFFD': 31_337, 'encoding: <b>': 2, 'masked: nothing': 0},
     'examples': {'gopher: words': [[f'a.txt<{i}>: 3', f'example {i} {EVIL}'] for i in range(3)],
                  EVIL: [[EVIL, EVIL]]},
-    'bad': [f'{EVIL}{i}' for i in range(30)],
+    'bad': [f'{EVIL}{i}' for i in range(30)], 'n_bad': 30,
     'lengths': [[64, 128, 1_234], [128, 256, 0], [256, 512, 11_111]],
     'frequent': [['the', 200_000], ['\n', 1_001], [EVIL, 1]],
     'n_inputs': 1_500, 'input_bytes': 9_876_543_210,
