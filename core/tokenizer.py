@@ -350,22 +350,35 @@ def blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
 
 def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counter:
     """How often each piece occurs in the texts; counted by `workers` processes (0: all cores)."""
-    parts = (part for text in texts for part in blocks(text))
-    first = list(itertools.islice(parts, 4))
-    large = sum(map(len, first)) > 1 << 21
+    shares = shares_of(texts)
+    first = next(shares, [])
+    large = sum(map(len, first)) >= SHARE
     if not workers:     # more than one pay from some megabytes on
         workers = cpu_count() if large else 1
-    shares = itertools.chain([first], iter(lambda: list(itertools.islice(parts, 4)), []))
+    shares = tqdm(itertools.chain([first], shares), desc='counting', leave=False, disable=not large)
     counts = Counter()
-    for found in ordered_map(count_share, tqdm(shares, desc='counting', leave=False,
-                                               disable=not large), workers, pattern):
+    for found in ordered_map(count_share, shares, workers, pattern):
         counts.update(found)
         if len(counts) > MOST_PIECES:   # as in Chinese, where few pieces come twice
             counts = Counter({piece: n for piece, n in counts.items() if n > 1})
     return counts
 
 
+SHARE = 1 << 22         # characters that a process counts at a time
 MOST_PIECES = 500_000   # kept in memory; above, those that came only once are forgotten
+
+
+def shares_of(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Parts of the texts (see blocks), about SHARE characters together at a time."""
+    share, size = [], 0
+    for part in (part for text in texts for part in blocks(text)):
+        share.append(part)
+        size += len(part)
+        if size >= SHARE:
+            yield share
+            share, size = [], 0
+    if share:
+        yield share
 
 
 def count_share(parts: Iterable[str], pattern: str) -> Counter:

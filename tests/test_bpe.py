@@ -132,6 +132,7 @@ def test_exactly_the_size_asked_for(source):
 
 def test_any_number_of_workers(source, monkeypatch):
     monkeypatch.setattr(blocks, '__defaults__', (10_000,))
+    monkeypatch.setattr(tokenizers, 'SHARE', 30_000)
     counts = [count_pieces([source, source[:50_000]], PATTERNS['llama3'], n) for n in (1, 2, 3)]
     assert counts[0] == counts[1] == counts[2] and len(counts[0]) > 5000
     shuffled = dict(random.Random(0).sample(sorted(counts[0].items()), len(counts[0])))
