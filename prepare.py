@@ -39,7 +39,7 @@ from core.corpus import (
     split_corpus,
     texts_of,
 )
-from core.dataset import Tokens
+from core.dataset import HEADER, Tokens, open_shard
 from core.device import cpu_count
 from core.documents import Bad
 from core.download import NoNetwork, fetch, file_hash, locked
@@ -587,10 +587,13 @@ def finish(folder: Path, ready: Path, corpus: Corpus, stays: np.ndarray, tok, ta
     counts = np.zeros(len(tok), np.int64)
     n_tokens = {}
     for split in ('train', 'val'):
-        tokens = Tokens(ready, split)
-        n_tokens[split] = len(tokens)
-        for i in range(0, len(tokens), 1 << 24):
-            counts += np.bincount(tokens.read(i, 1 << 24), minlength=len(tok))
+        n_tokens[split] = len(Tokens(ready, split))
+        for path in sorted(ready.glob(f'{split}-*.bin')):
+            kind, at = open_shard(path).dtype, HEADER.size
+            # read, not mapped: what is mapped stays in memory
+            while len(ids := np.fromfile(path, kind, 1 << 22, offset=at)):
+                counts += np.bincount(ids, minlength=len(tok))
+                at += ids.nbytes
     if not n_tokens['train']:
         stop(f'{meta["source"]}: nothing is left to train on; see to weights, validation and rules')
     rows = corpus.rows[stays]
