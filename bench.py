@@ -361,7 +361,7 @@ def bench_data() -> dict:
         began, peak, output = time.perf_counter(), 0, []
         process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name('prepare.py'), folder / 'corpus',
-             f'--data_dir={folder}/data', '--name=bench', '--tokenizer=bpe', '--normalize=NFC',
+             f'--data_dir={folder}/data', '--name=bench', '--tokenizer=bpe',
              '--repeated_sentences=3', f'--decontaminate={folder}/benchmark.txt',
              '--val_fraction=0.01'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)

@@ -157,8 +157,7 @@ def find_or_make(dataset: str, data_dir: str, name: str, tokenizer: str, vocab_s
         stop(f'name={name}: must be a plain folder name (other than downloads)')
     places = split_places(dataset)
     for place in places:
-        if place not in RECIPES and not is_url(place) and not os.path.exists(place) \
-                and not glob.glob(place, recursive=True):
+        if place not in RECIPES and not is_url(place) and not is_there(place):
             stop(f'dataset {place!r}: neither a named dataset ({", ".join(RECIPES)}), '
                  f'nor a folder in {data_dir}/, nor a path to text')
     folder = Path(data_dir) / name
@@ -213,6 +212,11 @@ def split_places(dataset: str) -> list[str]:
 
 def is_url(place: str) -> bool:
     return place.startswith(('http://', 'https://'))
+
+
+def is_there(place: str) -> bool:
+    """Whether a place is a path that exists, or a glob that something matches."""
+    return os.path.exists(place) or bool(glob.glob(place, recursive=True))
 
 
 def is_made(folder) -> bool:
@@ -374,7 +378,7 @@ def find_sources(places: list[str], options: dict, data_dir: str, tally: Tally) 
             stop(str(e))
         sources += [Source(train, share)] + [Source(val, 1.0, True)] * bool(val)
     for place in split_places(options['validation']):
-        if not os.path.exists(place) and not glob.glob(place, recursive=True):
+        if not is_there(place):
             stop(f'validation={place}: no such file or folder')
         sources.append(Source(find_files(place, options, data_dir, tally), 1.0, True))
     return sources

@@ -55,7 +55,8 @@ MASKS = {
     'e-mail address': re.compile(
         r'(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}\b'),
     'IP address': re.compile(
-        r'(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]\d|\w)'),
+        r'(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}'
+        r'(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]\d|\w)'),
     # with the country's code, in North American groups, or with a leading 0
     'phone number': re.compile(
         r'(?<![\w.+-])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,5}|'
@@ -114,6 +115,16 @@ def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
     grams ^= grams >> np.uint64(31)
     grams *= MIX[1]
     return grams ^ grams >> np.uint64(29)
+
+
+def inside_of(found: list[tuple[np.ndarray, int]], n_words: int) -> np.ndarray:
+    """(n_words,) which words lie within what was found: pairs of where n words in a row begin, and
+    n."""
+    changes = np.zeros(n_words + 1, np.int64)
+    for begins, n in found:
+        np.add.at(changes, begins, 1)
+        np.add.at(changes, begins + n, -1)
+    return np.cumsum(changes[:-1]) > 0
 
 
 def text_hash(text: str) -> int:
@@ -185,10 +196,7 @@ def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
         if some:        # without repeated fives there are no repeated sixes
             at = np.flatnonzero(repeats(ngram_hashes(words, n)))
             if some := len(at) > 0:
-                inside = np.zeros(len(words) + 1, np.int64)
-                np.add.at(inside, at, 1)
-                np.add.at(inside, at + n, -1)
-                covered = lengths[np.cumsum(inside[:-1]) > 0].sum()
+                covered = lengths[inside_of([(at, n)], len(words))].sum()
         yield f'repeated_{n}_words', float(covered / size)
 
 
@@ -251,17 +259,15 @@ def overlaps(text: str, index: dict[int, np.ndarray], words: np.ndarray | None =
     """Where the text has words in a row that are in the index: (begin, end) in characters, apart
     and in order. n = 13 is that of Brown et al. 2020, appendix C."""
     words = word_hashes(text)[0] if words is None else words
-    inside = np.zeros(len(words) + 1, np.int64)
+    found = []
     for n, known in index.items():
         grams = ngram_hashes(words, n)
         place = np.minimum(np.searchsorted(known, grams), len(known) - 1)
-        at = np.flatnonzero(known[place] == grams)
-        np.add.at(inside, at, 1)
-        np.add.at(inside, at + n, -1)
-    inside = np.cumsum(inside) > 0
+        found.append((np.flatnonzero(known[place] == grams), n))
+    inside = inside_of(found, len(words))
     if not inside.any():
         return []
-    edges = np.flatnonzero(np.diff(inside, prepend=False))
+    edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     spans = [found.span() for found in WORD.finditer(lower(text))]
     return [(spans[begin][0], spans[end - 1][1]) for begin, end in zip(edges[::2], edges[1::2])]
 

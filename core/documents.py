@@ -240,6 +240,7 @@ def read_html(path, f, raw, encoding, errors, column) -> Iterator[Record]:
 
 
 def read_jsonl(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    """JSON lines, not parsed yet; one that is too long is a bad record."""
     number = 0
     while line := f.readline(LONGEST_LINE):
         number += 1
@@ -256,6 +257,7 @@ def read_jsonl(path, f, raw, encoding, errors, column) -> Iterator[Record]:
 
 
 def read_table(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    """The rows of a CSV or TSV file whose first line names the columns; bad rows are records."""
     encoding = encoding or detect(path, f.read(1 << 24))
     encoding = 'utf-8-sig' if codecs.lookup(encoding).name == 'utf-8' else encoding
     f.seek(0)
@@ -299,6 +301,7 @@ def bad_record(where: str, what: str, raw) -> Record:
 
 
 def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    """The rows of a Parquet file, a few hundred in memory at a time; bad rows are records."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -347,6 +350,7 @@ def parse(record: Record, column: str) -> Iterator[Document]:
 
 
 def parse_json(where: str, line: bytes | str, column: str) -> str:
+    """The text in a JSON object's field `column`. Raises Bad."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as e:
