@@ -331,13 +331,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):
         dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight, dtype=torch.float32)
-        total = x.new_zeros((), dtype=torch.float32)
+        dweight = torch.zeros_like(weight, dtype=at_least_float32(weight.dtype))
+        total = 0.0
         for i in range(0, len(x), chunk):
             rows, target = x[i:i + chunk], targets[i:i + chunk]
             raw = rows @ weight.T
-            logits = raw.float()
-            total += F.cross_entropy(logits, target, ignore_index=-100, reduction='sum')
+            logits = raw.to(at_least_float32(raw.dtype))
+            total = total + F.cross_entropy(logits, target, ignore_index=-100, reduction='sum')
             counts = (target != -100).float()[:, None]
             grad = logits.softmax(dim=-1)
             grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(counts))
@@ -353,9 +353,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What logits of this dtype become before a softmax."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def token_losses(x, targets, lm_head) -> torch.Tensor:
-    """(N,) cross-entropies in fp32 of hidden states x (N, C), 0 where the target is -100."""
-    return F.cross_entropy(lm_head(x).float(), targets, ignore_index=-100, reduction='none')
+    """(N,) cross-entropies of hidden states x (N, C), 0 where the target is -100; in fp32, of an
+    fp64 model in fp64.
+    """
+    logits = lm_head(x)
+    return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, ignore_index=-100,
+                           reduction='none')
 
 
 def lm_loss(lm_head, x, targets, reduction: str) -> torch.Tensor:
@@ -371,7 +380,8 @@ def lm_loss(lm_head, x, targets, reduction: str) -> torch.Tensor:
         torch.get_autocast_dtype(x.device.type) == torch.float16
     if chunk >= len(flat):
         losses = token_losses(flat, target, lm_head)
-    elif reduction != 'none' and torch.is_grad_enabled() and lm_head.bias is None and not half:
+    elif reduction != 'none' and torch.is_grad_enabled() and not half and lm_head.bias is None \
+            and not lm_head._forward_hooks:     # where calling it is no more than its matrix
         total = ChunkedCrossEntropy.apply(flat, lm_head.weight, target, chunk)
         return total / (target != -100).sum() if reduction == 'mean' else total
     else:
@@ -447,7 +457,7 @@ class GPT(nn.Module):
                                config.rope_scaling)
         for i, block in self.h.items():
             if self.recompute and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, None, int(i), use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache, int(i))
         if cache is not None:
@@ -516,21 +526,41 @@ class LSTM(nn.Module):
 def build_model(config: GPTConfig, seed: int | None = 0, device='cpu') -> nn.Module:
     """A model with initialized fp32 weights on `device`; the same weights for the same seed.
 
-    With seed None the weights are left as the memory was, for whoever loads others.
+    With seed None the weights are left as the memory was, for whoever loads others; on the device
+    'meta' there is no memory.
     """
     with torch.device('meta'):
         model = LSTM(config) if config.arch == 'lstm' else GPT(config)
-    model.to_empty(device=device)
-    if config.tied:
-        model.lm_head.weight = model.wte.weight
+    allocate(model, device)
     if seed is not None:
         init_weights(model, seed)
     return model
 
 
+def allocate(model: nn.Module, device) -> None:
+    """Give a model memory on `device`, without values; tied matrices share theirs."""
+    model.to_empty(device=device)
+    tie(model)
+
+
+def tie(model: nn.Module) -> None:
+    """Let embedding and head share their matrix (again, after something has replaced both)."""
+    if model.config.tied and model.wte is not None and model.lm_head is not None:
+        model.lm_head.weight = model.wte.weight
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, shared ones once: a tied head is 'wte.weight', also on a pipeline
+    stage that has only the head.
+    """
+    tied = model.config.tied
+    return {'wte.weight' if tied and name == 'lm_head.weight' else name: p
+            for name, p in model.named_parameters()}
+
+
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int) -> None:
-    """All of initialization.
+def init_weights(model: nn.Module, seed: int, put=torch.Tensor.copy_) -> None:
+    """All of initialization. put(p, values) fills a parameter that may be here in part only.
 
     Norms are 1, biases 0. Matrices that write into the residual stream (o_proj, down_proj) are 0,
     so each block begins as the identity; an untied head is 0, so the first loss is exactly log(V).
@@ -539,9 +569,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
     On one kind of device, a parameter's numbers depend only on (seed, its name), not on which
     others are made here.
     """
-    for name, p in model.named_parameters():
-        if name == 'lm_head.weight' and model.config.tied:
-            name = 'wte.weight'  # on a pipeline stage that has only the head
+    for name, p in named_weights(model).items():
         if p.ndim < 2:
             p.fill_(1.0 if name.endswith('.weight') else 0.0)
             if 'bias_ih' in name:                 # gates in the order input, forget, cell, output
@@ -554,21 +582,23 @@ def init_weights(model: nn.Module, seed: int) -> None:
                 std = 0.02 if name == 'wpe.weight' or model.config.tied else 1.0
             generator = torch.Generator(p.device)
             generator.manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
-            p.normal_(0.0, std, generator=generator)
+            values = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+            put(p, values.normal_(0.0, std, generator=generator))
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
+def copy_weights(source: nn.Module, target: nn.Module, put=torch.Tensor.copy_) -> None:
     """Fill a model with the weights of another that may know fewer tokens, or more positions.
+    put(p, values) fills a parameter.
 
     The rows of new tokens are the mean of the others, which makes them as improbable as any: the
     logit of a row of zeros would be 0, where GPT-2's are around -100.
     """
     known = dict(source.named_parameters())
-    for name, p in target.named_parameters():
-        n = min(len(p), len(known[name]))
-        p[:n] = known[name][:n]
-        p[n:] = known[name].mean(dim=0)
+    for name, p in named_weights(target).items():
+        old = known[name].to(p.device)
+        new = old.mean(dim=0).expand(max(0, len(p) - len(old)), *old.shape[1:])
+        put(p, torch.cat([old[:len(p)], new]))
 
 
 def count_parameters(model: nn.Module) -> int:

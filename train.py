@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import model as model_module
 import prepare
-from core import checkpoint, optim, parallel, rundir
+from core import checkpoint, optim, parallel, pipeline, rundir
 from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import IGNORE, load_split, share
@@ -30,11 +30,13 @@ from core.parallel import print0
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
 from model import (
     GPTConfig,
+    allocate,
     build_model,
     copy_weights,
     count_parameters,
     flops_per_token,
     generate,
+    init_weights,
 )
 
 # filled by configure: the config file's name, what flags changed, what flags or it changed
@@ -110,6 +112,13 @@ dtype = ''                      # '': bfloat16 where the hardware has it, else f
 compile = True                  # torch.compile
 threads = 0                     # CPU threads; 0: torch's choice
 timeout_minutes = 10.0          # a rank that hears nothing from the others for so long gives up
+tp = 1                          # tensor parallel: so many ranks share each matrix
+pp = 1                          # pipeline parallel: stages. The others are data parallel: dp ranks
+zero = 0                        # sharded over data-parallel ranks: 0 nothing, 2 optimizer state and
+                                # gradients, 3 weights as well
+replicas = 0                    # with zero: keep so many sharded copies (HSDP); 0: one
+sequence_parallel = False       # with tp: cut norms and residual stream by positions
+pp_schedule = '1f1b'            # 1f1b, gpipe, interleaved (two stages a rank)
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 slower
 # more logging
 wandb = False                   # needs pip install wandb
@@ -128,9 +137,11 @@ def check_settings() -> None:
                  timeout_minutes=(0.01, None), eval_interval=(1, None), eval_tokens=(0, None),
                  log_interval=(1, None), save_interval=(0, None), sample_interval=(0, None),
                  sample_tokens=(1, None), seed=(0, 2 ** 31 - 1), threads=(0, None),
+                 tp=(1, None), pp=(1, None), zero=(0, 3), replicas=(0, None),
                  n_kv_head=(0, None), head_dim=(0, None), n_hidden=(0, None), window=(0, None),
                  vocab_size=(0, None), norm_eps=(0, 1), rope_theta=(1, None))
-    check_choice(globals(), optimizer=('adamw', 'muon'), schedule=optim.SCHEDULES)
+    check_choice(globals(), optimizer=('adamw', 'muon'), schedule=optim.SCHEDULES,
+                 pp_schedule=parallel.SCHEDULES)
     for service in ('wandb', 'tensorboard'):
         if globals()[service] and not importlib.util.find_spec(service):
             stop(f'{service}=True: it is not installed: pip install {service}')
@@ -141,6 +152,9 @@ def check_settings() -> None:
     if depth and fixed:
         stop(f'depth={depth}: derives {fixed[0]}, which was also given; leave one of the two out')
     own = {f.name for f in fields(GPTConfig)} - {'block_size', 'dropout'} | {'depth'}
+    if sample_interval and pp > 1:
+        stop(f'sample_interval={sample_interval}: a pipeline cannot write text; leave it out, and '
+             'use sample.py with the checkpoints')
     given = sorted(own & set(GIVEN))
     if from_model() and given:
         stop(f'{given[0]}={globals()[given[0]]}: the model in init_from={init_from} has its own; '
@@ -219,25 +233,38 @@ def model_config(n_tokens: int) -> GPTConfig:
         stop(str(e))
 
 
-def initial_model(tokenizer, device, begun: dict):
-    """The model to be trained on a dataset with this tokenizer: a new one, or that in init_from.
+def initial_model(tokenizer, device, ranks, begun: dict):
+    """The model to be trained on a dataset with this tokenizer, or this rank's part of it: a new
+    one, or that in init_from.
 
     `begun` is the identity of a run to be resumed: if that began with a model, its architecture is
     taken. Stops if the model in init_from does not know the same tokens.
     """
+    source = None
     if 'init_from' in begun:
-        return build_model(GPTConfig(**begun['architecture']), None, device.name)
-    if not from_model():
-        return build_model(model_config(len(tokenizer)), seed, device.name)
-    source, known, _ = checkpoint.load_run(init_from, data_dir=data_dir)
-    if known.tokens != tokenizer.tokens[:len(known)]:
-        stop(f'init_from={init_from}: its tokenizer is not that of the dataset; leave out '
-             f'--tokenizer, or prepare the text with --tokenizer={init_from}')
-    model = build_model(adapted(source.config, len(tokenizer)), None, device.name)
-    copy_weights(source, model)
-    print0(f'begins with the weights of {init_from}: vocabulary {source.config.vocab_size:,} -> '
-           f'{model.config.vocab_size:,}, positions {source.config.block_size:,} -> {block_size:,}')
-    return model
+        config = GPTConfig(**begun['architecture'])
+    elif not from_model():
+        config = model_config(len(tokenizer))
+    else:
+        source, known, _ = checkpoint.load_run(init_from, data_dir=data_dir)
+        if known.tokens != tokenizer.tokens[:len(known)]:
+            stop(f'init_from={init_from}: its tokenizer is not that of the dataset; leave out '
+                 f'--tokenizer, or prepare the text with --tokenizer={init_from}')
+        config = adapted(source.config, len(tokenizer))
+        print0(f'begins with the weights of {init_from}: vocabulary '
+               f'{source.config.vocab_size:,} -> {config.vocab_size:,}, positions '
+               f'{source.config.block_size:,} -> {block_size:,}')
+    parallel.check_model(ranks, config)
+    model = build_model(config, None, 'meta')
+    numbers = count_parameters(model), flops_per_token(model)
+    model.recompute = activation_checkpointing
+    parallel.place(model, ranks)
+    allocate(model, device.name)
+    if source:
+        copy_weights(source, model, parallel.put)
+    elif 'init_from' not in begun:
+        init_weights(model, seed, parallel.put)
+    return model, *numbers
 
 
 def adapted(config: GPTConfig, n_tokens: int) -> GPTConfig:
@@ -288,56 +315,75 @@ def run_identity(meta: dict, tokenizer, config: GPTConfig, origin: str = '') -> 
             **({'init_from': origin or init_from} if origin or from_model() else {})}
 
 
-def build_optimizers(model, device) -> list:
+def build_optimizers(model, device, ranks) -> list:
     """The optimizers that the settings describe; depth scales AdamW's rates by 1 / sqrt(width)."""
     scale = (768 / model.config.n_embd) ** 0.5 if depth else 1.0
     half = device.dtype == 'bfloat16'
     return optim.make_optimizers(
         model, optimizer, learning_rate * scale, weight_decay, beta1, beta2, muon_learning_rate,
         muon_weight_decay, muon_momentum, ns_steps, embed_learning_rate * scale,
-        torch.bfloat16 if half else torch.float32)
+        torch.bfloat16 if half else torch.float32, parallel.spreader(ranks))
 
 
 # ---------------------------------------------------------------------------------------------
 # The parts of the loop
 
 
-def train_step(model, optimizers, scaler, device, ranks, batches, factor: float, step: int,
-               limit: float = math.inf, request=None) -> tuple[float, float, str, bool]:
+def train_step(model, trained, optimizers, scaler, device, ranks, batches, factor: float,
+               step: int, limit: float = math.inf,
+               request=None) -> tuple[float, float, str, bool]:
     """One optimizer step over this rank's micro-batches, unless its gradient is no good.
 
-    The gradient is that of the mean loss over all targets of all ranks, whatever their shares.
-    `factor` scales the learning rates. If loss or gradient are not finite on any rank, or the
-    gradient's norm is above `limit`, weights and optimizer state stay as they are. Returns loss,
+    `model` has this rank's parameters, `trained` is what runs them (see parallel.wrap). The
+    gradient is that of the mean loss over all targets of all ranks, whatever their shares. `factor`
+    scales the learning rates. If loss or gradient are not finite on any rank, or the gradient's
+    norm is above `limit`, weights and optimizer state stay as they are. Returns loss,
     gradient norm, why the step was skipped ('' if it was not), and whether a `request` to stop has
     come to any rank: the same on all ranks.
     """
     n_targets = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)))
-    n_targets = parallel.all_sum(n_targets, device)
-    loss_sum = torch.zeros((), device=device.name)
-    for micro_step, batch in enumerate(batches):
-        if dropout:
-            key = np.random.SeedSequence((seed, step, micro_step, ranks.rank))
-            torch.manual_seed(int(key.generate_state(1)[0]))
-        x, y, doc = (t if t is None else t.to(device.name, non_blocking=True) for t in batch)
-        with parallel.accumulate(model, last=micro_step == len(batches) - 1):
-            with device.autocast():
-                loss = model(x, y, doc=doc, reduction='sum') / n_targets
-            scaler.scale(loss * ranks.world).backward()  # DDP divides gradients by world
-        loss_sum += loss.detach()
-    grad_norm = optim.clip_gradients(model, optimizers, scaler, grad_clip)
+    n_targets = parallel.all_sum(n_targets, device) / (ranks.world // ranks.dp)
+    divisor = n_targets / (scaler.scale * ranks.dp)     # DDP and FSDP divide gradients by dp
+    loss_sum = torch.zeros((), dtype=device.sums, device=device.name)
+    if ranks.pp > 1:
+        seed_dropout(step, 0, ranks)
+        loss_sum += trained.train(batches, divisor)
+    else:
+        for micro_step, batch in enumerate(batches):
+            seed_dropout(step, micro_step, ranks)
+            x, y, doc = (t if t is None else t.to(device.name, non_blocking=True) for t in batch)
+            with parallel.accumulate(trained, ranks, last=micro_step == len(batches) - 1):
+                with device.autocast():
+                    loss = trained(x, y, doc=doc, reduction='sum') / divisor
+                loss.backward()
+            loss_sum += loss.detach()
+    parallel.complete_gradients(model, ranks)
     # The step's only wait for the device. One sum over the ranks carries all that they must agree
     # on: were a single one to skip or to stop, the others would train another model, or wait.
-    asked = torch.tensor(float(bool(request and request.asked)), device=device.name)
-    report = torch.stack([loss_sum, grad_norm / ranks.world, asked])
-    loss, norm, asked = parallel.all_sum(report, device).tolist()
+    asked = torch.tensor(bool(request and request.asked), dtype=device.sums, device=device.name)
+    report = torch.stack([loss_sum * ranks.owns_loss / ranks.dp,
+                          parallel.squared_norm(model, ranks, device.sums), asked])
+    loss, squared_norm, asked = parallel.all_sum(report, device).tolist()
+    loss, norm = loss / scaler.scale, math.sqrt(squared_norm) / scaler.scale
     skipped = optim.problem(loss, norm, limit)
-    optim.apply_gradients(optimizers, scaler, factor, skip=bool(skipped))
+    if not skipped:
+        optim.clip_gradients(parallel.local_gradients(model), grad_clip, norm, scaler.scale)
+    scaler.update(math.isfinite(norm))
+    optim.apply_gradients(optimizers, factor, skip=bool(skipped))
     return loss, norm, skipped, asked > 0
 
 
+def seed_dropout(step: int, micro_step: int, ranks) -> None:
+    """Other random numbers in each pass of each rank that reads other data; the same ones on ranks
+    that share matrices, which must drop the same.
+    """
+    if dropout:
+        key = np.random.SeedSequence((seed, step, micro_step, ranks.dp_rank))
+        torch.manual_seed(int(key.generate_state(1)[0]))
+
+
 @torch.no_grad()
-def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: False):
+def evaluate(model, trained, windows, tokenizer, rows: int, device, ranks, asked=lambda: False):
     """Loss in nats per token and bits per byte over the windows of a split, each target once.
 
     Returns None if asked() says, to all ranks alike, that the run is to stop.
@@ -345,20 +391,26 @@ def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: 
     byte_lengths = tokenizer.byte_lengths()
     n = min(len(windows), math.ceil((eval_tokens or windows.n_targets) / windows.block_size))
     nats, targets, n_bytes = [], 0, 0
+    at_once = trained.n_micro if ranks.pp > 1 else 1
+    shares = share(0, n, ranks.dp_rank, ranks.dp, rows, at_once)
     model.eval()
-    for samples in share(0, n, ranks.rank, ranks.world, rows):
+    for i in range(0, len(shares), at_once):
         if asked():
             model.train()
             return None
-        x, y, doc = windows.batch(samples)
-        doc = None if doc is None else doc.to(device.name)
-        with device.autocast():
-            nats.append(model(x.to(device.name), y.to(device.name), doc=doc, reduction='sum'))
-        real = y[y != IGNORE]
+        batches = [windows.batch(samples) for samples in shares[i:i + at_once]]
+        if ranks.pp > 1:
+            nats.append(trained.evaluate(batches))
+        else:
+            x, y, doc = (t if t is None else t.to(device.name) for t in batches[0])
+            with device.autocast(), parallel.passes(ranks):
+                nats.append(model(x, y, doc=doc, reduction='sum'))
+        real = torch.cat([y[y != IGNORE] for _, y, _ in batches])
         targets, n_bytes = targets + len(real), n_bytes + int(byte_lengths[real].sum())
     model.train()
+    parallel.reshard(model)
     sums = torch.tensor([sum(torch.stack(nats).tolist()), targets, n_bytes], dtype=torch.float64)
-    nats, targets, n_bytes = parallel.all_sum(sums, device).tolist()
+    nats, targets, n_bytes = parallel.all_sum(sums * ranks.owns_loss, device).tolist()
     return nats / targets, nats / math.log(2) / max(1.0, n_bytes)
 
 
@@ -370,10 +422,11 @@ def make_sample(model, tokenizer, asked=lambda: False) -> str:
         if asked():
             break
         ids.append(row)
+    parallel.reshard(model)
     return tokenizer.decode(ids)
 
 
-def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked) -> bool:
+def take_stock(at, log, model, trained, windows, tokenizer, rows, device, ranks, asked) -> bool:
     """Evaluate and write a sample, if step `at.step` is one for it; both go to the log and into at.
 
     Returns whether asked() said to stop meanwhile: then nothing is noted, and both are still due.
@@ -384,7 +437,7 @@ def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked) -
     if sampling:
         text = make_sample(model, tokenizer, asked)
     if evaluating:
-        scores = evaluate(model, windows, tokenizer, rows, device, ranks, asked)
+        scores = evaluate(model, trained, windows, tokenizer, rows, device, ranks, asked)
     if (sampling or evaluating) and asked():
         return True
     at.evaluated = at.step
@@ -404,7 +457,7 @@ def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked) -
 
 def time_steps(do_step, optimizers, scaler, device, n: int) -> list[float]:
     """Seconds of each of n steps that change nothing: their learning rate is 0."""
-    times, scale = [], scaler.state_dict()
+    times, state = [], scaler.state_dict()
     for _ in range(n):
         began = time.perf_counter()
         do_step(0, 0.0)
@@ -412,8 +465,7 @@ def time_steps(do_step, optimizers, scaler, device, n: int) -> list[float]:
         times.append(time.perf_counter() - began)
     for o in optimizers:
         o.state.clear()
-    if scale:
-        scaler.load_state_dict(scale)
+    scaler.load_state_dict(state)
     return times
 
 
@@ -437,7 +489,7 @@ def evaluate_run(ranks, device) -> dict:
     windows = load_split(data, 'val', config.block_size, shuffle=False, eos=eos)
     rows = micro_batch_size or hardware.fit_micro_batch(
         device, 64, config.block_size, 1, config.n_embd, ranks.local_world)
-    val_loss, bits_per_byte = evaluate(model, windows, known, rows, device, ranks)
+    val_loss, bits_per_byte = evaluate(model, model, windows, known, rows, device, ranks)
     print0(f'{base}, step {state["step"]}, on {data}: validation loss {val_loss:.4f} nats per '
            f'token, {bits_per_byte:.4f} bits per byte' + ', documents kept apart' * packed)
     return {'run_dir': str(base), 'step': state['step'], 'val_loss': val_loss,
@@ -473,10 +525,14 @@ def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
     check_settings()
     ranks = parallel.find_ranks()
+    if eval_only:
+        why = parallel.arrange(ranks)
+    else:
+        why = parallel.arrange(ranks, tp, pp, zero, replicas, sequence_parallel, pp_schedule)
     dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
     at = checkpoint.Progress(max_steps=max_steps)
     parallel.start(ranks, dev, timeout_minutes, at)
-    print0(*dev.why, sep='\n')
+    print0(*dev.why, *why, sep='\n')
 
     # Data, run directory, model
     if eval_only:
@@ -487,11 +543,11 @@ def main() -> dict:
     tokenizer = tokenizers.load(data / 'tokenizer.json')
     base = Path(out_dir) if out_dir else default_out_dir(data, fell_back)
     begun = init_from == 'resume' and rundir.identity_of(base) or {}
-    model = initial_model(tokenizer, dev, begun)
+    model, n_parameters, flops = initial_model(tokenizer, dev, ranks, begun)
     config = model.config
     if meta['max_id'] >= config.vocab_size:
         stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
-    per_rank = math.ceil(batch_size / ranks.world)
+    per_rank = math.ceil(batch_size / ranks.dp / ranks.pp)  # a pipeline takes pp or more at a time
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
         dev, per_rank, block_size, 1 if activation_checkpointing else config.n_layer, config.n_embd,
         ranks.local_world)
@@ -504,24 +560,28 @@ def main() -> dict:
         saver, state = rundir.find_run(base, identity, init_from == 'resume')
     run, state = parallel.broadcast(saver and [str(saver.run), state], patient=True)
     run = Path(run)
-    model.recompute = activation_checkpointing
-    flops, tokens_per_step = flops_per_token(model), batch_size * block_size
+    tokens_per_step = batch_size * block_size
     print0(f'data {data}: {meta["about"]}; {len(tokenizer):,} tokens in its vocabulary')
     if pack_documents:
         print0(f'packed {train_windows.about}')
-    print0(f'{count_parameters(model):,} parameters, {flops / 1e6:,.2f} MFLOP per token; a step is '
+    print0(f'{n_parameters:,} parameters, {flops / 1e6:,.2f} MFLOP per token; a step is '
            f'{batch_size} x {block_size} = {tokens_per_step:,} tokens, {rows} rows at a time, an '
            f'epoch {len(train_windows) / batch_size:,.1f} steps')
 
     # Optimizers, compilation, what a checkpoint says
-    optimizers, scaler = build_optimizers(model, dev), dev.scaler()
-    trained = torch.compile(model, dynamic=False) if dev.compile else model
-    trained = parallel.wrap(trained, ranks, dev)
+    optimizers = build_optimizers(model, dev, ranks)
+    scaler = optim.LossScale(dev.dtype == 'float16')
+    trained = parallel.wrap(model, ranks, dev)
+    n_micro = math.ceil(math.ceil(batch_size / ranks.dp) / rows)
+    if ranks.pp > 1:
+        n_micro = pipeline.fitting(n_micro, ranks)
+        trained = pipeline.Pipeline(trained, ranks, dev, n_micro, rows)
 
     def do_step(step, factor, *rest):
-        shares = share(step * batch_size, batch_size, ranks.rank, ranks.world, rows)
+        shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)
         batches = [train_windows.batch(samples) for samples in shares]
-        return train_step(trained, optimizers, scaler, dev, ranks, batches, factor, step, *rest)
+        return train_step(model, trained, optimizers, scaler, dev, ranks, batches, factor, step,
+                          *rest)
 
     # A step to warm up. It compiles, and DDP arranges its buckets anew after it: without this, the
     # first step of a resumed run would add up gradients in another order.
@@ -536,8 +596,7 @@ def main() -> dict:
             stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
         checkpoint.load_weights(model, run, at.step)
         checkpoint.load_optimizers(model, optimizers, run, at.step)
-        if scaler.is_enabled() and state['scaler']:
-            scaler.load_state_dict(state['scaler'])
+        scaler.load_state_dict(state['scaler'])
     elif max_minutes:
         each = statistics.median(time_steps(do_step, optimizers, scaler, dev, 8))
         at.max_steps = parallel.broadcast(max(1, int(60 * max_minutes / each)))
@@ -550,7 +609,7 @@ def main() -> dict:
             run, state, settings, sources=(model_module.__file__, __file__),
             others=rundir.service_loggers(run, settings, wandb, tensorboard), device=dev.why,
             world=ranks.world, identity=identity, config=asdict(config), micro_batch_size=rows,
-            parameters=count_parameters(model), max_steps=at.max_steps, flops_per_token=flops,
+            parameters=n_parameters, max_steps=at.max_steps, flops_per_token=flops,
             compile_seconds=compile_seconds)
 
     # The loop. A turn begins with what is due between two steps, so that a run that was stopped in
@@ -562,8 +621,8 @@ def main() -> dict:
         while True:
             ends = at.step == at.max_steps
             if not stopping and at.evaluated < at.step:
-                stopping = take_stock(at, log, model, val_windows, tokenizer, rows, dev, ranks,
-                                      asked)
+                stopping = take_stock(at, log, model, trained, val_windows, tokenizer, rows, dev,
+                                      ranks, asked)
             saving = at.step % (save_interval or eval_interval) == 0 or at.step == at.best_step
             if (saving or stopping or ends) and at != saved and saver:
                 saver.save(model, optimizers, tokenizer, asdict(at) | {
@@ -586,7 +645,7 @@ def main() -> dict:
                           last_sample=at.step * batch_size - 1)
                 print_above(ranks, f'step {at.step} skipped: {skipped}')
                 # a scaler that is still coming down to its scale overflows a few times
-                at.skipped_in_a_row += math.isfinite(grad_norm) or scaler.get_scale() <= 1
+                at.skipped_in_a_row += math.isfinite(grad_norm) or scaler.scale <= 1
                 if at.skipped_in_a_row >= 10:
                     give_up(bar, saver, skipped)
                 continue
@@ -604,8 +663,9 @@ def main() -> dict:
         bar.close()
         if saver:
             saver.finish(at.step)
+        text = ''
         if not stopping:
-            text = make_sample(model, tokenizer, asked)
+            text = '' if ranks.pp > 1 else make_sample(model, tokenizer, asked)
             stopping = asked()
     if stopping:
         print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on '

@@ -286,14 +286,15 @@ def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
     return row
 
 
-def share(first: int, n: int, rank: int, world: int, micro_batch_size: int) -> list[list[int]]:
+def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
+          multiple: int = 1) -> list[list[int]]:
     """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches.
 
     Every rank gets the same number of equally large micro-batches; uneven shares are filled up
-    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]].
+    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]]. There are a multiple of `multiple`.
     """
     per_rank = -(-n // world)
-    padded = -(-per_rank // micro_batch_size) * micro_batch_size
+    padded = -(-per_rank // (micro_batch_size * multiple)) * micro_batch_size * multiple
     mine = list(range(first + rank * per_rank, first + min(n, (rank + 1) * per_rank)))
     mine += [PADDING] * (padded - len(mine))
     return [mine[i:i + micro_batch_size] for i in range(0, padded, micro_batch_size)]

@@ -35,9 +35,10 @@ class Device:
             return contextlib.nullcontext()
         return torch.autocast(self.kind, DTYPES[self.dtype])
 
-    def scaler(self):
-        """Keeps fp16 gradients from underflowing; does nothing for other dtypes."""
-        return torch.amp.GradScaler(self.kind, enabled=self.dtype == 'float16')
+    @property
+    def sums(self) -> torch.dtype:
+        """In which losses and squares are added up; Apple's GPUs have no float64."""
+        return torch.float32 if self.kind == 'mps' else torch.float64
 
     def synchronize(self) -> None:
         """Wait for the device, before the clock is read."""

@@ -5,6 +5,8 @@ import statistics
 import torch
 from torch import nn
 
+from model import named_weights
+
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 
@@ -29,6 +31,11 @@ def schedule(step: int, max_steps: int, kind: str, warmup_steps: int = 0,
     return min_lr_fraction + (1 - min_lr_fraction) * height
 
 
+def on_stack(iterate, matrices, dtype) -> list:
+    """iterate(stack of the matrices, in dtype), as a list again."""
+    return iterate(torch.stack(matrices).to(dtype)).to(matrices[0].dtype).unbind()
+
+
 def newton_schulz(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Push the singular values of each matrix in g (n, rows, cols) towards 1.
 
@@ -51,22 +58,24 @@ class Muon(torch.optim.Optimizer):
     The step of a matrix is its Nesterov momentum with all singular values set to about 1, times
     lr * sqrt(max(1, rows / cols)); weight decay is decoupled. Matrices of one shape are stacked, so
     that a step takes a few batched products. The iteration needs no precision: bfloat16 will do.
+    `spread(iterate, matrices, dtype)` applies it to the whole of matrices of which this process may
+    hold parts.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
-                 dtype=torch.float32):
+                 dtype=torch.float32, spread=on_stack):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       ns_steps=ns_steps))
-        self.dtype = dtype  # of the Newton-Schulz iteration
+        self.dtype, self.spread = dtype, spread     # dtype: of the Newton-Schulz iteration
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list] = {}
+            alike: dict[tuple, list] = {}   # in shape, and in how they lie on several ranks
             for p in group['params']:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for shape, params in by_shape.items():
+                    alike.setdefault((p.shape, getattr(p, 'placements', ())), []).append(p)
+            for (shape, _), params in alike.items():
                 self.step_stacked(params, group, max(1, shape[0] / shape[1]) ** 0.5)
 
     def step_stacked(self, params, group, scale: float) -> None:
@@ -77,9 +86,10 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         momenta = [self.state[p]['momentum'] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-        ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
-        update = newton_schulz(torch.stack(ahead).to(self.dtype), group['ns_steps'])
-        update = update.to(params[0].dtype).unbind()
+        ahead = [grad.clone() for grad in grads]
+        torch._foreach_lerp_(ahead, momenta, group['momentum'])
+        update = self.spread(lambda stack: newton_schulz(stack, group['ns_steps']), ahead,
+                             self.dtype)
         if group['weight_decay']:
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_add_(params, update, alpha=-group['lr'] * scale)
@@ -89,14 +99,14 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
                     beta1: float = 0.9, beta2: float = 0.95, muon_learning_rate: float = 0.02,
                     muon_weight_decay: float = 0.0, muon_momentum: float = 0.95,
                     ns_steps: int = 5, embed_learning_rate: float = 0.0,
-                    muon_dtype=torch.float32) -> list:
+                    muon_dtype=torch.float32, spread=on_stack) -> list:
     """The optimizers of a model; every group remembers its peak rate as `base_lr`.
 
     'adamw': AdamW for everything, decay on matrices only. 'muon': Muon for the matrices inside the
     blocks, AdamW for embeddings, head, norms and biases. The embedding has a rate of its own if
     embed_learning_rate is not 0.
     """
-    named = dict(model.named_parameters())
+    named = named_weights(model)
     hidden = [p for name, p in named.items() if p.ndim == 2 and name.startswith(('h.', 'lstm.'))]
     embedding = [p for name, p in named.items() if name in ('wte.weight', 'wpe.weight')]
     apart = {id(p) for p in embedding} if embed_learning_rate else set()
@@ -108,14 +118,21 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
     if embed_learning_rate:
         groups.append({'params': embedding, 'weight_decay': weight_decay,
                        'lr': embed_learning_rate})
-    optimizers = [torch.optim.AdamW([g for g in groups if g['params']], lr=learning_rate,
-                                    betas=(beta1, beta2), fused=True)]
+    # a fused step takes either whole tensors, or those that lie on one mesh of ranks
+    groups = [group | {'params': [p for p in group['params'] if mesh_of(p) == mesh]}
+              for group in groups for mesh in dict.fromkeys(map(mesh_of, group['params']))]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
     if optimizer == 'muon':
         optimizers.append(Muon(hidden, muon_learning_rate, muon_momentum, muon_weight_decay,
-                               ns_steps, muon_dtype))
+                               ns_steps, muon_dtype, spread))
     for group in (group for o in optimizers for group in o.param_groups):
         group['base_lr'] = group['lr']
     return optimizers
+
+
+def mesh_of(p: torch.Tensor):
+    """The mesh of ranks that a tensor lies on; None if all of it is here."""
+    return getattr(p, 'device_mesh', None)
 
 
 def set_learning_rate(optimizers, factor: float) -> None:
@@ -128,14 +145,46 @@ def set_learning_rate(optimizers, factor: float) -> None:
 # A step that is only made if its gradient is good
 
 
-def clip_gradients(model: nn.Module, optimizers, scaler, grad_clip: float) -> torch.Tensor:
-    """Unscale the gradients and scale them down to the norm grad_clip (0: do not); their norm."""
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+class LossScale:
+    """Multiplies the loss so that fp16 gradients do not underflow (Micikevicius et al. 2018).
+
+    Halved after a step whose gradient was not finite, doubled after 2,000 good ones. Every rank and
+    pipeline stage sees the same norm, so all have the same scale: torch's GradScaler looks at what
+    is on one rank. Of a disabled one, `scale` is 1 for ever.
+    """
+
+    def __init__(self, enabled: bool):
+        self.enabled, self.good_steps = enabled, 0
+        self.scale = 65536.0 if enabled else 1.0
+
+    def update(self, finite: bool) -> None:
+        """After a step whose gradient was finite, or not."""
+        if not self.enabled:
+            return
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good_steps % 2000 == 0:
+            self.scale *= 2
+
+    def state_dict(self) -> dict:
+        return {'scale': self.scale, 'good_steps': self.good_steps} if self.enabled else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what state_dict gave; nothing, if one of them is disabled."""
+        if self.enabled and state:
+            self.scale, self.good_steps = float(state['scale']), int(state['good_steps'])
+
+
+def clip_gradients(grads, grad_clip: float, norm: float, scale: float = 1.0) -> None:
+    """Divide gradients by `scale`; if their norm without it is larger than grad_clip, which is not
+    0, scale them down to that.
+    """
+    factor = torch.ones((), dtype=grads[0].dtype)
     if grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), grad_clip, norm)
-    return norm
+        factor = (grad_clip / (factor * norm + 1e-6)).clamp(max=1.0)
+    if (factor := factor.item() / scale) != 1:
+        torch._foreach_mul_(grads, factor)
 
 
 def spike_limit(grad_norms: list[float], sigma: float) -> float:
@@ -155,7 +204,7 @@ def problem(loss: float, grad_norm: float, limit: float) -> str:
     return f'gradient norm {grad_norm:.4g} is above {limit:.4g}' if grad_norm > limit else ''
 
 
-def apply_gradients(optimizers, scaler, factor: float, skip: bool) -> None:
+def apply_gradients(optimizers, factor: float, skip: bool) -> None:
     """Step all optimizers at `factor` times their peak rates, or none, and drop the gradients.
 
     Skipping is a branch: a NaN times 0 is a NaN, and a step with zero gradients moves AdamW.
@@ -163,6 +212,5 @@ def apply_gradients(optimizers, scaler, factor: float, skip: bool) -> None:
     set_learning_rate(optimizers, factor)
     for optimizer in optimizers:
         if not skip:
-            scaler.step(optimizer)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    scaler.update()

@@ -1,12 +1,20 @@
-"""Everything distributed: the process group, data-parallel wrapping, sums over ranks, print0.
+"""Everything distributed: the processes, the mesh they form, and how a model lies on it.
 
 `torchrun --nproc_per_node=N train.py` starts N processes that find each other through environment
 variables; without torchrun there is one process and everything here is a no-op.
+
+The ranks form a mesh pp x replicas x shards x tp, and `place` lays a plain model on it from
+outside, always in this order: cut into pipeline stages, tensor parallelism inside the blocks,
+sharding of parameters (FSDP2, which is ZeRO). Compilation and DDP go around what has got its
+memory. Everything runs on CPUs with gloo, too: that is how tests prove it equal to one process.
 """
 import atexit
 import contextlib
+import copy
 import functools
 import json
+import logging
+import math
 import os
 import sys
 import time
@@ -15,20 +23,67 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
+from core import optim
 from core.settings import stop
+from model import tie
 
 patient_group = None    # of all ranks: for waiting while one of them prepares data
+tied_group = None       # of the first and last pipeline stage with the same data and cut
 
 
 @dataclass
 class Ranks:
-    """This process among all of them."""
+    """This process among all of them, and what each does for the model."""
     rank: int = 0
     world: int = 1
     local_rank: int = 0     # on this machine
     local_world: int = 1
+    tp: int = 1             # ranks that share each matrix
+    pp: int = 1             # stages, one after another
+    dp: int = 1             # groups of ranks that read different data: replicas x shards
+    replicas: int = 1       # copies of all parameters
+    zero: int = 0           # what is sharded over the others: 0 nothing, 2, 3
+    sequence_parallel: bool = False
+    pp_schedule: str = '1f1b'
+    mesh: DeviceMesh | None = None
+    tp_rank: int = 0
+    pp_rank: int = 0
+    dp_rank: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether this rank has all of every parameter: one process, or DDP."""
+        return self.tp == self.pp == 1 and not self.zero
+
+    @property
+    def owns_loss(self) -> float:
+        """1.0 on the ranks whose losses are to be added up, else 0.0."""
+        return float(self.tp_rank == 0 and self.pp_rank == self.pp - 1)
+
+    @property
+    def stages(self) -> list[int]:
+        """The pipeline stages of this rank, of `n_stages`."""
+        return list(range(self.pp_rank, self.n_stages, self.pp))
+
+    @property
+    def n_stages(self) -> int:
+        return self.pp * (2 if self.pp_schedule == 'interleaved' and self.pp > 1 else 1)
 
 
 def find_ranks() -> Ranks:
@@ -40,20 +95,97 @@ def find_ranks() -> Ranks:
                  int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1)))
 
 
+SCHEDULES = ('1f1b', 'gpipe', 'interleaved')
+
+
+def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
+            sequence_parallel: bool = False, pp_schedule: str = '1f1b') -> list[str]:
+    """Decide what each rank does: dp follows from the number of ranks. Returns what to print.
+
+    `replicas` copies of the parameters are kept, each sharded over dp / replicas ranks (HSDP; 0: 1
+    with zero, else dp). Stops at what does not divide, or is known to compute something else.
+    """
+    world = ranks.world
+    if world % (tp * pp):
+        stop(f'tp={tp}, pp={pp}: {world} processes cannot be divided into groups of {tp * pp}; '
+             f'start a multiple of {tp * pp}')
+    dp = world // (tp * pp)
+    said = []
+    if zero == 1:
+        said, zero = ['zero=1 is treated as zero=2, which also shards the gradients'], 2
+    if sequence_parallel and tp == 1:
+        stop('sequence_parallel=True: is a part of tensor parallelism; give --tp too')
+    if tp > 1 and dp > 1 and not zero:
+        stop(f'tp={tp} with zero=0 on {world} processes: DDP around tensor parallelism computes '
+             f'wrong gradients; use --zero=2 (with --replicas={dp} it keeps whole copies)')
+    if pp > 1 and dp > 1 and not zero and pp_schedule == 'interleaved':
+        stop('pp_schedule=interleaved with zero=0: DDP cannot follow it; use --zero=2')
+    if replicas and not zero:
+        stop(f'replicas={replicas}: without zero each of the {dp} is a whole copy; leave it out')
+    replicas = replicas or (1 if zero else dp)
+    if dp % replicas:
+        stop(f'replicas={replicas}: must divide the {dp} data-parallel ranks')
+    ranks.tp, ranks.pp, ranks.dp, ranks.zero, ranks.replicas = tp, pp, dp, zero, replicas
+    ranks.sequence_parallel, ranks.pp_schedule = sequence_parallel, pp_schedule
+    rest, ranks.tp_rank = divmod(ranks.rank, tp)
+    ranks.pp_rank, ranks.dp_rank = divmod(rest, dp)
+    if world > 1:
+        parts = [f'{dp} x data' + (f' (ZeRO-{zero}' + f', {replicas} copies' * (replicas > 1) + ')'
+                                   if zero else ' (DDP)' if dp > 1 else ''),
+                 f'{tp} x tensor' + ', sequence' * sequence_parallel,
+                 f'{pp} x pipeline' + f' ({pp_schedule})' * (pp > 1)]
+        said.append(f'{world} processes: ' + ', '.join(parts))
+    return said
+
+
+def check_model(ranks: Ranks, config) -> None:
+    """Stop if a model of this GPTConfig cannot be laid on the ranks."""
+    if config.arch != 'gpt' and not ranks.plain:
+        stop(f'arch={config.arch}: can only be copied to all ranks; leave out tp, pp and zero')
+    for name in ('n_head', 'n_kv_head', 'n_hidden'):
+        if getattr(config, name) % ranks.tp:
+            stop(f'tp={ranks.tp}: must divide {name}={getattr(config, name)}')
+    if ranks.sequence_parallel and config.block_size % ranks.tp:
+        stop(f'tp={ranks.tp}: must divide block_size={config.block_size} for sequence_parallel')
+    if ranks.n_stages > config.n_layer:
+        stop(f'pp={ranks.pp}: {ranks.n_stages} stages, but the model has only '
+             f'n_layer={config.n_layer}')
+
+
 def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
-    """Join the process group (nccl on GPUs, gloo on CPUs), if there is more than one process.
+    """Join the process group (nccl on GPUs, gloo on CPUs), if there is more than one process, and
+    form the mesh.
 
     A rank that waits for others longer than timeout_minutes gives up; its message names the step
     after `progress.step`.
     """
     global patient_group
-    if ranks.world > 1:
+    if ranks.world == 1 and not ranks.zero:
+        return
+    backend = 'cpu:gloo,cuda:nccl' if device.kind == 'cuda' else 'gloo'
+    if ranks.world == 1:    # to measure what sharding costs
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
         sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress)
         if device.kind == 'mps':
             stop('device=mps: PyTorch cannot train on several Apple GPUs; use one process')
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.kind == 'cuda' else 'gloo',
-                                timeout=timedelta(minutes=timeout_minutes))
-        patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+    form_mesh(ranks, device.kind)
+
+
+def form_mesh(ranks: Ranks, kind: str) -> None:
+    """The mesh of all ranks; the process group exists."""
+    global tied_group
+    # It would advise about exchanges that are rare here, and about gloo.
+    for name in ('torch.distributed.tensor._redistribute', 'torch._logging._internal'):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ranks.mesh = init_device_mesh(
+        kind, (ranks.pp, ranks.replicas, ranks.dp // ranks.replicas, ranks.tp),
+        mesh_dim_names=('pp', 'replicas', 'shards', 'tp'))
+    if ranks.pp > 1:
+        ends = ranks.mesh.mesh[[0, -1]].flatten(1).T.tolist()
+        tied_group, _ = dist.new_subgroups_by_enumeration(ends)
 
 
 def finish() -> None:
@@ -71,19 +203,262 @@ def print0(*words, **options) -> None:
         print(*words, flush=True, **options)
 
 
+# ---------------------------------------------------------------------------------------------
+# Laying a model on the mesh
+
+
+def place(model, ranks: Ranks) -> None:
+    """Leave of a model on the meta device what this rank is to hold, as plain tensors or DTensors.
+
+    Then model.allocate gives it memory, and `put` its values.
+    """
+    if ranks.pp > 1:
+        keep_stages(model, ranks)
+    model.parts = stage_modules(model, ranks)   # a list: no submodules
+    if ranks.tp > 1:
+        cut_matrices(model, ranks)
+    if ranks.zero:
+        for part in model.parts:
+            shard(part, ranks)
+
+
+def layers_of(stage: int, ranks: Ranks, n_layer: int) -> range:
+    """The layers of one pipeline stage."""
+    return range(stage * n_layer // ranks.n_stages, (stage + 1) * n_layer // ranks.n_stages)
+
+
+def keep_stages(model, ranks: Ranks) -> None:
+    """Drop what belongs to other ranks' pipeline stages. Names stay as they are."""
+    kept = {str(i) for s in ranks.stages for i in layers_of(s, ranks, model.config.n_layer)}
+    for name in set(model.h) - kept:
+        del model.h[name]
+    if ranks.pp_rank > 0:
+        model.wte = model.wpe = None
+    if ranks.pp_rank < ranks.pp - 1:
+        model.ln_f = model.lm_head = None
+
+
+def stage_modules(model, ranks: Ranks) -> list:
+    """The parts of this rank's model that run as one: itself, or several views of its layers."""
+    if len(ranks.stages) == 1:
+        return [model]
+    parts = []
+    for stage in ranks.stages:
+        part = copy.copy(model)
+        # its own lists of submodules and of hooks
+        part.__dict__ |= {k: v.copy() for k, v in model.__dict__.items() if isinstance(v, dict)}
+        kept = layers_of(stage, ranks, model.config.n_layer)
+        part.h = torch.nn.ModuleDict({i: b for i, b in model.h.items() if int(i) in kept})
+        if stage > 0:
+            part.wte = part.wpe = None
+        if stage < ranks.n_stages - 1:
+            part.ln_f = part.lm_head = None
+        parts.append(part)
+    return parts
+
+
+def cut_matrices(model, ranks: Ranks) -> None:
+    """Tensor parallelism (Shoeybi et al. 2019): q, k, v, gate and up by rows of their weights, so
+    that each rank has some heads and hidden channels, o and down by columns; embedding and head by
+    tokens of the vocabulary.
+
+    With sequence_parallel (Korthikanti et al. 2022) what lies between them, norms and residual
+    stream, is cut by positions inside the blocks of a stage.
+    """
+    mesh, whole = ranks.mesh['tp'], Replicate()
+    cut = Shard(1) if ranks.sequence_parallel else whole
+    rest = (None, None, None, None)     # of a block's and an attention's arguments after x
+    plan = {
+        'attn': PrepareModuleInput(input_layouts=(cut, *rest),
+                                   desired_input_layouts=(whole, *rest)),
+        'attn.q_proj': ColwiseParallel(), 'attn.k_proj': ColwiseParallel(),
+        'attn.v_proj': ColwiseParallel(), 'attn.o_proj': RowwiseParallel(output_layouts=cut),
+        'mlp': PrepareModuleInput(input_layouts=cut, desired_input_layouts=whole),
+        'mlp.up_proj': ColwiseParallel(), 'mlp.down_proj': RowwiseParallel(output_layouts=cut)}
+    if model.config.mlp == 'swiglu':
+        plan['mlp.gate_proj'] = ColwiseParallel()
+    if model.config.qk_norm:    # each rank sees some heads only: its gradient is a part of a sum
+        heads = {'sequence_dim': 2, 'use_local_output': True}
+        plan |= {'attn.q_norm': SequenceParallel(**heads), 'attn.k_norm': SequenceParallel(**heads)}
+    if ranks.sequence_parallel:
+        plan |= {'ln_1': SequenceParallel(), 'ln_2': SequenceParallel()}
+    for block in model.h.values():
+        parallelize_module(block, mesh, plan)
+    if model.wte is not None:
+        parallelize_module(model.wte, mesh, RowwiseParallel(input_layouts=whole,
+                                                            output_layouts=whole))
+        # its output is still under way: a compiled block that gets it as it is has wrong gradients
+        model.wte.register_forward_hook(lambda module, args, x: x.clone())
+    if model.lm_head is not None:
+        parallelize_module(model.lm_head, mesh, ColwiseParallel(
+            input_layouts=whole, output_layouts=Shard(-1), use_local_output=False))
+        model.parts[-1].register_forward_hook(lambda module, args, y: gathered(y))
+    tie(model)
+    for part in model.parts if ranks.sequence_parallel else ():
+        first, *_, last = [*part.h.values()] * 2
+        parallelize_module(first, mesh, PrepareModuleInput(
+            input_layouts=(whole, *rest), desired_input_layouts=(cut, *rest),
+            use_local_output=True))
+        parallelize_module(last, mesh, PrepareModuleOutput(
+            output_layouts=cut, desired_output_layouts=whole))
+
+
+def gathered(x):
+    """A DTensor's whole values; anything else as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def shard(part, ranks: Ranks) -> None:
+    """FSDP2 around a stage and each of its blocks.
+
+    ZeRO-2 keeps the parameters of a step whole from its first micro-batch on and gradients until
+    its last; ZeRO-3 gathers and frees the parameters of each block in each pass. (Under pipelining
+    the schedule decides: they stay whole during a step.)
+    """
+    mesh = ranks.mesh['replicas', 'shards'] if ranks.replicas > 1 else ranks.mesh['shards']
+    for block in part.h.values():
+        fully_shard(block, mesh=mesh, reshard_after_forward=ranks.zero == 3)
+    fully_shard(part, mesh=mesh, reshard_after_forward=False)
+
+
 def wrap(model, ranks: Ranks, device):
-    """The model with DDP around it where there are several processes."""
-    if ranks.world == 1:
-        return model
-    ids = [device.name] if device.kind == 'cuda' else None
-    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    """What to call for a loss: the model compiled, if so chosen, and with DDP around it if each
+    rank has a copy. With pipelining a list of these, one for each stage of this rank.
+    """
+    if device.compile and ranks.plain:
+        model = torch.compile(model, dynamic=False)
+    elif device.compile:
+        for block in model.h.values():
+            block.compile(dynamic=False)
+    parts = model.parts if ranks.pp > 1 else [model]
+    if ranks.dp > 1 and not ranks.zero:
+        ids = [device.name] if device.kind == 'cuda' else None
+        parts = [DistributedDataParallel(part, ids, gradient_as_bucket_view=True,
+                                         process_group=ranks.mesh['replicas'].get_group())
+                 for part in parts]
+    return parts if ranks.pp > 1 else parts[0]
 
 
-def accumulate(model, last: bool):
-    """The context of a micro-batch's passes: only the last one exchanges gradients."""
-    if last or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
+def passes(ranks: Ranks):
+    """The context of forward and backward passes: losses are taken of cut logits."""
+    return loss_parallel() if ranks.tp > 1 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def accumulate(model, ranks: Ranks, last: bool):
+    """The context of a micro-batch's passes: where parameters stay whole, only the last one
+    exchanges gradients.
+    """
+    if isinstance(model, FSDPModule) and ranks.zero == 2:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+    elif isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+    quiet = isinstance(model, DistributedDataParallel) and not last
+    with passes(ranks), model.no_sync() if quiet else contextlib.nullcontext():
+        yield
+
+
+def reshard(model) -> None:
+    """After passes without gradients: parameters that they gathered become shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters and gradients that lie on several ranks
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def put(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Fill a tensor, or the part of it on this rank, from its whole values."""
+    if isinstance(target, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            target.shape, target.device_mesh, target.placements)
+        values = values[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
+    local(target).copy_(values)
+
+
+def complete_gradients(model, ranks: Ranks) -> None:
+    """Add up what gradients the engines leave in parts: of norms over heads or positions, and of a
+    matrix that the first and the last stage share.
+    """
+    for p in model.parameters():
+        if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
+    if ranks.pp > 1 and model.config.tied and ranks.pp_rank in (0, ranks.pp - 1):
+        matrix = model.wte if model.wte is not None else model.lm_head
+        dist.all_reduce(local(matrix.weight.grad), group=tied_group)
+
+
+def local_gradients(model) -> list:
+    """What this rank holds of the gradients."""
+    return [local(p.grad) for p in model.parameters() if p.grad is not None]
+
+
+def squared_norm(model, ranks: Ranks, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's share of the squared norm of all gradients: what several ranks hold, each of them
+    counts in part, so that the sum over all ranks is the whole.
+    """
+    by_copies = {}
+    for name, p in model.named_parameters():
+        if p.grad is None or name == 'lm_head.weight' and model.config.tied:
+            continue    # a stage with only the head: the first stage counts their matrix
+        shards = math.prod(p.device_mesh.size(i) for i, where in enumerate(p.placements)
+                           if not where.is_replicate()) if isinstance(p, DTensor) else 1
+        by_copies.setdefault(ranks.dp * ranks.tp // shards, []).append(local(p.grad))
+    norms = [torch.nn.utils.get_total_norm(grads).to(dtype) ** 2 / copies
+             for copies, grads in by_copies.items()]
+    return torch.stack(norms).sum()
+
+
+def spreader(ranks: Ranks):
+    """The `spread` of core.optim.Muon: with several ranks, they share its work."""
+    alone = ranks.tp == 1 and ranks.dp == 1
+    return optim.on_stack if alone else functools.partial(spread, ranks)
+
+
+def spread(ranks: Ranks, iterate, matrices: list, dtype) -> list:
+    """iterate(stack of matrices, in dtype), where a stack has some whole matrices on each rank.
+
+    The matrices are equally large and lie on the mesh in the same way, in parts or as copies: one
+    all-to-all deals them out, another one (with copies an all-gather) brings the results back.
+    """
+    first, stack = matrices[0], torch.stack([local(m) for m in matrices]).to(dtype)
+    if isinstance(first, DTensor):
+        mesh, placements = first.device_mesh, [behind_stack(p) for p in first.placements]
+    else:
+        mesh, placements = ranks.mesh['replicas'], [Replicate()]
+    size = torch.Size([len(stack), *first.shape])
+    shape = {'run_check': False, 'shape': size, 'stride': first.new_empty(
+        size, device='meta').stride()}
+    dealt = DTensor.from_local(stack, mesh, placements, **shape).redistribute(
+        placements=[Shard(0)] * mesh.ndim)
+    done = DTensor.from_local(iterate(dealt.to_local()), mesh, dealt.placements, **shape)
+    parts = done.redistribute(placements=placements).to_local().to(first.dtype).unbind()
+    if not isinstance(first, DTensor):
+        return parts
+    return [DTensor.from_local(part, mesh, first.placements, run_check=False, shape=first.shape,
+                               stride=first.stride()) for part in parts]
+
+
+def behind_stack(placement):
+    """How a stack of matrices lies where each matrix lies like that: dimension 0 comes before."""
+    if placement.is_replicate():
+        return placement
+    if isinstance(placement, Shard):
+        return Shard(placement.dim + 1)
+    return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
+
+
+# ---------------------------------------------------------------------------------------------
+# What ranks tell each other
 
 
 def all_sum(x: torch.Tensor, device) -> torch.Tensor:
