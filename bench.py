@@ -37,10 +37,11 @@ from pathlib import Path
 import torch
 
 import train
-from core import clean
+from core import clean, parallel
 from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import open_shard, share
+from core.optim import LossScale
 from core.parallel import Ranks
 from core.settings import check_bounds, check_choice, configure, stop
 from model import build_model, count_parameters, flops_per_token
@@ -60,10 +61,10 @@ n_tokens = 32_768           # tokenizer: size of the vocabulary, without special
 def our_step(config, dev):
     """A function that does one training step of ours on a list of micro-batches, and its model."""
     model = build_model(config, train.seed, dev.name)
-    optimizers = train.build_optimizers(model, dev)
-    scaler = dev.scaler()
-    compiled = torch.compile(model, dynamic=False) if dev.compile else model
-    return lambda batches: train.train_step(compiled, optimizers, scaler, dev, Ranks(), batches,
+    ranks, scaler = Ranks(), LossScale(dev.dtype == 'float16')
+    optimizers = train.build_optimizers(model, dev, ranks)
+    trained = parallel.wrap(model, ranks, dev)
+    return lambda batches: train.train_step(model, trained, optimizers, scaler, dev, ranks, batches,
                                             1.0, 0), model
 
 
@@ -81,7 +82,7 @@ def nanogpt_step(config, dev):
     model.to(dev.name)
     optimizer = model.configure_optimizers(train.weight_decay, train.learning_rate,
                                            (train.beta1, train.beta2), dev.kind)
-    scaler = dev.scaler()
+    scaler = torch.amp.GradScaler(dev.kind, enabled=dev.dtype == 'float16')
     compiled = torch.compile(model) if dev.compile else model
 
     def step(batches):

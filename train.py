@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import model as model_module
 import prepare
-from core import checkpoint, optim, parallel, pipeline, rundir
+from core import checkpoint, optim, parallel, rundir
 from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import IGNORE, load_split, share
@@ -152,9 +152,9 @@ def check_settings() -> None:
     if depth and fixed:
         stop(f'depth={depth}: derives {fixed[0]}, which was also given; leave one of the two out')
     own = {f.name for f in fields(GPTConfig)} - {'block_size', 'dropout'} | {'depth'}
-    if sample_interval and pp > 1:
-        stop(f'sample_interval={sample_interval}: a pipeline cannot write text; leave it out, and '
-             'use sample.py with the checkpoints')
+    if sample_interval and (pp > 1 or sequence_parallel):
+        stop(f'sample_interval={sample_interval}: no text can be written token by token with pp or '
+             'sequence_parallel; leave it out, and use sample.py with the checkpoints')
     given = sorted(own & set(GIVEN))
     if from_model() and given:
         stop(f'{given[0]}={globals()[given[0]]}: the model in init_from={init_from} has its own; '
@@ -383,15 +383,17 @@ def seed_dropout(step: int, micro_step: int, ranks) -> None:
 
 
 @torch.no_grad()
-def evaluate(model, trained, windows, tokenizer, rows: int, device, ranks, asked=lambda: False):
+def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: False,
+             pipe=None):
     """Loss in nats per token and bits per byte over the windows of a split, each target once.
 
-    Returns None if asked() says, to all ranks alike, that the run is to stop.
+    Of a model in several stages, `pipe` is the Pipeline. Returns None if asked() says, to all ranks
+    alike, that the run is to stop.
     """
     byte_lengths = tokenizer.byte_lengths()
     n = min(len(windows), math.ceil((eval_tokens or windows.n_targets) / windows.block_size))
     nats, targets, n_bytes = [], 0, 0
-    at_once = trained.n_micro if ranks.pp > 1 else 1
+    at_once = pipe.n_micro if pipe else 1
     shares = share(0, n, ranks.dp_rank, ranks.dp, rows, at_once)
     model.eval()
     for i in range(0, len(shares), at_once):
@@ -399,8 +401,8 @@ def evaluate(model, trained, windows, tokenizer, rows: int, device, ranks, asked
             model.train()
             return None
         batches = [windows.batch(samples) for samples in shares[i:i + at_once]]
-        if ranks.pp > 1:
-            nats.append(trained.evaluate(batches))
+        if pipe:
+            nats.append(pipe.evaluate(batches))
         else:
             x, y, doc = (t if t is None else t.to(device.name) for t in batches[0])
             with device.autocast(), parallel.passes(ranks):
@@ -426,7 +428,7 @@ def make_sample(model, tokenizer, asked=lambda: False) -> str:
     return tokenizer.decode(ids)
 
 
-def take_stock(at, log, model, trained, windows, tokenizer, rows, device, ranks, asked) -> bool:
+def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked, pipe) -> bool:
     """Evaluate and write a sample, if step `at.step` is one for it; both go to the log and into at.
 
     Returns whether asked() said to stop meanwhile: then nothing is noted, and both are still due.
@@ -437,7 +439,7 @@ def take_stock(at, log, model, trained, windows, tokenizer, rows, device, ranks,
     if sampling:
         text = make_sample(model, tokenizer, asked)
     if evaluating:
-        scores = evaluate(model, trained, windows, tokenizer, rows, device, ranks, asked)
+        scores = evaluate(model, windows, tokenizer, rows, device, ranks, asked, pipe)
     if (sampling or evaluating) and asked():
         return True
     at.evaluated = at.step
@@ -489,18 +491,18 @@ def evaluate_run(ranks, device) -> dict:
     windows = load_split(data, 'val', config.block_size, shuffle=False, eos=eos)
     rows = micro_batch_size or hardware.fit_micro_batch(
         device, 64, config.block_size, 1, config.n_embd, ranks.local_world)
-    val_loss, bits_per_byte = evaluate(model, model, windows, known, rows, device, ranks)
+    val_loss, bits_per_byte = evaluate(model, windows, known, rows, device, ranks)
     print0(f'{base}, step {state["step"]}, on {data}: validation loss {val_loss:.4f} nats per '
            f'token, {bits_per_byte:.4f} bits per byte' + ', documents kept apart' * packed)
     return {'run_dir': str(base), 'step': state['step'], 'val_loss': val_loss,
             'bits_per_byte': bits_per_byte}
 
 
-def give_up(bar, saver, skipped: str) -> NoReturn:
+def give_up(bar, saver, ranks, skipped: str) -> NoReturn:
     """End a run in which no step is any good; rank 0 says why, and what is left."""
     bar.close()
-    left = parallel.broadcast(saver and saver.last_good(), patient=True)
-    if not saver:
+    left = parallel.broadcast(saver.last_good() if ranks.rank == 0 else None, patient=True)
+    if ranks.rank:
         raise SystemExit(2)
     stop(f'10 steps in a row were skipped, the last one for {skipped}; {left}; start a new run '
          'with a lower learning rate, or look at the samples that log.jsonl names')
@@ -559,7 +561,10 @@ def main() -> dict:
     if ranks.rank == 0:
         saver, state = rundir.find_run(base, identity, init_from == 'resume')
     run, state = parallel.broadcast(saver and [str(saver.run), state], patient=True)
-    run = Path(run)
+    run, first = Path(run), ranks.rank == 0
+    if not ranks.plain:     # all write
+        saver = saver or checkpoint.Saver(run, parallel.writers(ranks))
+        saver.writers = parallel.writers(ranks)
     tokens_per_step = batch_size * block_size
     print0(f'data {data}: {meta["about"]}; {len(tokenizer):,} tokens in its vocabulary')
     if pack_documents:
@@ -573,9 +578,11 @@ def main() -> dict:
     scaler = optim.LossScale(dev.dtype == 'float16')
     trained = parallel.wrap(model, ranks, dev)
     n_micro = math.ceil(math.ceil(batch_size / ranks.dp) / rows)
+    pipe = None
     if ranks.pp > 1:
+        from core import pipeline  # takes half a second
         n_micro = pipeline.fitting(n_micro, ranks)
-        trained = pipeline.Pipeline(trained, ranks, dev, n_micro, rows)
+        pipe = trained = pipeline.Pipeline(trained, ranks, dev, n_micro, rows)
 
     def do_step(step, factor, *rest):
         shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)
@@ -594,8 +601,8 @@ def main() -> dict:
         at.max_steps = at.max_steps if max_minutes else max_steps
         if at.step > at.max_steps:
             stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
-        checkpoint.load_weights(model, run, at.step)
-        checkpoint.load_optimizers(model, optimizers, run, at.step)
+        checkpoint.load_weights(model, run, at.step, parallel.put)
+        checkpoint.load_optimizers(model, optimizers, run, at.step, parallel.put)
         scaler.load_state_dict(state['scaler'])
     elif max_minutes:
         each = statistics.median(time_steps(do_step, optimizers, scaler, dev, 8))
@@ -603,7 +610,7 @@ def main() -> dict:
     if max_minutes:
         print0(f'max_minutes={max_minutes:g}: {at.max_steps:,} steps')
     log = rundir.Log(None)
-    if saver:
+    if first:
         settings = settings_of(globals())
         log = rundir.start_log(
             run, state, settings, sources=(model_module.__file__, __file__),
@@ -621,12 +628,13 @@ def main() -> dict:
         while True:
             ends = at.step == at.max_steps
             if not stopping and at.evaluated < at.step:
-                stopping = take_stock(at, log, model, trained, val_windows, tokenizer, rows, dev,
-                                      ranks, asked)
+                stopping = take_stock(at, log, model, val_windows, tokenizer, rows, dev, ranks,
+                                      asked, pipe)
             saving = at.step % (save_interval or eval_interval) == 0 or at.step == at.best_step
             if (saving or stopping or ends) and at != saved and saver:
                 saver.save(model, optimizers, tokenizer, asdict(at) | {
-                    'config': asdict(config), 'scaler': scaler.state_dict(), 'identity': identity})
+                    'config': asdict(config), 'scaler': scaler.state_dict(),
+                    'identity': identity}, last=ends)
                 saved = replace(at)
             if stopping or ends:
                 break
@@ -647,7 +655,7 @@ def main() -> dict:
                 # a scaler that is still coming down to its scale overflows a few times
                 at.skipped_in_a_row += math.isfinite(grad_norm) or scaler.scale <= 1
                 if at.skipped_in_a_row >= 10:
-                    give_up(bar, saver, skipped)
+                    give_up(bar, saver, ranks, skipped)
                 continue
             at.skipped_in_a_row = 0
             at.grad_norms = [*at.grad_norms, grad_norm][-100:] if spike_sigma else []
@@ -665,20 +673,20 @@ def main() -> dict:
             saver.finish(at.step)
         text = ''
         if not stopping:
-            text = '' if ranks.pp > 1 else make_sample(model, tokenizer, asked)
+            text = make_sample(model, tokenizer, asked) if ranks.can_sample else ''
             stopping = asked()
     if stopping:
         print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on '
                'from there')
-    elif saver:
+    elif first:
         log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
                   best_step=at.best_step, sample=text)
-        print(f'\n{text}\n')
+        print(f'\n{text}\n' if text else '')
         print_end(run, at)
         if fell_back:
             print(f'*** THIS WAS NOT {dataset.upper()} but {meta["about"]}. With a network, or '
                   'with DATA_MIRROR set, run the same command again ***')
-    if saver:
+    if first:
         saver.lock.close()
     parallel.finish()
     return {'run_dir': str(run), 'step': at.step, 'stopped': stopping, 'seconds': at.seconds,

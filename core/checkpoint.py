@@ -1,10 +1,11 @@
 """Checkpoints: out/<run>/step-00001000/, written whole or not at all, verified when read.
 
-A directory holds model.safetensors, optimizer.safetensors, tokenizer.json, state.json, and
-manifest.json with the size and hash of each. What has the name step-... was whole when it got that
-name; what a disk does to it afterwards shows in the hashes. Tensors are stored whole, under their
-parameter's name: a checkpoint does not know how many processes wrote it, and any number of them can
-read the parts they need. docs/formats.md has the details.
+A directory holds model.safetensors, optimizer.safetensors (where parameters are sharded, one of
+each per rank that writes), tokenizer.json, state.json, and manifest.json with the size and hash of
+each. What has the name step-... was whole when it got that name; what a disk does to it afterwards
+shows in the hashes. Tensors are stored whole, under their parameter's name: a checkpoint does not
+know how many processes wrote it, and any number of them can read the parts they need.
+docs/formats.md has the details.
 """
 import contextlib
 import fcntl
@@ -15,7 +16,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from core import hf, hf_tokenizer
 from core import tokenizer as tokenizers
 from core.download import NoNetwork, file_hash
 from core.settings import stop, warn
-from model import GPTConfig, build_model
+from model import GPTConfig, build_model, named_weights
 
 MANIFEST, VERSION = 'manifest.json', 1
 NO_PICKLE = ' (a .pt, .bin or .ckpt file is a pickle, which could run anything: never loaded)'
@@ -76,7 +77,7 @@ def manifest(files: dict) -> str:
 def damage(checkpoint: Path, unread=()) -> str:
     """What is wrong with the files of a checkpoint, '' if each is as its manifest says.
 
-    Of files named in `unread` only the size is looked at.
+    Of files whose names begin with one of `unread` only the size is looked at.
     """
     try:
         text = (checkpoint / MANIFEST).read_text(encoding='utf-8')
@@ -87,7 +88,7 @@ def damage(checkpoint: Path, unread=()) -> str:
             size = (checkpoint / name).stat().st_size
             if size != expected['size']:
                 return f'{name} has {size:,} bytes, should have {expected["size"]:,}'
-            if name not in unread and file_hash(checkpoint / name) != expected['sha256']:
+            if not name.startswith(unread) and file_hash(checkpoint / name) != expected['sha256']:
                 return f'{name} is not what was written: its sha256 has changed'
     except FileNotFoundError as e:
         return f'{Path(e.filename).name} is missing'
@@ -157,15 +158,30 @@ def lock(folder: Path):
     return file
 
 
-class Saver:
-    """Writes the checkpoints of a run: the files at once, flushing and hashing in a thread.
+@dataclass
+class Writers:
+    """This rank among those that write a checkpoint together; by default, the only one."""
+    rank: int = 0
+    index: int = 0          # among the `n` ranks that hold the same layers
+    n: int = 1
+    suffix: str = ''        # of its files' names, where others write, too
+    whole: Callable = lambda tensor: tensor         # the whole of a tensor; all n ask together
+    exchange: Callable = lambda value: [value]      # what JSON can hold, from all ranks
 
-    Holds the lock of the run directory. `saved` is the newest step if it is complete, else 0.
+
+class Saver:
+    """Writes the checkpoints of a run: copies at once, files, flushing and hashing in a thread.
+
+    On rank 0 it holds the lock of the run directory, and `saved` is the newest step if that is
+    complete, else 0.
     """
 
-    def __init__(self, run: Path):
-        self.run, self.lock, self.thread, self.saved = run, lock(run), None, 0
-        self.clean_up()
+    def __init__(self, run: Path, writers: Writers | None = None):
+        self.run, self.thread, self.saved = run, None, 0
+        self.writers = writers or Writers()
+        if self.writers.rank == 0:
+            self.lock = lock(run)
+            self.clean_up()
 
     def clean_up(self) -> None:
         """Undo what a save left that failed or was killed."""
@@ -179,63 +195,104 @@ class Saver:
         for tmp in self.run.glob('.tmp-step-*'):
             shutil.rmtree(tmp, ignore_errors=True)
 
-    def save(self, model, optimizers, tokenizer, state: dict) -> None:
-        """Save a step; once it is complete, all others but the best and the one before it go.
+    def save(self, model, optimizers, tokenizer, state: dict, last: bool = False) -> None:
+        """Save a step; once it is complete, all others but the best and the one before it go. The
+        `last` step of a run has one model.safetensors, however many ranks write.
 
         A full disk or another error of the file system is a warning, and leaves what was there as
         it was. Stops if a tensor is not finite.
         """
         self.wait()
         self.saved = 0      # until this one is complete
-        files = {'model': model_tensors(model), 'optimizer': optimizer_tensors(model, optimizers)}
-        for name, tensor in (item for tensors in files.values() for item in tensors.items()):
-            if not torch.linalg.vector_norm(tensor, math.inf).isfinite():
-                stop(f'{name} is not finite at step {state["step"]}, which is not saved; '
-                     f'{self.last_good()}')
-        tmp = self.run / f'.tmp-{step_folder(self.run, state["step"]).name}'
+        files = {'model': self.copies(model_tensors(model)),
+                 'optimizer': self.copies(optimizer_tensors(model, optimizers))}
+        bad = [name for tensors in files.values() for name, tensor in tensors.items()
+               if not torch.linalg.vector_norm(tensor, math.inf).isfinite()]
+        if bad := sum(self.writers.exchange(bad), []):
+            if self.writers.rank:
+                raise SystemExit(2)     # rank 0 says why
+            stop(f'{bad[0]} is not finite at step {state["step"]}, which is not saved; '
+                 f'{self.last_good()}')
+        tmp, error = self.run / f'.tmp-{step_folder(self.run, state["step"]).name}', ''
         try:
-            tmp.mkdir()
-            for kind, tensors in files.items():
-                save_file(tensors, tmp / f'{kind}.safetensors')
-            tokenizer.save(tmp / 'tokenizer.json')
-            (tmp / 'state.json').write_text(json.dumps(state, indent=1) + '\n', encoding='utf-8')
-        except (OSError, SafetensorError) as e:
-            self.give_up(state['step'], e)
-            return
-        self.thread = threading.Thread(target=self.complete, args=(tmp, state))
+            if self.writers.rank == 0:
+                tmp.mkdir()
+        except OSError as e:
+            error = str(e)
+        self.thread = threading.Thread(target=self.write, args=(tmp, files, tokenizer, state, last,
+                                                                error))
         self.thread.start()
 
-    def complete(self, tmp: Path, state: dict) -> None:
-        """Flush, hash, write the manifest, rename; then delete what is no longer needed."""
+    def copies(self, tensors: dict) -> dict[str, torch.Tensor]:
+        """In main memory, the tensors that this rank is to write: dealt out by size, whole."""
+        load, mine = [0] * self.writers.n, {}
+        for name in sorted(tensors):
+            tensor = self.writers.whole(tensors[name])
+            index = load.index(min(load))
+            load[index] += tensor.numel()
+            if index == self.writers.index:
+                mine[name] = tensor.to('cpu', copy=True).contiguous()
+        return mine
+
+    def write(self, tmp: Path, files: dict, tokenizer, state: dict, last: bool, error: str) -> None:
+        """Write this rank's files, flush and hash them; rank 0 completes what all have written.
+
+        `error` is what has gone wrong on this rank before, '' if nothing has.
+        """
+        written = {}
+        try:
+            errors = list(filter(None, self.writers.exchange(error)))  # the folder is there, or not
+            if not errors:
+                try:
+                    for kind, tensors in files.items():
+                        if tensors:
+                            name = f'{kind}{self.writers.suffix}.safetensors'
+                            save_file(tensors, tmp / name)
+                            written[name] = None
+                    if self.writers.rank == 0:
+                        tokenizer.save(tmp / 'tokenizer.json')
+                        (tmp / 'state.json').write_text(json.dumps(state, indent=1) + '\n',
+                                                        encoding='utf-8')
+                        written |= {'tokenizer.json': None, 'state.json': None}
+                    for name in sorted(written):
+                        written[name] = flushed(tmp / name)
+                except (OSError, SafetensorError) as e:
+                    error = str(e)
+                answers = self.writers.exchange([error, written])
+                errors = [error for error, _ in answers if error]
+            if self.writers.rank:
+                return
+            if not errors:
+                written = {k: v for _, part in answers for k, v in part.items()}
+                self.complete(tmp, merged(tmp, written) if last else written, state)
+        except OSError as e:
+            errors = [str(e)]
+        if errors and self.writers.rank == 0:
+            self.give_up(state['step'], errors[0])
+
+    def complete(self, tmp: Path, files: dict, state: dict) -> None:
+        """Write the manifest of `files`, rename; then delete what is no longer needed."""
         step = state['step']
         final = step_folder(self.run, step)
-        try:
-            files = {}
-            for path in sorted(tmp.iterdir()):
-                flush(path)
-                files[path.name] = {'size': path.stat().st_size, 'sha256': file_hash(path)}
-            (tmp / MANIFEST).write_text(manifest(files), encoding='utf-8')
-            flush(tmp / MANIFEST)
-            flush(tmp)
-            flush(self.run / 'log.jsonl')
-            if final.exists():  # the same step again, or damaged: there until the new one is
-                os.rename(final, self.run / f'.old-{final.name}')
-            os.rename(tmp, final)
-            flush(self.run)
-        except OSError as e:
-            self.give_up(step, e)
-            return
+        (tmp / MANIFEST).write_text(manifest(files), encoding='utf-8')
+        flush(tmp / MANIFEST)
+        flush(tmp)
+        flush(self.run / 'log.jsonl')
+        if final.exists():  # the same step again, or damaged: there until the new one is
+            os.rename(final, self.run / f'.old-{final.name}')
+        os.rename(tmp, final)
+        flush(self.run)
         self.saved = step
         self.clean_up()
         before = [old for old in steps(self.run) if old < step][-1:]
         for old in set(steps(self.run)) - {state['best_step'], step, *before}:
             shutil.rmtree(step_folder(self.run, old), ignore_errors=True)
 
-    def give_up(self, step: int, e: Exception) -> None:
+    def give_up(self, step: int, error: str) -> None:
         """After an error of the file system: put back what was there, and say so."""
         self.clean_up()
-        warn(f'step-{step:08d} could not be written ({e}); the checkpoints before it are as they '
-             'were, and the run goes on')
+        warn(f'step-{step:08d} could not be written ({error}); the checkpoints before it are as '
+             'they were, and the run goes on')
 
     def last_good(self) -> str:
         """A phrase that names the newest undamaged checkpoint."""
@@ -253,7 +310,7 @@ class Saver:
     def finish(self, step: int) -> None:
         """Wait for the run's last checkpoint. Stops if it could not be written."""
         self.wait()
-        if self.saved != step:
+        if self.saved != step and self.writers.rank == 0:
             stop(f'the last step, {step}, could not be saved; {self.last_good()}; make room and '
                  'run the same command again')
 
@@ -267,16 +324,59 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def flushed(path: Path) -> dict:
+    """Flush a file; its line in the manifest."""
+    flush(path)
+    return {'size': path.stat().st_size, 'sha256': file_hash(path)}
+
+
+def merged(tmp: Path, files: dict) -> dict:
+    """Join model-*.safetensors into one model.safetensors; the files that there are then.
+
+    A safetensors file is 8 bytes with the size of a header, the header, and the tensors' bytes at
+    the offsets that it names: headers are joined, bytes copied, and no tensor gets into memory.
+    """
+    parts = sorted(name for name in files if name.startswith('model-'))
+    if not parts:
+        return files
+    header, offset, begins = {}, 0, []
+    for name in parts:
+        with open(tmp / name, 'rb') as f:
+            size = int.from_bytes(f.read(8), 'little')
+            entries = json.loads(f.read(size))
+        entries.pop('__metadata__', None)
+        for tensor, entry in entries.items():
+            header[tensor] = entry | {'data_offsets': [offset + at for at in entry['data_offsets']]}
+        begins.append(8 + size)
+        offset += (tmp / name).stat().st_size - begins[-1]
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with open(tmp / 'model.safetensors', 'wb') as whole:
+        whole.write(len(text).to_bytes(8, 'little') + text)
+        for name, begin in zip(parts, begins):
+            with open(tmp / name, 'rb') as f:
+                f.seek(begin)
+                shutil.copyfileobj(f, whole, 1 << 24)
+    for name in parts:
+        (tmp / name).unlink()
+    return {name: entry for name, entry in files.items() if name not in parts} | {
+        'model.safetensors': flushed(tmp / 'model.safetensors')}
+
+
 def model_tensors(model) -> dict[str, torch.Tensor]:
-    """The model's parameters by name; a shared one only under its first name."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    """The model's parameters by name; a shared one once."""
+    skipped = model.wte is None and model.config.tied   # a stage with the head of the first one's
+    return {name: p.detach() for name, p in named_weights(model).items()
+            if not (skipped and name == 'wte.weight')}
 
 
 def optimizer_tensors(model, optimizers) -> dict[str, torch.Tensor]:
     """Optimizer state as '<parameter name>/<state name>' -> tensor."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {f'{names[p]}/{key}': value.contiguous() for optimizer in optimizers
-            for p, state in optimizer.state.items() for key, value in state.items()}
+    names = {p: name for name, p in named_weights(model).items()}
+    kept = model_tensors(model)
+    return {f'{names[p]}/{key}': value for optimizer in optimizers
+            for p, state in optimizer.state.items() if names[p] in kept
+            for key, value in state.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -303,42 +403,52 @@ def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch
             yield path, name, tensor
 
 
-def load_weights(model, folder, step: int) -> None:
-    """Fill the model's parameters from a checkpoint. Stops if names or shapes differ."""
-    params = dict(model.named_parameters())
+def load_weights(model, folder, step: int, put=torch.Tensor.copy_) -> None:
+    """Fill the model's parameters from a checkpoint; put(p, values) fills one of which this process
+    may hold a part. Stops if names or shapes differ.
+    """
+    params, known = named_weights(model), all_names(model)
     missing = set(params)
     for path, name, tensor in read_tensors(step_folder(folder, step), 'model'):
-        if name not in params:
+        if name not in known:
             stop(f'{path}: holds {name[:80]!r}, which this model does not have')
-        fill(params[name], tensor, f'{path}: {name}')
+        if name in params:      # not of another pipeline stage
+            fill(params[name], tensor, f'{path}: {name}', put)
         missing.discard(name)
     if missing:
         stop(f'{step_folder(folder, step)}: {min(missing)} is missing in model*.safetensors')
 
 
-def load_optimizers(model, optimizers, folder, step: int) -> None:
+def all_names(model) -> set[str]:
+    """Names of the parameters of the whole model of which this may be a pipeline stage."""
+    return set(named_weights(build_model(model.config, None, 'meta')))
+
+
+def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_) -> None:
     """Fill the state of the optimizers from a checkpoint. Stops if it is that of others."""
-    params = dict(model.named_parameters())
+    params, known = named_weights(model), all_names(model)
     owner = {p: o for o in optimizers for group in o.param_groups for p in group['params']}
     for path, name, tensor in read_tensors(step_folder(folder, step), 'optimizer'):
         parameter, _, key = name.rpartition('/')
-        if parameter not in params:
+        if parameter not in known:
             stop(f'{path}: holds {name[:80]!r}, the state of no parameter of this model')
+        if parameter not in params:
+            continue
         p = params[parameter]
         scalar = key == 'step'
-        state = torch.zeros((), device=p.device) if scalar else torch.empty_like(p)
-        fill(state, tensor, f'{path}: {name}')
+        state = torch.zeros((), device=p.device) if scalar else torch.empty_like(p.detach())
+        fill(state, tensor, f'{path}: {name}', torch.Tensor.copy_ if scalar else put)
         owner[p].state[p][key] = state
 
 
 @torch.no_grad()
-def fill(target: torch.Tensor, tensor: torch.Tensor, what: str) -> None:
-    """Copy `tensor` into `target`. Stops if shape or dtype differ."""
+def fill(target: torch.Tensor, tensor: torch.Tensor, what: str, put) -> None:
+    """put(target, tensor). Stops if shape or dtype differ."""
     for kind in ('shape', 'dtype'):
         if getattr(target, kind) != getattr(tensor, kind):
             stop(f'{what} has {kind} {getattr(tensor, kind)}, this model needs '
                  f'{getattr(target, kind)}')
-    target.copy_(tensor)
+    put(target, tensor)
 
 
 def find_model(name: str, data_dir: str = 'data', weights: bool = True,
@@ -379,7 +489,7 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
     of that step.
     """
     folder = find_model(run_dir, data_dir)
-    found, unread = steps(folder), ('optimizer.safetensors',)
+    found, unread = steps(folder), ('optimizer',)
     if not found:
         if step:
             stop(f'step={step}: {folder} is a Hugging Face model, which has no steps')

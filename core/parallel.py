@@ -18,11 +18,13 @@ import math
 import os
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -40,10 +42,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from core import optim
+from core.checkpoint import Writers
 from core.settings import stop
 from model import tie
 
 patient_group = None    # of all ranks: for waiting while one of them prepares data
+writing_group = None    # of all ranks: for the threads that write checkpoints
 tied_group = None       # of the first and last pipeline stage with the same data and cut
 
 
@@ -70,6 +74,11 @@ class Ranks:
     def plain(self) -> bool:
         """Whether this rank has all of every parameter: one process, or DDP."""
         return self.tp == self.pp == 1 and not self.zero
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether all ranks together can write text: token by token, through the whole model."""
+        return self.pp == 1 and not self.sequence_parallel
 
     @property
     def owns_loss(self) -> float:
@@ -159,18 +168,20 @@ def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
     A rank that waits for others longer than timeout_minutes gives up; its message names the step
     after `progress.step`.
     """
-    global patient_group
+    global patient_group, writing_group
     if ranks.world == 1 and not ranks.zero:
         return
+    if device.kind == 'mps':
+        stop('device=mps: PyTorch cannot train on several Apple GPUs; use one process, and zero=0')
     backend = 'cpu:gloo,cuda:nccl' if device.kind == 'cuda' else 'gloo'
+    timeout = timedelta(minutes=timeout_minutes)
     if ranks.world == 1:    # to measure what sharding costs
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress)
-        if device.kind == 'mps':
-            stop('device=mps: PyTorch cannot train on several Apple GPUs; use one process')
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(backend, timeout=timeout)
     patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+    writing_group = dist.new_group(backend='gloo', timeout=timeout)
     form_mesh(ranks, device.kind)
 
 
@@ -180,6 +191,8 @@ def form_mesh(ranks: Ranks, kind: str) -> None:
     # It would advise about exchanges that are rare here, and about gloo.
     for name in ('torch.distributed.tensor._redistribute', 'torch._logging._internal'):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # nothing here changes what a block or a model returns in place
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
     ranks.mesh = init_device_mesh(
         kind, (ranks.pp, ranks.replicas, ranks.dp // ranks.replicas, ranks.tp),
         mesh_dim_names=('pp', 'replicas', 'shards', 'tp'))
@@ -397,6 +410,14 @@ def complete_gradients(model, ranks: Ranks) -> None:
         dist.all_reduce(local(matrix.weight.grad), group=tied_group)
 
 
+def writers(ranks: Ranks) -> Writers:
+    """What each rank does in saving; where one has everything, rank 0 does all."""
+    if ranks.plain:
+        return Writers()
+    return Writers(ranks.rank, ranks.dp_rank * ranks.tp + ranks.tp_rank, ranks.dp * ranks.tp,
+                   f'-{ranks.rank:05d}', gathered, functools.partial(exchange, group=writing_group))
+
+
 def local_gradients(model) -> list:
     """What this rank holds of the gradients."""
     return [local(p.grad) for p in model.parameters() if p.grad is not None]
@@ -476,6 +497,22 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor(float(flag))
     dist.all_reduce(flags)
     return flags.item() > 0
+
+
+def exchange(value, group=None) -> list:
+    """The values (what JSON can hold) of all ranks, in their order; a thread may ask, too, with a
+    group of its own. Raises ConnectionError if one is silent or lost.
+    """
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
+    try:
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+        longest = int(max(sizes))
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(texts, F.pad(data, (0, longest - len(data))), group=group)
+    except RuntimeError as e:
+        raise ConnectionError(f'another rank is silent or lost: {e}') from e
+    return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes)]
 
 
 def broadcast(value, patient: bool = False):

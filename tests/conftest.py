@@ -24,11 +24,18 @@ def quick_peak(kind, name, dtype):
     return 1e11, 'assumed'
 
 
+LAYOUTS = []    # what tests/parallel compared: cells of a row
 FAULTS = {}     # what tests/faults did: fault -> (number of tries, what came of it)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table of faults that the README shows."""
+    """The tables that the README shows."""
+    if LAYOUTS:
+        terminalreporter.section('layouts against one process: the largest difference in 10 steps')
+        terminalreporter.write_line('| ranks | layout | model | optimizer | precision | loss | '
+                                    'gradient norm |\n|---|---|---|---|---|---|---|')
+        for cells in sorted(LAYOUTS):
+            terminalreporter.write_line(f'| {" | ".join(map(str, cells))} |')
     if FAULTS:
         terminalreporter.section('what a run survives')
         terminalreporter.write_line('| what happens | tries | what comes of it |\n|---|---|---|')

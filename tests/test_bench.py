@@ -71,7 +71,7 @@ def test_train_on_documents(run_bench, monkeypatch, capsys):
     real, seen = train.train_step, []
 
     def step(*args):
-        seen.append(args[5][0][2])
+        seen.append(args[6][0][2])
         return real(*args)
     monkeypatch.setattr(train, 'train_step', step)
     assert run_bench()['ours_tokens_per_second'] > 0 and seen.pop() is None

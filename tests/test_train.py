@@ -17,6 +17,7 @@ import train
 from core import checkpoint, optim, rundir
 from core import device as hardware
 from core.dataset import IGNORE, ShardWriter, load_split, share
+from core.optim import LossScale
 from core.parallel import Ranks
 from core.settings import Stop, read_config
 from model import GPT, LSTM, GPTConfig, flops_per_token
@@ -216,7 +217,7 @@ def test_packed_documents(run_train, letters, monkeypatch, capsys):
     assert abs(alone - whole['best_val_loss']) > 1e-4   # what stands before a document did matter
 
     real = train.train_step
-    monkeypatch.setattr(train, 'train_step', lambda *args: (*real(*args)[:3], args[7] == 3))
+    monkeypatch.setattr(train, 'train_step', lambda *args: (*real(*args)[:3], args[8] == 3))
     assert run_train(out_dir='out/cut', **settings)['stopped']
     monkeypatch.setattr(train, 'train_step', real)
     plain = {**settings, 'pack_documents': False}
@@ -275,7 +276,8 @@ def test_packed_rows_have_the_losses_of_their_documents_alone(corpus):
     micro_batches = [windows.batch(samples) for samples in share(0, len(windows), 0, 1, 6)]
     unseparated = [(x, y, None) for x, y, _ in micro_batches]
     step = lambda batches: train.train_step(
-        model, train.build_optimizers(model, CPU), CPU.scaler(), CPU, Ranks(), batches, 0.0, 0)[0]
+        model, model, train.build_optimizers(model, CPU, Ranks()), LossScale(False), CPU, Ranks(),
+        batches, 0.0, 0)[0]
     ends = [i for i, t in enumerate(ids[:-1]) if t == EOS]
     expected = 0.0
     for start, end in zip([0, *ends], [*ends, 399]):    # a long document in pieces of 16

@@ -34,7 +34,7 @@ def runs(tmp_path_factory, text_file):
 
             def step(*args, real=real, n=n, **options):
                 result = real(*args, **options)
-                return (*result[:3], args[7] == n - 1 and n < 8)
+                return (*result[:3], args[8] == n - 1 and n < 8)
             patch.setattr(train, 'train_step', step)
             patch.setattr(train, 'out_dir', f'out/{run}')
             train.main()

@@ -24,11 +24,11 @@ def between_steps(monkeypatch, first, last, break_it, mend_it) -> None:
     real = train.train_step
 
     def step(*args, **options):
-        while args[7] in (first, last) and list(Path('out/cut').glob('.tmp*')):
+        while args[8] in (first, last) and list(Path('out/cut').glob('.tmp*')):
             time.sleep(0.001)
-        if args[7] == first:
+        if args[8] == first:
             break_it()
-        if args[7] == last:
+        if args[8] == last:
             mend_it()
         return real(*args, **options)
     monkeypatch.setattr(train, 'train_step', step)

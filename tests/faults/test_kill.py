@@ -152,7 +152,7 @@ def test_killed_while_a_step_is_saved_again(run_train, monkeypatch, target, name
         run = f'out/cut-{number}-{before}'
         with monkeypatch.context() as patch:
             real = train.train_step
-            patch.setattr(train, 'train_step', lambda *args: (*real(*args)[:3], args[7] == 2))
+            patch.setattr(train, 'train_step', lambda *args: (*real(*args)[:3], args[8] == 2))
             assert run_train(out_dir=run, **settings)['stopped']
         assert checkpoint.read_state(run, 3)['evaluated'] < 3
         with monkeypatch.context() as patch:

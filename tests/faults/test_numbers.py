@@ -3,12 +3,11 @@ import json
 import math
 
 import pytest
-import torch
 from conftest import TINY
 from harness import Ranks, bits, finished, note, tensors_of
 
 import train
-from core import checkpoint, optim, rundir
+from core import checkpoint, optim, parallel, rundir
 from core.settings import Stop
 
 BAD = {'NaN': math.nan, 'inf': math.inf, '-inf': -math.inf}
@@ -27,28 +26,27 @@ def spoil(train, where: str, value: float, first: int, last: int, rank=0, bad_ra
 
     Returns a list of (step, state before, state after, why it was skipped).
     """
-    real_step, real_clip, states = train.train_step, train.optim.clip_gradients, []
+    real_step, real_complete, states = train.train_step, train.parallel.complete_gradients, []
     bad = []
 
-    def step(model, optimizers, *args, **options):
+    def step(model, trained, optimizers, *args, **options):
         bad[:] = [1] if first <= args[5] <= last and rank in bad_ranks else []
-        plain = getattr(model, 'module', model)
         hook = None
         if bad and where == 'loss':
-            hook = plain.register_forward_hook(lambda module, inputs, output: output * value)
-        before = state_of(plain, optimizers)
-        result = real_step(model, optimizers, *args, **options)
+            hook = model.register_forward_hook(lambda module, inputs, output: output * value)
+        before = state_of(model, optimizers)
+        result = real_step(model, trained, optimizers, *args, **options)
         if hook:
             hook.remove()
-        states.append((args[5], before, state_of(plain, optimizers), result[2]))
+        states.append((args[5], before, state_of(model, optimizers), result[2]))
         return result
 
-    def clip(model, *rest):     # after the ranks have exchanged their gradients
+    def complete(model, ranks):     # after the ranks have exchanged their gradients
+        real_complete(model, ranks)
         if bad and where == 'gradient':
             next(model.parameters()).grad.view(-1)[7] = value
-        return real_clip(model, *rest)
 
-    train.train_step, train.optim.clip_gradients = step, clip
+    train.train_step, train.parallel.complete_gradients = step, complete
     return states
 
 
@@ -56,7 +54,7 @@ def spoil(train, where: str, value: float, first: int, last: int, rank=0, bad_ra
 @pytest.mark.parametrize('kind', BAD)
 def test_step_is_skipped(run_train, monkeypatch, capsys, where, kind):
     monkeypatch.setattr(train, 'train_step', train.train_step)  # so that they are put back
-    monkeypatch.setattr(optim, 'clip_gradients', optim.clip_gradients)
+    monkeypatch.setattr(parallel, 'complete_gradients', parallel.complete_gradients)
     states = spoil(train, where, BAD[kind], 2, 3)
     run = run_train(**SETTINGS)['run_dir']
     assert [bool(skipped) for *_, skipped in states] == [False, False, True, True, False, False]
@@ -77,7 +75,7 @@ def test_step_is_skipped(run_train, monkeypatch, capsys, where, kind):
 
 def test_ten_in_a_row_end_the_run(run_train, monkeypatch, capsys):
     monkeypatch.setattr(train, 'train_step', train.train_step)
-    monkeypatch.setattr(optim, 'clip_gradients', optim.clip_gradients)
+    monkeypatch.setattr(parallel, 'complete_gradients', parallel.complete_gradients)
     states = spoil(train, 'gradient', math.nan, 5, 99)
     with pytest.raises(Stop) as e:
         run_train(out_dir='out/a', **{**SETTINGS, 'max_steps': 50, 'save_interval': 2})
@@ -91,7 +89,7 @@ def test_ten_in_a_row_end_the_run(run_train, monkeypatch, capsys):
 
 def test_nine_in_a_row_do_not(run_train, monkeypatch):
     monkeypatch.setattr(train, 'train_step', train.train_step)
-    monkeypatch.setattr(optim, 'clip_gradients', optim.clip_gradients)
+    monkeypatch.setattr(parallel, 'complete_gradients', parallel.complete_gradients)
     states = spoil(train, 'loss', math.nan, 1, 9)
     out = run_train(**{**SETTINGS, 'max_steps': 12})
     assert out['step'] == 12 and [bool(s[3]) for s in states] == [False] + 9 * [True] + 2 * [False]
@@ -167,16 +165,14 @@ def test_weights_that_are_not_finite_are_never_saved(run_train, monkeypatch):
 @pytest.mark.parametrize('sigma, skipped', [(6.0, [31]), (0.0, [])])
 def test_spike(run_train, monkeypatch, sigma, skipped):
     """A gradient 1,000 times too large; the steps before it, and those after it, are not spikes."""
-    real = optim.clip_gradients
     steps = []
 
-    def clip(model, *rest):
+    def complete(model, ranks):
         steps.append(1)
         if len(steps) == 31:
             for p in model.parameters():
                 p.grad *= 1000
-        return real(model, *rest)
-    monkeypatch.setattr(optim, 'clip_gradients', clip)
+    monkeypatch.setattr(parallel, 'complete_gradients', complete)
     run = run_train(**{**SETTINGS, 'max_steps': 40, 'spike_sigma': sigma})['run_dir']
     found = rundir.read_log(run, 'skip')
     assert [e['step'] for e in found] == skipped
@@ -194,7 +190,7 @@ def test_spikes_are_the_same_after_a_resume(run_train, monkeypatch):
         real = train.train_step
 
         def step(*args, **options):
-            return (*real(*args, **options)[:3], args[7] == 34)
+            return (*real(*args, **options)[:3], args[8] == 34)
         patch.setattr(train, 'train_step', step)
         assert run_train(out_dir='out/cut', **settings)['stopped']
     cut = run_train(out_dir='out/cut', **settings)['run_dir']
@@ -214,8 +210,8 @@ def test_spike_limit():
 def test_scaler_that_looks_for_its_scale_is_no_failure(run_train, monkeypatch):
     """fp16 starts with a scale that may be far too large; only at scale 1 a NaN is a failure."""
     monkeypatch.setattr(train, 'train_step', train.train_step)
-    monkeypatch.setattr(optim, 'clip_gradients', optim.clip_gradients)
-    monkeypatch.setattr(train.hardware.Device, 'scaler', lambda self: torch.amp.GradScaler('cpu'))
+    monkeypatch.setattr(parallel, 'complete_gradients', parallel.complete_gradients)
+    monkeypatch.setattr(train.optim, 'LossScale', lambda enabled, real=optim.LossScale: real(True))
     states = spoil(train, 'loss', math.inf, 0, 13)
     out = run_train(**{**SETTINGS, 'max_steps': 20})
     assert out['step'] == 20 and sum(bool(s[3]) for s in states) == 14

@@ -1,15 +1,19 @@
 """Training steps under any layout of ranks, and the same steps in one process."""
+import atexit
 import math
+import multiprocessing
 import os
+import queue
 import socket
-import sys
+import traceback
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 import train
-from core import optim, parallel, pipeline
+from core import checkpoint, optim, parallel, pipeline
 from core.dataset import IGNORE, PADDING, share
 from core.device import Device
 from core.parallel import Ranks
@@ -34,11 +38,14 @@ class Case:
     documents: bool = False
 
     def __str__(self):
-        parts = [f'{k}={v}' for k, v in self.layout.items()]
-        parts += ['GPT-2' if self.model == GPT2 else f'{k}={v}' for k, v in self.model.items()] \
-            if self.model != GPT2 else ['GPT-2']
-        parts += [f'{k}={v}' for k, v in self.settings.items()]
-        return ' '.join(parts + [self.dtype] + ['compiled'] * self.compile)
+        """As a name of a test: tp=2-GPT2-float64."""
+        def listed(settings):
+            return [f'{k}={v}' for k, v in settings.items()]
+        return '-'.join([
+            *(listed(self.layout) or ['ddp']),
+            *(['GPT2'] if self.model == GPT2 else ['Qwen3', *listed(self.model)]),
+            *listed(self.settings), *['documents'] * self.documents, *['compiled'] * self.compile,
+            self.dtype])
 
 
 def batch(samples, documents: bool):
@@ -61,9 +68,9 @@ class Trainer:
 
     def __init__(self, case: Case, ranks: Ranks):
         self.case, self.ranks = case, ranks
-        for name, value in {'optimizer': 'adamw', 'learning_rate': 1e-2, 'muon_learning_rate': 0.02,
-                            'grad_clip': 0.5, 'embed_learning_rate': 5e-3, 'dropout': 0.0,
-                            **case.settings}.items():
+        for name, value in {'optimizer': 'adamw', 'learning_rate': 3e-3, 'muon_learning_rate': 0.02,
+                            'embed_learning_rate': 2e-3, 'grad_clip': 0.5, 'dropout': 0.0,
+                            'activation_checkpointing': False, **case.settings}.items():
             setattr(train, name, value)
         kind = 'float32' if case.dtype == 'float64' else case.dtype
         self.device = Device('cpu', 'cpu', kind, case.compile, 1.0, [])
@@ -100,57 +107,132 @@ class Trainer:
 
 def one_process(case: Case) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, in this process."""
-    ranks = Ranks()
-    parallel.arrange(ranks)
-    trainer = Trainer(Case({}, case.model, case.settings, case.dtype, False, 2, case.documents), ranks)
+    alone = replace(case, layout={}, compile=False, rows=2)
+    trainer = Trainer(alone, Ranks())
     return [trainer.step(i) for i in range(STEPS)]
 
 
-def work(rank: int, world: int, port: int, cases: list, answers) -> None:
-    """One of `world` processes: runs all cases, and puts (number, results or an error)."""
+# ---------------------------------------------------------------------------------------------
+# What processes are asked to do, all of them together: do(ranks, ...) -> result
+
+
+def laid_out(ranks: Ranks, layout: dict) -> None:
+    parallel.arrange(ranks, **layout)
+    if ranks.world > 1:
+        parallel.form_mesh(ranks, 'cpu')
+
+
+def train_steps(ranks: Ranks, case: Case) -> list[tuple[float, float]]:
+    laid_out(ranks, case.layout)
+    trainer = Trainer(case, ranks)
+    return [trainer.step(i) for i in range(STEPS)]
+
+
+def different_weights(ranks: Ranks, case: Case) -> list[str]:
+    """The parameters that, initialized in this layout, are not those of one process, bit for bit;
+    all that are missing on all ranks.
+    """
+    laid_out(ranks, case.layout)
+    expected = named_weights(build_model(GPTConfig(**{**MODEL, **case.model}), 1))
+    model = build_model(GPTConfig(**{**MODEL, **case.model}), None, 'meta')
+    parallel.place(model, ranks)
+    allocate(model, 'cpu')
+    init_weights(model, 1, parallel.put)
+    mine = {name: parallel.gathered(p.detach()) for name, p in named_weights(model).items()}
+    everywhere = set(sum(parallel.exchange(list(mine)), []))
+    return [name for name, p in mine.items() if not torch.equal(p, expected[name])] + \
+        sorted(expected.keys() - everywhere)
+
+
+def save(ranks: Ranks, case: Case, folder: str, steps: int, last: bool) -> None:
+    """Train some steps, then save."""
+    laid_out(ranks, case.layout)
+    trainer = Trainer(case, ranks)
+    for i in range(steps):
+        trainer.step(i)
+    saver = checkpoint.Saver(Path(folder), parallel.writers(ranks))
+    state = {'step': steps, 'best_step': 0, 'config': {}, 'identity': {}}
+    if ranks.rank == 0 or not ranks.plain:
+        saver.save(trainer.model, trainer.optimizers, NoTokenizer(), state, last)
+        saver.finish(steps)
+
+
+class NoTokenizer:
+    def save(self, path):
+        path.write_text('{}')
+
+
+def resume(ranks: Ranks, case: Case, folder: str, step: int):
+    """Load a checkpoint: what is not as in its files, bit for bit; then the steps up to STEPS."""
+    laid_out(ranks, case.layout)
+    trainer = Trainer(case, ranks)
+    model, optimizers = trainer.model, trainer.optimizers
+    checkpoint.load_weights(model, folder, step, parallel.put)
+    checkpoint.load_optimizers(model, optimizers, folder, step, parallel.put)
+    files = {name: t for kind in ('model', 'optimizer') for _, name, t in
+             checkpoint.read_tensors(checkpoint.step_folder(folder, step), kind)}
+    mine = {name: parallel.gathered(t) for name, t in sorted(
+        {**checkpoint.model_tensors(model),
+         **checkpoint.optimizer_tensors(model, optimizers)}.items())}
+    different = [name for name, t in mine.items() if not torch.equal(t, files[name])]
+    everywhere = set(sum(parallel.exchange(list(mine)), [])) if ranks.world > 1 else set(mine)
+    return different + sorted(files.keys() - everywhere), [
+        trainer.step(i) for i in range(step, STEPS)]
+
+
+# ---------------------------------------------------------------------------------------------
+# The processes
+
+
+class Workers:
+    """`world` processes that wait for work; started once."""
+
+    def __init__(self, world: int):
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['layouts'])
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        self.world, self.answers = world, context.Queue()
+        self.questions = [context.Queue() for _ in range(world)]
+        self.processes = [context.Process(target=work, daemon=True, args=(
+            rank, world, port, self.questions[rank], self.answers)) for rank in range(world)]
+        for process in self.processes:
+            process.start()
+        atexit.register(self.end)
+
+    def do(self, what, *arguments, timeout=240) -> list:
+        """what(ranks, *arguments) on all ranks; the result of each. Fails if one of them does."""
+        for question in self.questions:
+            question.put((what, arguments))
+        results = {}
+        for _ in range(self.world):
+            try:
+                rank, result, error = self.answers.get(timeout=timeout)
+            except queue.Empty:
+                raise AssertionError(f'no answer from {self.world - len(results)} ranks') from None
+            assert not error, f'rank {rank}: {error}'
+            results[rank] = result
+        return [results[rank] for rank in range(self.world)]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def work(rank: int, world: int, port: int, questions, answers) -> None:
+    """One of the processes."""
     os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1',
                    'MASTER_PORT': str(port), 'LOCAL_RANK': str(rank),
                    'LOCAL_WORLD_SIZE': str(world)}
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     ranks = parallel.find_ranks()
     parallel.arrange(ranks)
     parallel.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 1.0, None)
-    for i, case in enumerate(cases):
-        parallel.arrange(ranks, **case.layout)
-        parallel.form_mesh(ranks, 'cpu')
-        trainer = Trainer(case, ranks)
-        results = [trainer.step(step) for step in range(STEPS)]
-        answers.put((rank, i, results))
-    parallel.finish()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
-if __name__ == '__main__':
-    import torch.multiprocessing as mp, time
-    world = int(sys.argv[1])
-    cases = [eval(a) for a in sys.argv[2:]]
-    context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['layouts'])
-    answers = context.SimpleQueue()
-    t = time.time()
-    ps = [context.Process(target=work, args=(r, world, free_port() if r == 0 else 0, cases, answers)) for r in range(1)]
-    port = free_port()
-    ps = [context.Process(target=work, args=(r, world, port, cases, answers)) for r in range(world)]
-    for p in ps: p.start()
-    for p in ps: p.join()
-    got = {}
-    while not answers.empty():
-        r, i, res = answers.get(); got[r, i] = res
-    for i, case in enumerate(cases):
-        ref = one_process(case)
-        for r in range(world):
-            if (r, i) not in got: print(i, case, 'rank', r, 'none'); continue
-            d = [max(abs(a[k] - b[k]) for a, b in zip(ref, got[r, i])) for k in (0, 1)]
-            if r == 0: print(f'{case!s:70} loss {d[0]:.1e} norm {d[1]:.1e}', '' if max(d) < 1e-10 else (ref[:2], got[r, i][:2]))
-            assert got[r, i] == got[0, i]
-    print(f'{time.time() - t:.1f} s')
+    while True:
+        what, arguments = questions.get()
+        try:
+            answers.put((rank, what(ranks, *arguments), ''))
+        except BaseException:
+            answers.put((rank, None, traceback.format_exc()[-3000:]))

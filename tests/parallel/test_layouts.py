@@ -1,0 +1,134 @@
+"""Every layout of ranks computes what one process computes."""
+import functools
+
+import pytest
+from conftest import LAYOUTS
+from layouts import (
+    GPT2,
+    STEPS,
+    Case,
+    Workers,
+    different_weights,
+    one_process,
+    resume,
+    save,
+    train_steps,
+)
+
+from core.parallel import Ranks
+
+workers = functools.cache(Workers)      # processes of a world size are started once
+
+SP = dict(tp=2, sequence_parallel=True)
+MUON = dict(optimizer='muon')
+TIED = dict(tied=True)
+# by the number of ranks; those of a model and an optimizer each, but not all pairs of them
+FEW = {
+    2: [Case(), Case({}, GPT2, MUON),
+        Case(dict(zero=2), TIED), Case(dict(zero=3), GPT2), Case(dict(zero=3), {}, MUON),
+        Case(dict(tp=2), GPT2), Case(dict(tp=2), TIED, MUON), Case(SP),
+        Case(dict(pp=2), GPT2), Case(dict(pp=2, pp_schedule='gpipe'), documents=True),
+        Case(dict(pp=2, pp_schedule='interleaved'), TIED)],
+    4: [Case(dict(zero=2, tp=2), {}, MUON), Case(dict(zero=3, **SP), GPT2),
+        Case(dict(zero=2, replicas=2), TIED), Case(dict(pp=2), TIED),
+        Case(dict(zero=3, pp=2), GPT2), Case(dict(zero=2, pp=2, pp_schedule='interleaved')),
+        Case(dict(tp=2, pp=2), GPT2), Case(dict(pp=2, **SP), TIED, MUON),
+        Case(dict(zero=3, tp=2), settings=dict(activation_checkpointing=True)),
+        Case(dict(zero=3, tp=2), dtype='float32'),
+        Case(dict(zero=2, pp=2), TIED, dtype='bfloat16')],
+    8: [Case(dict(zero=3, tp=2, pp=2), GPT2), Case(dict(zero=2, pp=2, **SP), TIED, MUON)],
+}
+LAYOUTS_OF = {
+    2: [dict(), dict(zero=2), dict(zero=3), dict(tp=2), SP, dict(pp=2),
+        dict(pp=2, pp_schedule='gpipe'), dict(pp=2, pp_schedule='interleaved')],
+    4: [dict(), dict(zero=2), dict(zero=3), dict(zero=2, replicas=2), dict(zero=3, replicas=2),
+        dict(tp=2, zero=2), dict(tp=2, zero=3), dict(zero=2, **SP), dict(zero=3, **SP),
+        dict(pp=2), dict(pp=2, zero=2), dict(pp=2, zero=3), dict(pp=2, tp=2), dict(pp=2, **SP),
+        dict(pp=2, zero=3, pp_schedule='interleaved'), dict(pp=4),
+        dict(tp=2, pp=2, pp_schedule='interleaved')],
+    8: [dict(tp=2, pp=2, zero=2), dict(tp=2, pp=2, zero=3), dict(pp=2, zero=2, **SP),
+        dict(zero=2, replicas=2, tp=2), dict(pp=2, zero=3, replicas=2),
+        dict(tp=2, pp=2, zero=3, pp_schedule='interleaved')],
+}
+MANY = {world: [Case(layout, model, settings, dtype) for layout in layouts
+                for model in ({}, TIED, GPT2) for settings in ({}, MUON)
+                for dtype in ('float64', 'float32', 'bfloat16')]
+        + [Case(layout, compile=True, rows=2, dtype=dtype) for layout in layouts
+           for dtype in ('float32', 'bfloat16')]
+        for world, layouts in LAYOUTS_OF.items()}
+# What rounding does to sums in another order, and to what comes of them in 10 steps: in loss and
+# gradient norm. Muon's iteration is in float32 at most, in bfloat16 with bfloat16.
+BOUNDS = {('float64', 'adamw'): 1e-10, ('float64', 'muon'): 1e-10, ('float32', 'adamw'): 1e-5,
+          ('float32', 'muon'): 1e-4, ('bfloat16', 'adamw'): 0.2, ('bfloat16', 'muon'): 0.5}
+
+reference = {}
+
+
+def named(cases, slow=False):
+    marks = pytest.mark.slow if slow else ()
+    return [pytest.param(world, case, id=f'{world}-{case}', marks=marks)
+            for world, some in cases.items() for case in some]
+
+
+@pytest.mark.parametrize('world, case', named(FEW) + named(
+    {world: [case for case in cases if case not in FEW[world]] for world, cases in MANY.items()},
+    slow=True))
+def test_same_as_one_process(world, case):
+    """Loss and gradient norm of 10 steps with clipping, accumulation and uneven targets."""
+    key = str(Case({}, case.model, case.settings, case.dtype, documents=case.documents))
+    if key not in reference:
+        reference[key] = one_process(case)
+    results = workers(world).do(train_steps, case)
+    assert all(result == results[0] for result in results)      # the ranks agree
+    worst = [max(abs(a[i] - b[i]) for a, b in zip(reference[key], results[0])) for i in (0, 1)]
+    optimizer = case.settings.get('optimizer', 'adamw')
+    layout = ', '.join(f'{k}={v}' for k, v in case.layout.items()) or 'DDP'
+    model = 'GPT-2' if case.model == GPT2 else 'Qwen3, tied' if case.model else 'Qwen3'
+    LAYOUTS.append((world, layout + ', compiled' * case.compile, model, optimizer, case.dtype,
+                    *(f'{x:.1e}' for x in worst)))
+    assert len(results[0]) == STEPS and max(worst) < BOUNDS[case.dtype, optimizer]
+
+
+@pytest.mark.parametrize('world, case', named(
+    {2: [Case(dict(zero=3), GPT2), Case(dict(pp=2), TIED)],
+     4: [Case(dict(tp=2, pp=2), GPT2), Case(dict(zero=3, **SP))]}))
+def test_same_weights_from_the_same_seed(world, case):
+    """Made in parts, where the whole may not fit."""
+    assert workers(world).do(different_weights, case) == [[]] * world
+
+
+SAVED = {1: [dict()], 2: [dict(), dict(zero=2), dict(tp=2), dict(pp=2)],
+         4: [dict(zero=3, tp=2), dict(tp=2, pp=2), dict(zero=2, pp=2, pp_schedule='interleaved')],
+         8: [dict(zero=3, tp=2, pp=2)]}
+PAIRS = [(a, x, b, y) for a in SAVED for x in SAVED[a] for b in SAVED for y in SAVED[b]]
+folders = {}
+
+
+def do(world, what, *arguments):
+    """On one rank, that is: in this process."""
+    return workers(world).do(what, *arguments) if world > 1 else [what(Ranks(), *arguments)]
+
+
+@pytest.mark.parametrize('world, layout, new_world, new_layout', [
+    pytest.param(*pair, id=f'{pair[0]}-{Case(pair[1])}-to-{pair[2]}-{Case(pair[3])}',
+                 marks=() if i % 8 == 4 else pytest.mark.slow) for i, pair in enumerate(PAIRS)])
+def test_saved_here_resumed_there(tmp_path_factory, world, layout, new_world, new_layout):
+    """Weights and optimizer state bitwise, and the next losses are those of one process."""
+    model, settings = (GPT2, MUON) if len(layout) % 2 else (TIED, {})
+    case = Case(layout, model, settings)
+    key = world, str(case)
+    if key not in folders:
+        folders[key] = tmp_path_factory.mktemp('run')
+        (folders[key] / 'log.jsonl').write_text('')
+        do(world, save, case, str(folders[key]), 5, len(layout) == 2)
+        files = {path.name for path in (folders[key] / 'step-00000005').iterdir()}
+        sharded = bool(layout)
+        assert ('model.safetensors' in files) == (not sharded or len(layout) == 2)
+        assert ('optimizer.safetensors' in files) != sharded
+    name = str(Case({}, model, settings))
+    if name not in reference:
+        reference[name] = one_process(Case({}, model, settings))
+    for different, losses in do(new_world, resume, Case(new_layout, model, settings),
+                                str(folders[key]), 5):
+        assert different == []
+        assert losses == [pytest.approx(pair, abs=1e-10) for pair in reference[name][5:]]
