@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,6 +99,8 @@ def test_finished_run_is_not_touched_and_unfinished_one_resumes(run_train, monke
     with pytest.raises(KeyboardInterrupt):
         run_train(out_dir='out/cut', dropout=0.1, optimizer='muon')
     monkeypatch.setattr(train, 'train_step', real)
+    while list(Path('out/cut').glob('.tmp*')):      # written by a thread of this process
+        time.sleep(0.001)
     assert checkpoint.steps('out/cut') == [3]
     out = run_train(out_dir='out/cut', dropout=0.1, optimizer='muon')
     assert out['run_dir'] == 'out/cut' and out['step'] == 6
