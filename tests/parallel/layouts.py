@@ -150,9 +150,9 @@ def save(ranks: Ranks, case: Case, folder: str, steps: int, last: bool) -> None:
     trainer = Trainer(case, ranks)
     for i in range(steps):
         trainer.step(i)
-    saver = checkpoint.Saver(Path(folder), parallel.writers(ranks))
     state = {'step': steps, 'best_step': 0, 'config': {}, 'identity': {}}
     if ranks.rank == 0 or not ranks.plain:
+        saver = checkpoint.Saver(Path(folder), parallel.writers(ranks))
         saver.save(trainer.model, trainer.optimizers, NoTokenizer(), state, last)
         saver.finish(steps)
 
