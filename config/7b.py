@@ -6,10 +6,11 @@ torchrun --nnodes=16 --nproc_per_node=8 train.py config/7b.py
 3 x 4,096 x 13,312 (MLP), and two tables of 50,304 x 4,096:
 6,989,033,472 parameters, 47,138.73 MFLOP per token, 4,194,304 tokens per step
 33,000 steps are 138 billion tokens, 20 per parameter. In memory 16 bytes per parameter make 112 GB:
-more than one GPU has, so the optimizer's state must be spread over several. The rates are not tuned
-at this size.
+more than one GPU has, so all of it is sharded (zero = 3). The rates are not tuned at this size.
 """
 dataset = 'fineweb-edu'
+
+zero = 3
 
 batch_size = 1024
 block_size = 4096

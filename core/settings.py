@@ -14,6 +14,7 @@ import math
 import os
 import runpy
 import sys
+import time
 import tokenize
 import traceback
 from pathlib import Path
@@ -34,6 +35,8 @@ class Stop(SystemExit):
 def stop(message: str) -> NoReturn:
     """End the program with a one-line `message` on standard error and exit status 2."""
     rank = os.environ.get('RANK', '0')
+    if rank != '0' and 'TORCHELASTIC_RUN_ID' in os.environ:
+        time.sleep(5)   # rank 0 most likely says the same; then torchrun ends this process, too
     tqdm.write(('error: ' if rank == '0' else f'[rank {rank}] error: ') + message, file=sys.stderr)
     raise Stop(message)
 

@@ -24,23 +24,26 @@ def quick_peak(kind, name, dtype):
     return 1e11, 'assumed'
 
 
-LAYOUTS = []    # what tests/parallel compared: cells of a row
+TABLES = {}     # what tests/parallel compared and counted: title -> rows of cells, header first
 FAULTS = {}     # what tests/faults did: fault -> (number of tries, what came of it)
 
 
 def pytest_terminal_summary(terminalreporter):
     """The tables that the README shows."""
-    if LAYOUTS:
-        terminalreporter.section('layouts against one process: the largest difference in 10 steps')
-        terminalreporter.write_line('| ranks | layout | model | optimizer | precision | loss | '
-                                    'gradient norm |\n|---|---|---|---|---|---|---|')
-        for cells in sorted(LAYOUTS):
+    for title, (header, *rows) in TABLES.items():
+        terminalreporter.section(title)
+        for cells in (header, ['---'] * len(header), *rows):
             terminalreporter.write_line(f'| {" | ".join(map(str, cells))} |')
     if FAULTS:
         terminalreporter.section('what a run survives')
         terminalreporter.write_line('| what happens | tries | what comes of it |\n|---|---|---|')
         for fault, (tries, outcome) in FAULTS.items():
             terminalreporter.write_line(f'| {fault} | {tries:,} | {outcome} |')
+
+
+def note_row(title: str, header: str, *cells) -> None:
+    """A row of a table that the session ends with; `header` has the names of its columns."""
+    TABLES.setdefault(title, [header.split(', ')]).append(cells)
 
 
 def stopped(capsys, run) -> str:

@@ -17,7 +17,7 @@ PRESETS = sorted(path.stem for path in ROOT.glob('config/*.py'))
 
 def test_all_presets_are_there():
     wanted = {'gpt2_medium', 'gpt2_large', 'gpt2_xl', 'continue_gpt2', '125m', '1b', '3b', '7b',
-              'shakespeare_gpu', 'shakespeare_bpe', 'austen', 'python', 'laptop'}
+              '70b', 'shakespeare_gpu', 'shakespeare_bpe', 'austen', 'python', 'laptop'}
     assert wanted <= set(PRESETS)
 
 
@@ -48,8 +48,8 @@ def test_figures_are_those_in_the_readme(printed, name):
 
 @pytest.mark.parametrize('name, about', [
     ('gpt2', 124e6), ('gpt2_medium', 355e6), ('gpt2_large', 774e6), ('gpt2_xl', 1558e6),
-    ('125m', 125e6), ('1b', 1e9), ('3b', 3e9), ('7b', 7e9), ('shakespeare_gpu', 10.7e6),
-    ('austen', 15.7e6)])
+    ('125m', 125e6), ('1b', 1e9), ('3b', 3e9), ('7b', 7e9), ('70b', 70e9),
+    ('shakespeare_gpu', 10.7e6), ('austen', 15.7e6)])
 def test_sizes_are_what_the_names_promise(printed, name, about):
     found = json.loads(printed.splitlines()[-1])[name]['parameters']
     assert abs(found - about) <= 0.015 * about

@@ -1,5 +1,6 @@
 """Training steps under any layout of ranks, and the same steps in one process."""
 import atexit
+import json
 import math
 import multiprocessing
 import os
@@ -126,6 +127,39 @@ def train_steps(ranks: Ranks, case: Case) -> list[tuple[float, float]]:
     laid_out(ranks, case.layout)
     trainer = Trainer(case, ranks)
     return [trainer.step(i) for i in range(STEPS)]
+
+
+def exchanged(ranks: Ranks, case: Case, folder: str) -> dict[str, tuple[int, int]]:
+    """Collective -> how often, and how many bytes this rank hands over, in one step.
+
+    An all-reduce, a send: the tensor; a reduce-scatter: all that is to be added up; an all-gather:
+    what comes out of it.
+    """
+    laid_out(ranks, case.layout)
+    trainer = Trainer(case, ranks)
+    trainer.step(0)
+    trainer.step(1)
+    trace = Path(folder) / f'trace-{ranks.rank}.json'
+    observer = torch.profiler.ExecutionTraceObserver().register_callback(str(trace))
+    observer.start()
+    trainer.step(2)     # DDP has arranged its buckets by now
+    observer.stop()
+    observer.unregister_callback()
+    found = {}
+    for node in json.loads(trace.read_text())['nodes']:
+        name = node['name'].removeprefix('c10d::').strip('_').removesuffix('_base')
+        if not node['name'].startswith('c10d::') or name.startswith('recv'):
+            continue
+        tensors = [(shape, kind) for shape, kind in zip(node['inputs']['shapes'],
+                                                        node['inputs']['types'])
+                   if 'Tensor(' in kind]
+        sizes = []
+        for shape, kind in tensors:
+            shapes = shape if 'List' in kind else [shape]
+            sizes.append(sum(map(math.prod, shapes)) * (8 if 'double' in kind else 4))
+        count, size = found.get(name, (0, 0))
+        found[name] = count + 1, size + max(sizes)
+    return found
 
 
 def different_weights(ranks: Ranks, case: Case) -> list[str]:

@@ -1,0 +1,144 @@
+"""What cannot be laid out is refused in one line; 1,024 ranks are counted in one process."""
+import multiprocessing
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from conftest import note_row, stopped
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import plan
+import train
+from core import parallel
+from core.parallel import Ranks
+from model import GPTConfig, build_model, named_weights
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.mark.parametrize('world, layout, message', [
+    (4, dict(tp=3), 'tp=3, pp=1: 4 processes cannot be divided into groups of 3'),
+    (6, dict(tp=2, pp=2), 'tp=2, pp=2: 6 processes cannot be divided into groups of 4'),
+    (1, dict(pp=2), 'tp=1, pp=2: 1 processes cannot be divided into groups of 2'),
+    (4, dict(tp=2), 'tp=2 with zero=0 on 4 processes: DDP around tensor parallelism computes wrong '
+                    'gradients; use --zero=2 (with --replicas=2 it keeps whole copies)'),
+    (4, dict(pp=2, pp_schedule='interleaved'), 'pp_schedule=interleaved with zero=0: DDP cannot '
+                                               'follow it; use --zero=2'),
+    (2, dict(sequence_parallel=True), 'sequence_parallel=True: is a part of tensor parallelism'),
+    (4, dict(replicas=2), 'replicas=2: without zero each of the 4 is a whole copy'),
+    (4, dict(zero=2, replicas=3), 'replicas=3: must divide the 4 data-parallel ranks'),
+])
+def test_refused(capsys, world, layout, message):
+    assert stopped(capsys, lambda: parallel.arrange(Ranks(world=world), **layout)).startswith(
+        message)
+
+
+@pytest.mark.parametrize('layout, model, message', [
+    (dict(tp=4), dict(n_head=6), 'tp=4: must divide n_head=6'),
+    (dict(tp=4), dict(n_head=8, n_kv_head=2), 'tp=4: must divide n_kv_head=2'),
+    (dict(tp=4), dict(n_head=4, n_hidden=90), 'tp=4: must divide n_hidden=90'),
+    (dict(tp=4, sequence_parallel=True), dict(n_head=4, block_size=30),
+     'tp=4: must divide block_size=30 for sequence_parallel'),
+    (dict(pp=4), dict(n_layer=3), 'pp=4: 4 stages, but the model has only n_layer=3'),
+    (dict(pp=4, pp_schedule='interleaved'), dict(n_layer=6), 'pp=4: 8 stages, but the model has'),
+    (dict(zero=2), dict(arch='lstm'), 'arch=lstm: can only be copied to all ranks'),
+])
+def test_model_that_does_not_fit(capsys, layout, model, message):
+    ranks = Ranks(world=4)
+    parallel.arrange(ranks, **layout)
+    config = GPTConfig(**{**dict(n_embd=48, n_layer=4, n_head=4), **model})
+    assert stopped(capsys, lambda: parallel.check_model(ranks, config)).startswith(message)
+
+
+def test_zero_1_is_2(capsys):
+    ranks = Ranks(world=4)
+    said = parallel.arrange(ranks, zero=1)
+    assert ranks.zero == 2 and 'zero=1 is treated as zero=2' in said[0]
+
+
+def test_coordinates():
+    """tp varies fastest, then data, then the stage."""
+    seen = []
+    for rank in range(8):
+        ranks = Ranks(rank, 8)
+        parallel.arrange(ranks, tp=2, pp=2, zero=2)
+        seen.append((ranks.pp_rank, ranks.dp_rank, ranks.tp_rank))
+    assert seen == [(p, d, t) for p in range(2) for d in range(2) for t in range(2)]
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--tp=3'], 'tp=3, pp=1: 2 processes cannot'),
+    (['--zero=4'], 'zero=4: must be at least 0 and at most 3'),
+    (['--device=cuda'], 'device=cuda: this machine'),
+    (['--tp=2', '--n_head=3', '--n_embd=48', '--dataset=text.txt'], 'tp=2: must divide n_head=3'),
+])
+def test_one_line_from_rank_0(tmp_path, text_file, flags, message):
+    """Under torchrun, which adds a report of its own."""
+    if '--device=cuda' in flags and parallel.torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    (tmp_path / 'text.txt').write_text(text_file.read_text())
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+         str(ROOT / 'train.py'), '--compile=False', '--n_layer=2', '--block_size=32', *flags],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert re.findall(r'.*error: .*', result.stderr) == [
+        line for line in result.stderr.splitlines() if line.startswith(f'error: {message}')]
+    assert result.stderr.count('error: ') == 1 and 'train.py", line' not in result.stderr
+
+
+def counted(rank: int, layout: dict, config: GPTConfig) -> int:
+    """Parameters that `rank` of 1,024 holds."""
+    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=1024)
+    ranks = Ranks(rank, 1024)
+    parallel.arrange(ranks, **layout)
+    parallel.form_mesh(ranks, 'cpu')
+    model = build_model(config, None, 'meta')
+    parallel.place(model, ranks)
+    dist.destroy_process_group()
+    return sum(parallel.local(p).numel() for p in model.parameters())
+
+
+def share_of(n: int, parts: int, i: int) -> int:
+    """Of n rows in `parts` parts as torch.chunk makes them, those of part i."""
+    size = -(-n // parts)
+    return max(0, min(n - i * size, size))
+
+
+def expected(rank: int, layout: dict, config: GPTConfig) -> int:
+    """The same by counting rows."""
+    tp, pp = layout.get('tp', 1), layout.get('pp', 1)
+    dp = 1024 // tp // pp
+    stage, data, cut = rank // tp // dp, rank // tp % dp, rank % tp
+    layers = range(stage * config.n_layer // pp, (stage + 1) * config.n_layer // pp)
+    total = 0
+    for name, p in named_weights(build_model(config, None, 'meta')).items():
+        if name.startswith('h.') and int(name.split('.')[1]) not in layers:
+            continue
+        if name == 'wte.weight' and stage or name.startswith(('ln_f', 'lm_head')) and \
+                stage < pp - 1:
+            continue
+        rows, columns = p.shape[0], p.numel() // p.shape[0]
+        if p.ndim == 2 and name.endswith(('o_proj.weight', 'down_proj.weight')):
+            columns = share_of(columns, tp, cut)
+        elif p.ndim == 2:
+            rows = share_of(rows, tp, cut)
+        total += share_of(rows, dp, data) * columns
+    return total
+
+
+COUNTED = [dict(zero=3), dict(zero=3, tp=8), dict(zero=2, tp=8, pp=8), dict(zero=3, tp=8, pp=4)]
+
+
+def test_parameters_per_rank_of_70b_on_1024():
+    """Exact in four layouts, on ranks at both ends and in the middle."""
+    config = plan.preset_config(plan.load_preset([str(ROOT / 'config/70b.py')]))
+    with multiprocessing.get_context('forkserver').Pool(1) as pool:
+        for layout in COUNTED:
+            found = [pool.apply(counted, (rank, layout, config)) for rank in (0, 509, 1023)]
+            assert found == [expected(rank, layout, config) for rank in (0, 509, 1023)]
+            note_row('parameters of 70B per rank, of 1,024', 'layout, first, in between, last',
+                     ', '.join(f'{k}={v}' for k, v in layout.items()), *map('{:,}'.format, found))
