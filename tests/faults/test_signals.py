@@ -56,8 +56,8 @@ def time_parts(train, rank) -> None:
     train.evaluate = timed('evaluation', train.evaluate)
     save = train.checkpoint.Saver.save
 
-    def save_whole(self, *args):
-        save(self, *args)
+    def save_whole(self, *args, **options):
+        save(self, *args, **options)
         self.wait()
     train.checkpoint.Saver.save = timed('save', save_whole)
 
