@@ -1,0 +1,98 @@
+"""torchrun restarts a job whose workers or machines die, shrinks it, and takes in new machines."""
+import os
+import re
+import signal
+import socket
+import sys
+import time
+
+import pytest
+from harness import assert_same, finished, last_step, note
+from test_ranks import children
+from test_signals import start_train, wait_for_step
+
+from core import rundir
+
+# steps of a tenth of a second: starting anew takes ten
+SETTINGS = dict(batch_size=64, micro_batch_size=4, block_size=64, n_embd=64, save_interval=5,
+                eval_interval=1000, dtype='float32', dropout=0.0)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def losses(run) -> list[float]:
+    return [event['train_loss'] for event in rundir.read_log(run, 'step')]
+
+
+def resumed(run) -> list[int]:
+    """With how many processes the run was resumed each time."""
+    return [event['world'] for event in rundir.read_log(run, 'resume')]
+
+
+@pytest.mark.slow
+def test_worker_killed(tmp_path, text_file):
+    """Three workers, one after another; torchrun starts all again each time."""
+    settings = dict(SETTINGS, dataset=text_file, max_steps=60)
+    run = tmp_path / 'out/a'
+    process = start_train(tmp_path, sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                          '--nproc_per_node=2', '--max_restarts=3', out_dir='out/a', **settings)
+    for step, victim in ((12, 0), (25, 1), (38, 1)):
+        wait_for_step(run, process, step)
+        os.kill(sorted(children(process.pid))[victim], signal.SIGKILL)
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, text[-3000:]
+    assert resumed(run) == [2, 2, 2]
+    finished(tmp_path, 2, out_dir='out/whole', **{**settings, 'dataset': str(text_file)})
+    assert_same(tmp_path / 'out/whole', run)
+    note('under torchrun --max_restarts=3, a worker of two killed', 3,
+         'all start again and resume; weights, optimizer state and log bitwise those of an '
+         'uninterrupted run')
+
+
+@pytest.mark.slow
+def test_machine_lost_and_replaced(tmp_path, text_file, monkeypatch):
+    """Two agents stand for two machines."""
+    monkeypatch.setenv('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
+    port, run = free_port(), tmp_path / 'out/a'
+    settings = dict(SETTINGS, dataset=text_file, max_steps=500)
+
+    def agent(name):
+        return start_train(tmp_path, sys.executable, '-m', 'torch.distributed.run',
+                           '--nnodes=1:2', '--nproc_per_node=1', '--max_restarts=5',
+                           '--rdzv_id=job', '--rdzv_backend=c10d',
+                           f'--rdzv_endpoint=127.0.0.1:{port}',
+                           '--rdzv_conf=last_call_timeout=3,join_timeout=120', out_dir='out/a',
+                           **settings)
+    first = agent('first')
+    time.sleep(1)
+    second = agent('second')
+    wait_for_step(run, first, 20)
+    start, = rundir.read_log(run, 'start')
+    worker, = children(second.pid)
+    os.kill(second.pid, signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
+    lost = last_step(run)
+    while not resumed(run):
+        assert first.poll() is None, first.communicate()[0][-3000:]
+        time.sleep(0.1)
+    wait_for_step(run, first, lost + 20)
+    third = agent('third')
+    while len(resumed(run)) < 2:
+        assert first.poll() is None, first.communicate()[0][-3000:]
+        time.sleep(0.1)
+    texts = [process.communicate(timeout=300)[0] for process in (first, third)]
+    assert first.returncode == 0, texts[0][-3000:]
+    assert start['world'] == 2 and resumed(run) == [1, 2]
+    assert not re.search('Traceback', texts[1])
+    finished(tmp_path, 2, out_dir='out/whole', **{**settings, 'dataset': str(text_file)})
+    whole = losses(tmp_path / 'out/whole')
+    assert len(whole) == len(losses(run)) == 500
+    worst = max(abs(a - b) for a, b in zip(whole, losses(run)))
+    assert worst < 1e-3
+    note('one of two machines lost, another one joins later', 1,
+         f'goes on with one process, then with two; losses within {worst:.1e} of an uninterrupted '
+         'run')

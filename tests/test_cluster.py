@@ -1,0 +1,136 @@
+"""cluster/: the Slurm script on a real Slurm of one machine, Kubernetes' file by its schema."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY
+
+from core import rundir
+
+ROOT = Path(__file__).parent.parent
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/none
+CredType=cred/none
+SlurmUser=root
+SlurmctldPort={ctld}
+SlurmdPort={slurmd}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SchedulerType=sched/builtin
+ReturnToService=2
+MpiDefault=none
+JobRequeue=1
+KillWait=30
+MinJobAge=300
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm of this machine; its folder."""
+    if not (shutil.which('slurmctld') and shutil.which('slurmd')) or os.getuid():
+        pytest.skip('needs Slurm (apt-get install slurm-wlm) and to be root')
+    folder = tmp_path / 'slurm'
+    for name in ('state', 'spool'):
+        (folder / name).mkdir(parents=True)
+    conf = folder / 'slurm.conf'
+    conf.write_text(CONF.format(host=socket.gethostname(), ctld=free_port(), slurmd=free_port(),
+                                folder=folder, cpus=os.cpu_count()))
+    monkeypatch.setenv('SLURM_CONF', str(conf))
+    daemons = [subprocess.Popen([name, '-D', *flags], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+               for name, flags in (('slurmctld', ['-i']), ('slurmd', []))]
+    end = time.monotonic() + 60
+    while 'idle' not in subprocess.run(['sinfo', '-h', '-o', '%t'], capture_output=True,
+                                       text=True).stdout:
+        assert time.monotonic() < end, [path.read_text()[-2000:] for path in folder.glob('*.log')]
+        time.sleep(0.5)
+    yield folder
+    subprocess.run(['scancel', '--user=root', '--signal=KILL'], check=False)
+    time.sleep(1)
+    for daemon in daemons:
+        daemon.terminate()
+        daemon.wait(30)
+
+
+@pytest.mark.slow
+def test_slurm_requeues_before_the_time_limit(tmp_path, text_file, slurm):
+    """Two processes, a limit of two minutes; the run needs longer, and ends all the same."""
+    place = tmp_path / 'place'      # as a checkout, with its own out/
+    place.mkdir()
+    for path in ROOT.iterdir():
+        if path.name not in ('out', 'data', '.git'):
+            (place / path.name).symlink_to(path)
+    settings = {**TINY, 'dataset': text_file, 'out_dir': 'out/a', 'batch_size': 64,
+                'micro_batch_size': 4, 'block_size': 64, 'n_embd': 64, 'save_interval': 100_000,
+                'eval_interval': 100_000, 'max_steps': 1700}
+    flags = [f'--{key}={value}' for key, value in settings.items()]
+    env = {**os.environ, 'PYTHON': sys.executable, 'PROCESSES': '2', 'PORT': str(free_port()),
+           'OMP_NUM_THREADS': '1'}
+    answer = subprocess.run(['sbatch', '--parsable', '--time=2', '--signal=B:USR1@45',
+                             'cluster/slurm.sbatch', *flags], cwd=place, env=env, text=True,
+                            capture_output=True, check=True)
+    output, run = place / f'scratchgpt-{answer.stdout.strip()}.txt', place / 'out/a'
+    end = time.monotonic() + 1200
+    while not rundir.read_log(run, 'end'):
+        assert time.monotonic() < end, output.read_text()[-3000:]
+        time.sleep(1)
+    text = output.read_text()
+    starts = 1 + text.count('back into the queue')
+    assert starts >= 2 and text.count('the time limit is near: the run is saved') == starts - 1
+    assert f'start {starts}, 1 x 2 processes' in text
+    resumed = rundir.read_log(run, 'resume')
+    assert len(resumed) == starts - 1 and 'Traceback (most recent call last):\n  File "' + str(
+        place) not in text
+    losses = [event['step'] for event in rundir.read_log(run, 'step')]
+    assert losses == list(range(1, 1701))       # each step once: nothing was lost at the limit
+    saved = [int(line.split('stopped after step ')[1].split(',')[0]) for line in text.splitlines()
+             if 'stopped after step ' in line]
+    assert saved == [event['step'] for event in resumed]
+
+
+def test_slurm_script_is_valid_bash():
+    subprocess.run(['bash', '-n', ROOT / 'cluster/slurm.sbatch'], check=True)
+
+
+def test_kubernetes_schema():
+    validate = pytest.importorskip('kubernetes_validate')
+    documents = list(yaml.safe_load_all((ROOT / 'cluster/kubernetes.yaml').read_text()))
+    assert [document['kind'] for document in documents] == ['Service', 'Job']
+    for document in documents:
+        validate.validate(document, '1.31', strict=True)
+    service, job = documents
+    pod = job['spec']['template']
+    assert service['spec']['selector'].items() <= pod['metadata']['labels'].items()
+    assert pod['spec']['subdomain'] == service['metadata']['name']
+    container, = pod['spec']['containers']
+    env = {item['name']: item['value'] for item in container['env']}
+    assert int(env['NODES']) == job['spec']['completions'] == job['spec']['parallelism']
+    assert int(env['PROCESSES']) == container['resources']['limits']['nvidia.com/gpu']
+    name = f'{job["metadata"]["name"]}-0.{service["metadata"]["name"]}'
+    port = service['spec']['ports'][0]['port']
+    assert f'--rdzv_endpoint={name}:{port} ' in container['args'][0]
