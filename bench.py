@@ -42,7 +42,7 @@ from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import open_shard, share
 from core.optim import LossScale
-from core.parallel import Ranks
+from core.processes import Ranks
 from core.settings import check_bounds, check_choice, configure, stop
 from model import build_model, count_parameters, flops_per_token
 

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 import model as model_module
 import prepare
-from core import checkpoint, optim, parallel, rundir
+from core import checkpoint, optim, parallel, processes, rundir
 from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import IGNORE, load_split, share
 from core.download import NoNetwork
-from core.parallel import print0
+from core.processes import print0
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
 from model import (
     GPTConfig,
@@ -141,7 +141,7 @@ def check_settings() -> None:
                  n_kv_head=(0, None), head_dim=(0, None), n_hidden=(0, None), window=(0, None),
                  vocab_size=(0, None), norm_eps=(0, 1), rope_theta=(1, None))
     check_choice(globals(), optimizer=('adamw', 'muon'), schedule=optim.SCHEDULES,
-                 pp_schedule=parallel.SCHEDULES)
+                 pp_schedule=processes.SCHEDULES)
     for service in ('wandb', 'tensorboard'):
         if globals()[service] and not importlib.util.find_spec(service):
             stop(f'{service}=True: it is not installed: pip install {service}')
@@ -209,10 +209,10 @@ def get_data(ranks) -> tuple[Path, dict, bool]:
     Rank 0 decides; the others wait, then find the dataset, or make it on their own machine.
     """
     chosen = choose_dataset() if ranks.rank == 0 else None
-    name, fell_back = parallel.broadcast(chosen, patient=True)
+    name, fell_back = processes.broadcast(chosen, patient=True)
     data = build_dataset(name, fell_back)
     meta = prepare.read_meta(data)
-    if parallel.broadcast(meta['sha256'], patient=True) != meta['sha256']:
+    if processes.broadcast(meta['sha256'], patient=True) != meta['sha256']:
         stop(f'{data} on this machine is not what rank 0 has; copy one of them to all machines')
     if fell_back:
         print0(f'*** THIS IS NOT {dataset.upper()}: without a network the run uses {data} ***')
@@ -342,7 +342,7 @@ def train_step(model, trained, optimizers, scaler, device, ranks, batches, facto
     come to any rank: the same on all ranks.
     """
     n_targets = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)))
-    n_targets = parallel.all_sum(n_targets, device) / (ranks.world // ranks.dp)
+    n_targets = processes.all_sum(n_targets, device) / (ranks.world // ranks.dp)
     divisor = n_targets / (scaler.scale * ranks.dp)     # DDP and FSDP divide gradients by dp
     loss_sum = torch.zeros((), dtype=device.sums, device=device.name)
     if ranks.pp > 1:
@@ -363,7 +363,7 @@ def train_step(model, trained, optimizers, scaler, device, ranks, batches, facto
     asked = torch.tensor(bool(request and request.asked), dtype=device.sums, device=device.name)
     report = torch.stack([loss_sum * ranks.owns_loss / ranks.dp,
                           parallel.squared_norm(model, ranks, device.sums), asked])
-    loss, squared_norm, asked = parallel.all_sum(report, device).tolist()
+    loss, squared_norm, asked = processes.all_sum(report, device).tolist()
     loss, norm = loss / scaler.scale, math.sqrt(squared_norm) / scaler.scale
     skipped = optim.problem(loss, norm, limit)
     if not skipped:
@@ -412,7 +412,7 @@ def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: 
     model.train()
     parallel.reshard(model)
     sums = torch.tensor([sum(torch.stack(nats).tolist()), targets, n_bytes], dtype=torch.float64)
-    nats, targets, n_bytes = parallel.all_sum(sums * ranks.owns_loss, device).tolist()
+    nats, targets, n_bytes = processes.all_sum(sums * ranks.owns_loss, device).tolist()
     return nats / targets, nats / math.log(2) / max(1.0, n_bytes)
 
 
@@ -501,7 +501,7 @@ def evaluate_run(ranks, device) -> dict:
 def give_up(bar, saver, ranks, skipped: str) -> NoReturn:
     """End a run in which no step is any good; rank 0 says why, and what is left."""
     bar.close()
-    left = parallel.broadcast(saver.last_good() if ranks.rank == 0 else None, patient=True)
+    left = processes.broadcast(saver.last_good() if ranks.rank == 0 else None, patient=True)
     if ranks.rank:
         raise SystemExit(2)
     stop(f'10 steps in a row were skipped, the last one for {skipped}; {left}; start a new run '
@@ -526,20 +526,20 @@ def print_end(run: Path, at) -> None:
 def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
     check_settings()
-    ranks = parallel.find_ranks()
+    ranks = processes.find_ranks()
     if eval_only:
-        why = parallel.arrange(ranks)
+        why = processes.arrange(ranks)
     else:
-        why = parallel.arrange(ranks, tp, pp, zero, replicas, sequence_parallel, pp_schedule)
+        why = processes.arrange(ranks, tp, pp, zero, replicas, sequence_parallel, pp_schedule)
     dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
     at = checkpoint.Progress(max_steps=max_steps)
-    parallel.start(ranks, dev, timeout_minutes, at)
+    processes.start(ranks, dev, timeout_minutes, at)
     print0(*dev.why, *why, sep='\n')
 
     # Data, run directory, model
     if eval_only:
         result = evaluate_run(ranks, dev)
-        parallel.finish()
+        processes.finish()
         return result
     data, meta, fell_back = get_data(ranks)
     tokenizer = tokenizers.load(data / 'tokenizer.json')
@@ -560,7 +560,7 @@ def main() -> dict:
     saver = state = None
     if ranks.rank == 0:
         saver, state = rundir.find_run(base, identity, init_from == 'resume')
-    run, state = parallel.broadcast(saver and [str(saver.run), state], patient=True)
+    run, state = processes.broadcast(saver and [str(saver.run), state], patient=True)
     run, first = Path(run), ranks.rank == 0
     if not ranks.plain:     # all write
         saver = saver or checkpoint.Saver(run, parallel.writers(ranks))
@@ -606,7 +606,7 @@ def main() -> dict:
         scaler.load_state_dict(state['scaler'])
     elif max_minutes:
         each = statistics.median(time_steps(do_step, optimizers, scaler, dev, 8))
-        at.max_steps = parallel.broadcast(max(1, int(60 * max_minutes / each)))
+        at.max_steps = processes.broadcast(max(1, int(60 * max_minutes / each)))
     if max_minutes:
         print0(f'max_minutes={max_minutes:g}: {at.max_steps:,} steps')
     log = rundir.Log(None)
@@ -624,7 +624,7 @@ def main() -> dict:
     bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)
     saved, stopping, times = replace(at), False, []
     with rundir.StopRequest() as request:
-        asked = lambda: parallel.any_rank(bool(request.asked))
+        asked = lambda: processes.any_rank(bool(request.asked))
         while True:
             ends = at.step == at.max_steps
             if not stopping and at.evaluated < at.step:
@@ -688,7 +688,7 @@ def main() -> dict:
                   'with DATA_MIRROR set, run the same command again ***')
     if first:
         saver.lock.close()
-    parallel.finish()
+    processes.finish()
     return {'run_dir': str(run), 'step': at.step, 'stopped': stopping, 'seconds': at.seconds,
             'val_loss': at.val_loss, 'bits_per_byte': at.bits_per_byte,
             'best_val_loss': at.best_val_loss}

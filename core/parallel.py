@@ -1,31 +1,17 @@
-"""Everything distributed: the processes, the mesh they form, and how a model lies on it.
+"""How a model lies on the processes: pipeline stages, tensor parallelism, ZeRO, DDP.
 
-`torchrun --nproc_per_node=N train.py` starts N processes that find each other through environment
-variables; without torchrun there is one process and everything here is a no-op.
-
-The ranks form a mesh pp x replicas x shards x tp, and `place` lays a plain model on it from
-outside, always in this order: cut into pipeline stages, tensor parallelism inside the blocks,
-sharding of parameters (FSDP2, which is ZeRO). Compilation and DDP go around what has got its
-memory. Everything runs on CPUs with gloo, too: that is how tests prove it equal to one process.
+`place` lays a plain model on the mesh pp x replicas x shards x tp from outside, always in this
+order: cut into pipeline stages, tensor parallelism inside the blocks, sharding of parameters
+(FSDP2, which is ZeRO). Compilation and DDP go around what has got its memory. Everything runs on
+CPUs with gloo, too: that is how tests prove it equal to one process.
 """
-import atexit
 import contextlib
 import copy
 import functools
-import json
-import logging
 import math
-import os
-import sys
-import time
-import warnings
-from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -41,110 +27,11 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from core import optim
+from core import optim, processes
 from core.checkpoint import Writers
+from core.processes import Ranks
 from core.settings import stop
 from model import tie
-
-patient_group = None    # of all ranks: for waiting while one of them prepares data
-writing_group = None    # of all ranks: for the threads that write checkpoints
-tied_group = None       # of the first and last pipeline stage with the same data and cut
-
-
-@dataclass
-class Ranks:
-    """This process among all of them, and what each does for the model."""
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0     # on this machine
-    local_world: int = 1
-    tp: int = 1             # ranks that share each matrix
-    pp: int = 1             # stages, one after another
-    dp: int = 1             # groups of ranks that read different data: replicas x shards
-    replicas: int = 1       # copies of all parameters
-    zero: int = 0           # what is sharded over the others: 0 nothing, 2, 3
-    sequence_parallel: bool = False
-    pp_schedule: str = '1f1b'
-    mesh: DeviceMesh | None = None
-    tp_rank: int = 0
-    pp_rank: int = 0
-    dp_rank: int = 0
-
-    @property
-    def plain(self) -> bool:
-        """Whether this rank has all of every parameter: one process, or DDP."""
-        return self.tp == self.pp == 1 and not self.zero
-
-    @property
-    def can_sample(self) -> bool:
-        """Whether all ranks together can write text: token by token, through the whole model."""
-        return self.pp == 1 and not self.sequence_parallel
-
-    @property
-    def owns_loss(self) -> float:
-        """1.0 on the ranks whose losses are to be added up, else 0.0."""
-        return float(self.tp_rank == 0 and self.pp_rank == self.pp - 1)
-
-    @property
-    def stages(self) -> list[int]:
-        """The pipeline stages of this rank, of `n_stages`."""
-        return list(range(self.pp_rank, self.n_stages, self.pp))
-
-    @property
-    def n_stages(self) -> int:
-        return self.pp * (2 if self.pp_schedule == 'interleaved' and self.pp > 1 else 1)
-
-
-def find_ranks() -> Ranks:
-    """Who this process is, from torchrun's environment variables."""
-    env = os.environ
-    if 'WORLD_SIZE' not in env:
-        return Ranks()
-    return Ranks(int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1)),
-                 int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1)))
-
-
-SCHEDULES = ('1f1b', 'gpipe', 'interleaved')
-
-
-def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
-            sequence_parallel: bool = False, pp_schedule: str = '1f1b') -> list[str]:
-    """Decide what each rank does: dp follows from the number of ranks. Returns what to print.
-
-    `replicas` copies of the parameters are kept, each sharded over dp / replicas ranks (HSDP; 0: 1
-    with zero, else dp). Stops at what does not divide, or is known to compute something else.
-    """
-    world = ranks.world
-    if world % (tp * pp):
-        stop(f'tp={tp}, pp={pp}: {world} processes cannot be divided into groups of {tp * pp}; '
-             f'start a multiple of {tp * pp}')
-    dp = world // (tp * pp)
-    said = []
-    if zero == 1:
-        said, zero = ['zero=1 is treated as zero=2, which also shards the gradients'], 2
-    if sequence_parallel and tp == 1:
-        stop('sequence_parallel=True: is a part of tensor parallelism; give --tp too')
-    if tp > 1 and dp > 1 and not zero:
-        stop(f'tp={tp} with zero=0 on {world} processes: DDP around tensor parallelism computes '
-             f'wrong gradients; use --zero=2 (with --replicas={dp} it keeps whole copies)')
-    if pp > 1 and dp > 1 and not zero and pp_schedule == 'interleaved':
-        stop('pp_schedule=interleaved with zero=0: DDP cannot follow it; use --zero=2')
-    if replicas and not zero:
-        stop(f'replicas={replicas}: without zero each of the {dp} is a whole copy; leave it out')
-    replicas = replicas or (1 if zero else dp)
-    if dp % replicas:
-        stop(f'replicas={replicas}: must divide the {dp} data-parallel ranks')
-    ranks.tp, ranks.pp, ranks.dp, ranks.zero, ranks.replicas = tp, pp, dp, zero, replicas
-    ranks.sequence_parallel, ranks.pp_schedule = sequence_parallel, pp_schedule
-    rest, ranks.tp_rank = divmod(ranks.rank, tp)
-    ranks.pp_rank, ranks.dp_rank = divmod(rest, dp)
-    if world > 1:
-        parts = [f'{dp} x data' + (f' (ZeRO-{zero}' + f', {replicas} copies' * (replicas > 1) + ')'
-                                   if zero else ' (DDP)' if dp > 1 else ''),
-                 f'{tp} x tensor' + ', sequence' * sequence_parallel,
-                 f'{pp} x pipeline' + f' ({pp_schedule})' * (pp > 1)]
-        said.append(f'{world} processes: ' + ', '.join(parts))
-    return said
 
 
 def check_model(ranks: Ranks, config) -> None:
@@ -159,61 +46,6 @@ def check_model(ranks: Ranks, config) -> None:
     if ranks.n_stages > config.n_layer:
         stop(f'pp={ranks.pp}: {ranks.n_stages} stages, but the model has only '
              f'n_layer={config.n_layer}')
-
-
-def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
-    """Join the process group (nccl on GPUs, gloo on CPUs), if there is more than one process, and
-    form the mesh.
-
-    A rank that waits for others longer than timeout_minutes gives up; its message names the step
-    after `progress.step`.
-    """
-    global patient_group, writing_group
-    if ranks.world == 1 and not ranks.zero:
-        return
-    if device.kind == 'mps':
-        stop('device=mps: PyTorch cannot train on several Apple GPUs; use one process, and zero=0')
-    backend = 'cpu:gloo,cuda:nccl' if device.kind == 'cuda' else 'gloo'
-    timeout = timedelta(minutes=timeout_minutes)
-    if ranks.world == 1:    # to measure what sharding costs
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress)
-        dist.init_process_group(backend, timeout=timeout)
-    patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
-    writing_group = dist.new_group(backend='gloo', timeout=timeout)
-    form_mesh(ranks, device.kind)
-
-
-def form_mesh(ranks: Ranks, kind: str) -> None:
-    """The mesh of all ranks; the process group exists."""
-    global tied_group
-    # It would advise about exchanges that are rare here, and about gloo.
-    for name in ('torch.distributed.tensor._redistribute', 'torch._logging._internal'):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # nothing here changes what a block or a model returns in place
-    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
-    ranks.mesh = init_device_mesh(
-        kind, (ranks.pp, ranks.replicas, ranks.dp // ranks.replicas, ranks.tp),
-        mesh_dim_names=('pp', 'replicas', 'shards', 'tp'))
-    if ranks.pp > 1:
-        ends = ranks.mesh.mesh[[0, -1]].flatten(1).T.tolist()
-        tied_group, _ = dist.new_subgroups_by_enumeration(ends)
-
-
-def finish() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        # Gloo's threads need the interpreter to let go of their last tensors; if it ends at that
-        # moment, both wait for each other for ever.
-        time.sleep(0.2)
-        dist.destroy_process_group()
-
-
-def print0(*words, **options) -> None:
-    """Print on rank 0 only."""
-    if find_ranks().rank == 0:
-        print(*words, flush=True, **options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -407,15 +239,16 @@ def complete_gradients(model, ranks: Ranks) -> None:
             p.grad = p.grad.redistribute(placements=p.placements)
     if ranks.pp > 1 and model.config.tied and ranks.pp_rank in (0, ranks.pp - 1):
         matrix = model.wte if model.wte is not None else model.lm_head
-        dist.all_reduce(local(matrix.weight.grad), group=tied_group)
+        dist.all_reduce(local(matrix.weight.grad), group=processes.tied_group)
 
 
 def writers(ranks: Ranks) -> Writers:
     """What each rank does in saving; where one has everything, rank 0 does all."""
     if ranks.plain:
         return Writers()
+    exchange = functools.partial(processes.exchange, group=processes.writing_group)
     return Writers(ranks.rank, ranks.dp_rank * ranks.tp + ranks.tp_rank, ranks.dp * ranks.tp,
-                   f'-{ranks.rank:05d}', gathered, functools.partial(exchange, group=writing_group))
+                   f'-{ranks.rank:05d}', gathered, exchange)
 
 
 def local_gradients(model) -> list:
@@ -476,69 +309,3 @@ def behind_stack(placement):
     if isinstance(placement, Shard):
         return Shard(placement.dim + 1)
     return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
-
-
-# ---------------------------------------------------------------------------------------------
-# What ranks tell each other
-
-
-def all_sum(x: torch.Tensor, device) -> torch.Tensor:
-    """x summed over all ranks; on the GPU if there are several of them, else where it was."""
-    if dist.is_initialized():
-        x = x.to(device.name) if device.kind == 'cuda' else x
-        dist.all_reduce(x)
-    return x
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank; all ranks must ask together."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(float(flag))
-    dist.all_reduce(flags)
-    return flags.item() > 0
-
-
-def exchange(value, group=None) -> list:
-    """The values (what JSON can hold) of all ranks, in their order; a thread may ask, too, with a
-    group of its own. Raises ConnectionError if one is silent or lost.
-    """
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
-    try:
-        dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
-        longest = int(max(sizes))
-        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(texts, F.pad(data, (0, longest - len(data))), group=group)
-    except RuntimeError as e:
-        raise ConnectionError(f'another rank is silent or lost: {e}') from e
-    return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes)]
-
-
-def broadcast(value, patient: bool = False):
-    """Rank 0's value (what JSON can hold) on every rank; `patient`: however long rank 0 takes."""
-    if not dist.is_initialized():
-        return value
-    group = patient_group if patient else None
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-    size = torch.tensor([len(data)])
-    dist.broadcast(size, 0, group=group)
-    if dist.get_rank():
-        data = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(data, 0, group=group)
-    return json.loads(bytes(data.tolist()))
-
-
-def explain(otherwise, ranks: Ranks, progress, kind, error, trace) -> None:
-    """Says in one line that other ranks are silent or lost, if that is what ended this process."""
-    lost = isinstance(error, dist.DistError) or 'gloo' in str(error)    # gloo has no class for it
-    if not lost:
-        otherwise(kind, error, trace)
-        return
-    what = 'heard nothing from' if 'imed out' in str(error) else 'lost'
-    print(f'[rank {ranks.rank}] error: {what} another of {ranks.world} ranks in step '
-          f'{progress.step + 1} ({str(error).strip().splitlines()[0]}); so this one ends, and the '
-          'same command resumes the run', file=sys.stderr, flush=True)
-    # The interpreter would wait for gloo's threads, and those for ranks that are gone. It has
-    # waited for other threads, such as one that saves, when this is called.
-    atexit.register(os._exit, 2)

@@ -19,7 +19,7 @@ from core import checkpoint, optim, rundir
 from core import device as hardware
 from core.dataset import IGNORE, ShardWriter, load_split, share
 from core.optim import LossScale
-from core.parallel import Ranks
+from core.processes import Ranks
 from core.settings import Stop, read_config
 from model import GPT, LSTM, GPTConfig, flops_per_token
 

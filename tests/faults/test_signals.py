@@ -133,11 +133,11 @@ def test_second_signal(tmp_path, long_text, number):
     note('a second signal', 1, 'ends at once with 128 + its number')
 
 
-def start_train(folder, *launcher, **settings) -> subprocess.Popen:
-    """train.py as a user starts it, in a session of its own."""
+def start_train(folder, *launcher, output=subprocess.PIPE, **settings) -> subprocess.Popen:
+    """train.py as a user starts it, in a session of its own; its output may go to a file."""
     flags = [f'--{key}={value}' for key, value in {**TINY, **settings}.items()]
     return subprocess.Popen([*launcher, ROOT / 'train.py', *flags], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            stdout=output, stderr=subprocess.STDOUT,
                             start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 import train
-from core import checkpoint, optim, parallel, pipeline
+from core import checkpoint, optim, parallel, pipeline, processes
 from core.dataset import IGNORE, PADDING, share
 from core.device import Device
-from core.parallel import Ranks
+from core.processes import Ranks
 from model import GPTConfig, allocate, build_model, init_weights, named_weights
 
 STEPS, BATCH, BLOCK, VOCAB = 10, 8, 16, 61     # 61: shards of the vocabulary are uneven
@@ -30,7 +30,7 @@ GPT2 = dict(n_kv_head=4, norm='layernorm', position='learned', mlp='gelu', qk_no
 @dataclass
 class Case:
     """A layout, and what is trained on it."""
-    layout: dict = field(default_factory=dict)      # settings of parallel.arrange
+    layout: dict = field(default_factory=dict)      # settings of processes.arrange
     model: dict = field(default_factory=dict)       # changes of MODEL
     settings: dict = field(default_factory=dict)    # of train
     dtype: str = 'float64'
@@ -118,9 +118,9 @@ def one_process(case: Case) -> list[tuple[float, float]]:
 
 
 def laid_out(ranks: Ranks, layout: dict) -> None:
-    parallel.arrange(ranks, **layout)
+    processes.arrange(ranks, **layout)
     if ranks.world > 1:
-        parallel.form_mesh(ranks, 'cpu')
+        processes.form_mesh(ranks, 'cpu')
 
 
 def train_steps(ranks: Ranks, case: Case) -> list[tuple[float, float]]:
@@ -173,7 +173,7 @@ def different_weights(ranks: Ranks, case: Case) -> list[str]:
     allocate(model, 'cpu')
     init_weights(model, 1, parallel.put)
     mine = {name: parallel.gathered(p.detach()) for name, p in named_weights(model).items()}
-    everywhere = set(sum(parallel.exchange(list(mine)), []))
+    everywhere = set(sum(processes.exchange(list(mine)), []))
     return [name for name, p in mine.items() if not torch.equal(p, expected[name])] + \
         sorted(expected.keys() - everywhere)
 
@@ -209,7 +209,7 @@ def resume(ranks: Ranks, case: Case, folder: str, step: int):
         {**checkpoint.model_tensors(model),
          **checkpoint.optimizer_tensors(model, optimizers)}.items())}
     different = [name for name, t in mine.items() if not torch.equal(t, files[name])]
-    everywhere = set(sum(parallel.exchange(list(mine)), [])) if ranks.world > 1 else set(mine)
+    everywhere = set(sum(processes.exchange(list(mine)), [])) if ranks.world > 1 else set(mine)
     return different + sorted(files.keys() - everywhere), [
         trainer.step(i) for i in range(step, STEPS)]
 
@@ -261,9 +261,9 @@ def work(rank: int, world: int, port: int, questions, answers) -> None:
                    'LOCAL_WORLD_SIZE': str(world)}
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    ranks = parallel.find_ranks()
-    parallel.arrange(ranks)
-    parallel.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 1.0, None)
+    ranks = processes.find_ranks()
+    processes.arrange(ranks)
+    processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 1.0, None)
     while True:
         what, arguments = questions.get()
         try:

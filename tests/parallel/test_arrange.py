@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import note_row, stopped
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import plan
 import train
-from core import parallel
-from core.parallel import Ranks
+from core import parallel, processes
+from core.processes import Ranks
 from model import GPTConfig, build_model, named_weights
 
 ROOT = Path(train.__file__).parent
@@ -32,7 +33,7 @@ ROOT = Path(train.__file__).parent
     (4, dict(zero=2, replicas=3), 'replicas=3: must divide the 4 data-parallel ranks'),
 ])
 def test_refused(capsys, world, layout, message):
-    assert stopped(capsys, lambda: parallel.arrange(Ranks(world=world), **layout)).startswith(
+    assert stopped(capsys, lambda: processes.arrange(Ranks(world=world), **layout)).startswith(
         message)
 
 
@@ -48,14 +49,14 @@ def test_refused(capsys, world, layout, message):
 ])
 def test_model_that_does_not_fit(capsys, layout, model, message):
     ranks = Ranks(world=4)
-    parallel.arrange(ranks, **layout)
+    processes.arrange(ranks, **layout)
     config = GPTConfig(**{**dict(n_embd=48, n_layer=4, n_head=4), **model})
     assert stopped(capsys, lambda: parallel.check_model(ranks, config)).startswith(message)
 
 
 def test_zero_1_is_2(capsys):
     ranks = Ranks(world=4)
-    said = parallel.arrange(ranks, zero=1)
+    said = processes.arrange(ranks, zero=1)
     assert ranks.zero == 2 and 'zero=1 is treated as zero=2' in said[0]
 
 
@@ -64,7 +65,7 @@ def test_coordinates():
     seen = []
     for rank in range(8):
         ranks = Ranks(rank, 8)
-        parallel.arrange(ranks, tp=2, pp=2, zero=2)
+        processes.arrange(ranks, tp=2, pp=2, zero=2)
         seen.append((ranks.pp_rank, ranks.dp_rank, ranks.tp_rank))
     assert seen == [(p, d, t) for p in range(2) for d in range(2) for t in range(2)]
 
@@ -77,7 +78,7 @@ def test_coordinates():
 ])
 def test_one_line_from_rank_0(tmp_path, text_file, flags, message):
     """Under torchrun, which adds a report of its own."""
-    if '--device=cuda' in flags and parallel.torch.cuda.is_available():
+    if '--device=cuda' in flags and torch.cuda.is_available():
         pytest.skip('this machine has a GPU')
     (tmp_path / 'text.txt').write_text(text_file.read_text())
     result = subprocess.run(
@@ -94,8 +95,8 @@ def counted(rank: int, layout: dict, config: GPTConfig) -> int:
     """Parameters that `rank` of 1,024 holds."""
     dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=1024)
     ranks = Ranks(rank, 1024)
-    parallel.arrange(ranks, **layout)
-    parallel.form_mesh(ranks, 'cpu')
+    processes.arrange(ranks, **layout)
+    processes.form_mesh(ranks, 'cpu')
     model = build_model(config, None, 'meta')
     parallel.place(model, ranks)
     dist.destroy_process_group()

@@ -15,7 +15,7 @@ from layouts import (
     train_steps,
 )
 
-from core.parallel import Ranks
+from core.processes import Ranks
 
 workers = functools.cache(Workers)      # processes of a world size are started once
 
