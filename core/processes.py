@@ -140,7 +140,11 @@ def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress)
-        dist.init_process_group(backend, timeout=timeout)
+        # torchrun keeps its store when it starts processes again: what those before them left in
+        # it would lead them to addresses where nobody is.
+        store, rank, world = next(dist.rendezvous('env://', timeout=timeout))
+        store = dist.PrefixStore(f'start-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
     writing_group = dist.new_group(backend='gloo', timeout=timeout)
     form_mesh(ranks, device.kind)
