@@ -63,7 +63,7 @@ def our_step(config, dev):
     model = build_model(config, train.seed, dev.name)
     ranks, scaler = Ranks(), LossScale(dev.dtype == 'float16')
     optimizers = train.build_optimizers(model, dev, ranks)
-    trained = parallel.wrap(model, ranks, dev)
+    trained, _ = parallel.wrap(model, ranks, dev, 1, 1)
     return lambda batches: train.train_step(model, trained, optimizers, scaler, dev, ranks, batches,
                                             1.0, 0), model
 

@@ -471,6 +471,17 @@ def time_steps(do_step, optimizers, scaler, device, n: int) -> list[float]:
     return times
 
 
+def resume(at, state: dict, run: Path, model, optimizers, scaler) -> None:
+    """Go back to where a checkpoint was saved. Stops if the run has done more than max_steps."""
+    at.restore(state)
+    at.max_steps = at.max_steps if max_minutes else max_steps
+    if at.step > at.max_steps:
+        stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
+    checkpoint.load_weights(model, run, at.step, parallel.put)
+    checkpoint.load_optimizers(model, optimizers, run, at.step, parallel.put)
+    scaler.load_state_dict(state['scaler'])
+
+
 def print_above(ranks, text: str) -> None:
     """Print above the progress bar, on rank 0 only."""
     if ranks.rank == 0:
@@ -508,8 +519,12 @@ def give_up(bar, saver, ranks, skipped: str) -> NoReturn:
          'with a lower learning rate, or look at the samples that log.jsonl names')
 
 
-def print_end(run: Path, at) -> None:
-    """What came out of the run, and the exact commands for what to do next."""
+def end_run(run: Path, log, at, text: str, fell_back: bool, about: str) -> None:
+    """Log the end; print what came out of the run, and the exact commands for what to do next."""
+    log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
+              best_step=at.best_step, sample=text)
+    if text:
+        print(f'\n{text}\n')
     plotted = rundir.plot_losses(run)
     config = f'config/{CONFIG}.py ' if CONFIG else ''
     best = f'{at.best_val_loss:.4f}' if at.best_val_loss else 'none'
@@ -521,16 +536,17 @@ def print_end(run: Path, at) -> None:
           f'  python sample.py {run}                  # type a prompt, it goes on\n'
           f'  python sample.py {run} --num_samples=3 --temperature=1.0 </dev/null\n'
           f'  python train.py {config}--dataset=my_text.txt')
+    if fell_back:
+        print(f'*** THIS WAS NOT {dataset.upper()} but {about}. With a network, or with '
+              'DATA_MIRROR set, run the same command again ***')
 
 
 def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
     check_settings()
     ranks = processes.find_ranks()
-    if eval_only:
-        why = processes.arrange(ranks)
-    else:
-        why = processes.arrange(ranks, tp, pp, zero, replicas, sequence_parallel, pp_schedule)
+    layout = () if eval_only else (tp, pp, zero, replicas, sequence_parallel, pp_schedule)
+    why = processes.arrange(ranks, *layout)
     dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
     at = checkpoint.Progress(max_steps=max_steps)
     processes.start(ranks, dev, timeout_minutes, at)
@@ -563,8 +579,9 @@ def main() -> dict:
     run, state = processes.broadcast(saver and [str(saver.run), state], patient=True)
     run, first = Path(run), ranks.rank == 0
     if not ranks.plain:     # all write
-        saver = saver or checkpoint.Saver(run, parallel.writers(ranks))
-        saver.writers = parallel.writers(ranks)
+        writers = parallel.writers(ranks)
+        saver = saver or checkpoint.Saver(run, writers)
+        saver.writers = writers
     tokens_per_step = batch_size * block_size
     print0(f'data {data}: {meta["about"]}; {len(tokenizer):,} tokens in its vocabulary')
     if pack_documents:
@@ -576,13 +593,8 @@ def main() -> dict:
     # Optimizers, compilation, what a checkpoint says
     optimizers = build_optimizers(model, dev, ranks)
     scaler = optim.LossScale(dev.dtype == 'float16')
-    trained = parallel.wrap(model, ranks, dev)
-    n_micro = math.ceil(math.ceil(batch_size / ranks.dp) / rows)
-    pipe = None
-    if ranks.pp > 1:
-        from core import pipeline  # takes half a second
-        n_micro = pipeline.fitting(n_micro, ranks)
-        pipe = trained = pipeline.Pipeline(trained, ranks, dev, n_micro, rows)
+    trained, n_micro = parallel.wrap(model, ranks, dev, math.ceil(batch_size / ranks.dp), rows)
+    pipe = trained if ranks.pp > 1 else None
 
     def do_step(step, factor, *rest):
         shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)
@@ -597,13 +609,7 @@ def main() -> dict:
     if dev.compile:
         print0(f'compiled in {compile_seconds:.1f} s')
     if state:
-        at.restore(state)
-        at.max_steps = at.max_steps if max_minutes else max_steps
-        if at.step > at.max_steps:
-            stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
-        checkpoint.load_weights(model, run, at.step, parallel.put)
-        checkpoint.load_optimizers(model, optimizers, run, at.step, parallel.put)
-        scaler.load_state_dict(state['scaler'])
+        resume(at, state, run, model, optimizers, scaler)
     elif max_minutes:
         each = statistics.median(time_steps(do_step, optimizers, scaler, dev, 8))
         at.max_steps = processes.broadcast(max(1, int(60 * max_minutes / each)))
@@ -671,21 +677,13 @@ def main() -> dict:
         bar.close()
         if saver:
             saver.finish(at.step)
-        text = ''
-        if not stopping:
-            text = make_sample(model, tokenizer, asked) if ranks.can_sample else ''
-            stopping = asked()
+        text = '' if stopping or not ranks.can_sample else make_sample(model, tokenizer, asked)
+        stopping = stopping or asked()
     if stopping:
         print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on '
                'from there')
     elif first:
-        log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
-                  best_step=at.best_step, sample=text)
-        print(f'\n{text}\n' if text else '')
-        print_end(run, at)
-        if fell_back:
-            print(f'*** THIS WAS NOT {dataset.upper()} but {meta["about"]}. With a network, or '
-                  'with DATA_MIRROR set, run the same command again ***')
+        end_run(run, log, at, text, fell_back, meta['about'])
     if first:
         saver.lock.close()
     processes.finish()

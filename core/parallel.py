@@ -166,10 +166,12 @@ def shard(part, ranks: Ranks) -> None:
     fully_shard(part, mesh=mesh, reshard_after_forward=False)
 
 
-def wrap(model, ranks: Ranks, device):
+def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
     """What to call for a loss: the model compiled, if so chosen, and with DDP around it if each
-    rank has a copy. With pipelining a list of these, one for each stage of this rank.
+    rank has a copy; with pipelining the Pipeline that has such stages. And how many micro-batches
+    of `rows` sequences it takes for per_rank of them.
     """
+    n_micro = math.ceil(per_rank / rows)
     if device.compile and ranks.plain:
         model = torch.compile(model, dynamic=False)
     elif device.compile:
@@ -181,7 +183,11 @@ def wrap(model, ranks: Ranks, device):
         parts = [DistributedDataParallel(part, ids, gradient_as_bucket_view=True,
                                          process_group=ranks.mesh['replicas'].get_group())
                  for part in parts]
-    return parts if ranks.pp > 1 else parts[0]
+    if ranks.pp == 1:
+        return parts[0], n_micro
+    from core import pipeline  # takes half a second
+    n_micro = pipeline.fitting(n_micro, ranks)
+    return pipeline.Pipeline(parts, ranks, device, n_micro, rows), n_micro
 
 
 def passes(ranks: Ranks):

@@ -22,8 +22,8 @@ def fitting(n_micro: int, ranks) -> int:
 class Pipeline:
     """Runs this rank's stages. All ranks of a pipeline call with batches of the same sizes.
 
-    `parts` are what parallel.wrap gave; each step has `n_micro` micro-batches of rows x block_size
-    tokens.
+    `parts` are the modules, compiled or with DDP around; each step has `n_micro` micro-batches of
+    rows x block_size tokens.
     """
 
     def __init__(self, parts, ranks, device, n_micro: int, rows: int):

@@ -144,7 +144,8 @@ def start_train(folder, *launcher, output=subprocess.PIPE, **settings) -> subpro
 def wait_for_step(run, process, step=1) -> None:
     end = time.monotonic() + 60
     while last_step(run) < step:
-        assert process.poll() is None and time.monotonic() < end, (process.communicate()[0] or '')[-2000:]
+        assert process.poll() is None and time.monotonic() < end, \
+            (process.communicate()[0] or '')[-2000:]
         time.sleep(0.01)
 
 

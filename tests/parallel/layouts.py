@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import train
-from core import checkpoint, optim, parallel, pipeline, processes
+from core import checkpoint, optim, parallel, processes
 from core.dataset import IGNORE, PADDING, share
 from core.device import Device
 from core.processes import Ranks
@@ -90,12 +90,8 @@ class Trainer:
             parallel.put(p, values * 0.1 + (p.ndim == 1 and name.endswith('weight')))
         self.optimizers = train.build_optimizers(self.model, self.device, ranks)
         self.scaler = optim.LossScale(False)
-        self.trained = parallel.wrap(self.model, ranks, self.device)
-        self.n_micro = math.ceil(math.ceil(BATCH / ranks.dp) / case.rows)
-        if ranks.pp > 1:
-            self.n_micro = pipeline.fitting(self.n_micro, ranks)
-            self.trained = pipeline.Pipeline(self.trained, ranks, self.device, self.n_micro,
-                                             case.rows)
+        self.trained, self.n_micro = parallel.wrap(self.model, ranks, self.device,
+                                                   math.ceil(BATCH / ranks.dp), case.rows)
 
     def step(self, i: int) -> tuple[float, float]:
         """Loss and gradient norm of one step."""
