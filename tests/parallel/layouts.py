@@ -113,10 +113,19 @@ def one_process(case: Case) -> list[tuple[float, float]]:
 # What processes are asked to do, all of them together: do(ranks, ...) -> result
 
 
+meshes = {}
+
+
 def laid_out(ranks: Ranks, layout: dict) -> None:
+    """Arrange the ranks. A mesh that was there before is taken: each has threads of its own."""
     processes.arrange(ranks, **layout)
-    if ranks.world > 1:
+    if ranks.world == 1:
+        return
+    key = ranks.pp, ranks.dp, ranks.replicas
+    if key not in meshes:
         processes.form_mesh(ranks, 'cpu')
+        meshes[key] = ranks.mesh, processes.tied_group
+    ranks.mesh, processes.tied_group = meshes[key]
 
 
 def train_steps(ranks: Ranks, case: Case) -> list[tuple[float, float]]:
