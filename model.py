@@ -338,7 +338,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             raw = rows @ weight.T
             logits = raw.to(at_least_float32(raw.dtype))
             total = total + F.cross_entropy(logits, target, ignore_index=-100, reduction='sum')
-            counts = (target != -100).float()[:, None]
+            counts = (target != -100).to(logits.dtype)[:, None]
             grad = logits.softmax(dim=-1)
             grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(counts))
             grad = (grad * counts).type_as(raw)

@@ -141,7 +141,7 @@ def check_settings() -> None:
                  n_kv_head=(0, None), head_dim=(0, None), n_hidden=(0, None), window=(0, None),
                  vocab_size=(0, None), norm_eps=(0, 1), rope_theta=(1, None))
     check_choice(globals(), optimizer=('adamw', 'muon'), schedule=optim.SCHEDULES,
-                 pp_schedule=processes.SCHEDULES)
+                 pp_schedule=processes.PP_SCHEDULES)
     for service in ('wandb', 'tensorboard'):
         if globals()[service] and not importlib.util.find_spec(service):
             stop(f'{service}=True: it is not installed: pip install {service}')
@@ -353,7 +353,7 @@ def train_step(model, trained, optimizers, scaler, device, ranks, batches, facto
             seed_dropout(step, micro_step, ranks)
             x, y, doc = (t if t is None else t.to(device.name, non_blocking=True) for t in batch)
             with parallel.accumulate(trained, ranks, last=micro_step == len(batches) - 1):
-                with device.autocast():
+                with device.autocast(cache=ranks.zero < 3):
                     loss = trained(x, y, doc=doc, reduction='sum') / divisor
                 loss.backward()
             loss_sum += loss.detach()
@@ -374,11 +374,13 @@ def train_step(model, trained, optimizers, scaler, device, ranks, batches, facto
 
 
 def seed_dropout(step: int, micro_step: int, ranks) -> None:
-    """Other random numbers in each pass of each rank that reads other data; the same ones on ranks
-    that share matrices, which must drop the same.
+    """Other random numbers in each pass of each rank that has other data, layers or positions; the
+    same ones on ranks that only share matrices, which must drop the same of the residual stream.
     """
     if dropout:
-        key = np.random.SeedSequence((seed, step, micro_step, ranks.dp_rank))
+        more = () if ranks.pp == ranks.tp == 1 else (
+            ranks.pp_rank, ranks.tp_rank if ranks.sequence_parallel else 0)
+        key = np.random.SeedSequence((seed, step, micro_step, ranks.dp_rank, *more))
         torch.manual_seed(int(key.generate_state(1)[0]))
 
 
@@ -395,22 +397,19 @@ def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: 
     nats, targets, n_bytes = [], 0, 0
     at_once = pipe.n_micro if pipe else 1
     shares = share(0, n, ranks.dp_rank, ranks.dp, rows, at_once)
-    model.eval()
-    for i in range(0, len(shares), at_once):
-        if asked():
-            model.train()
-            return None
-        batches = [windows.batch(samples) for samples in shares[i:i + at_once]]
-        if pipe:
-            nats.append(pipe.evaluate(batches))
-        else:
-            x, y, doc = (t if t is None else t.to(device.name) for t in batches[0])
-            with device.autocast(), parallel.passes(ranks):
-                nats.append(model(x, y, doc=doc, reduction='sum'))
-        real = torch.cat([y[y != IGNORE] for _, y, _ in batches])
-        targets, n_bytes = targets + len(real), n_bytes + int(byte_lengths[real].sum())
-    model.train()
-    parallel.reshard(model)
+    with parallel.looking_on(model):
+        for i in range(0, len(shares), at_once):
+            if asked():
+                return None
+            batches = [windows.batch(samples) for samples in shares[i:i + at_once]]
+            if pipe:
+                nats.append(pipe.evaluate(batches))
+            else:
+                x, y, doc = (t if t is None else t.to(device.name) for t in batches[0])
+                with device.autocast(), parallel.passes(ranks):
+                    nats.append(model(x, y, doc=doc, reduction='sum'))
+            real = torch.cat([y[y != IGNORE] for _, y, _ in batches])
+            targets, n_bytes = targets + len(real), n_bytes + int(byte_lengths[real].sum())
     sums = torch.tensor([sum(torch.stack(nats).tolist()), targets, n_bytes], dtype=torch.float64)
     nats, targets, n_bytes = processes.all_sum(sums * ranks.owns_loss, device).tolist()
     return nats / targets, nats / math.log(2) / max(1.0, n_bytes)
@@ -419,12 +418,12 @@ def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: 
 def make_sample(model, tokenizer, asked=lambda: False) -> str:
     """Text that the model writes without a prompt; cut short where asked() says to stop."""
     ids = []
-    for row, in generate(model, [tokenizer.start()], sample_tokens, temperature=0.8, seed=seed,
-                         n_tokens=len(tokenizer)):
-        if asked():
-            break
-        ids.append(row)
-    parallel.reshard(model)
+    with parallel.looking_on(model):
+        for row, in generate(model, [tokenizer.start()], sample_tokens, temperature=0.8, seed=seed,
+                             n_tokens=len(tokenizer)):
+            if asked():
+                break
+            ids.append(row)
     return tokenizer.decode(ids)
 
 
@@ -545,8 +544,8 @@ def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
     check_settings()
     ranks = processes.find_ranks()
-    layout = () if eval_only else (tp, pp, zero, replicas, sequence_parallel, pp_schedule)
-    why = processes.arrange(ranks, *layout)
+    layout = (tp, pp, zero, replicas, sequence_parallel, pp_schedule)
+    why = processes.arrange(ranks, *(() if eval_only else layout))
     dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
     at = checkpoint.Progress(max_steps=max_steps)
     processes.start(ranks, dev, timeout_minutes, at)
@@ -569,6 +568,7 @@ def main() -> dict:
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
         dev, per_rank, block_size, 1 if activation_checkpointing else config.n_layer, config.n_embd,
         ranks.local_world)
+    rows = min(processes.exchange(rows))    # machines may have more memory or less
     eos = tokenizer.eos if respects_documents(config) else None
     train_windows = load_split(data, 'train', block_size, seed, eos=eos)
     val_windows = load_split(data, 'val', block_size, shuffle=False, eos=eos)
@@ -677,6 +677,7 @@ def main() -> dict:
         bar.close()
         if saver:
             saver.finish(at.step)
+        processes.broadcast(None, patient=True)     # rank 0 may have large files to join
         text = '' if stopping or not ranks.can_sample else make_sample(model, tokenizer, asked)
         stopping = stopping or asked()
     if stopping:

@@ -438,6 +438,10 @@ def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_
         state = torch.zeros((), device=p.device) if scalar else torch.empty_like(p.detach())
         fill(state, tensor, f'{path}: {name}', torch.Tensor.copy_ if scalar else put)
         owner[p].state[p][key] = state
+    without = [name for name, p in params.items() if p in owner and p not in owner[p].state]
+    if 0 < len(without) < len(params):
+        stop(f'{step_folder(folder, step)}: the state of {without[0]} is missing in '
+             'optimizer*.safetensors; use another checkpoint')
 
 
 @torch.no_grad()

@@ -29,11 +29,13 @@ class Device:
     peak_flops: float       # per second, of matrix products in dtype
     why: list[str]          # a line for each choice
 
-    def autocast(self):
-        """The context in which the forward pass runs."""
+    def autocast(self, cache: bool = True):
+        """The context in which the forward pass runs. `cache`: keep weights that were converted to
+        16 bits until its end, for layers that use them again.
+        """
         if DTYPES[self.dtype] == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.kind, DTYPES[self.dtype])
+        return torch.autocast(self.kind, DTYPES[self.dtype], cache_enabled=cache)
 
     @property
     def sums(self) -> torch.dtype:

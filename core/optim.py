@@ -173,7 +173,7 @@ class LossScale:
     def load_state_dict(self, state: dict) -> None:
         """Take over what state_dict gave; nothing, if one of them is disabled."""
         if self.enabled and state:
-            self.scale, self.good_steps = float(state['scale']), int(state['good_steps'])
+            self.scale, self.good_steps = float(state['scale']), int(state.get('good_steps', 0))
 
 
 def clip_gradients(grads, grad_clip: float, norm: float, scale: float = 1.0) -> None:

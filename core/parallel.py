@@ -210,11 +210,22 @@ def accumulate(model, ranks: Ranks, last: bool):
         yield
 
 
-def reshard(model) -> None:
-    """After passes without gradients: parameters that they gathered become shards again."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+@contextlib.contextmanager
+def looking_on(model):
+    """The context of passes that train nothing: evaluation and samples.
+
+    They run eagerly: of other lengths or without gradients, each would be compiled anew. Parameters
+    that they gathered are shards again afterwards, however they end.
+    """
+    model.eval()
+    try:
+        with torch.compiler.set_stance('force_eager'):
+            yield
+    finally:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 """Pipeline parallelism: the micro-batches of a step on their way through the stages of a model."""
-import functools
 
 import torch
 from torch.distributed import pipelining
@@ -13,7 +12,7 @@ SCHEDULES = {'1f1b': pipelining.Schedule1F1B, 'gpipe': pipelining.ScheduleGPipe,
 
 def fitting(n_micro: int, ranks) -> int:
     """The least number of micro-batches, from n_micro on, that the schedule can take."""
-    n = max(n_micro, ranks.pp, ranks.n_stages if ranks.pp_schedule == '1f1b' else 1)
+    n = max(n_micro, ranks.pp)
     while ranks.pp_schedule == 'interleaved' and n % (n // ranks.pp):
         n += 1
     return n
@@ -28,6 +27,7 @@ class Pipeline:
 
     def __init__(self, parts, ranks, device, n_micro: int, rows: int):
         self.ranks, self.n_micro, self.device = ranks, n_micro, torch.device(device.name)
+        self.autocast = device.autocast
         self.first, self.last = 0 in ranks.stages, ranks.n_stages - 1 in ranks.stages
         self.divisor = 1.0      # of the losses, in the step under way
         stages = [self.stage(part, i, device, rows) for i, part in zip(ranks.stages, parts)]
@@ -39,7 +39,6 @@ class Pipeline:
     def stage(self, part, i: int, device, rows: int):
         """Stage i. The shapes that it receives and sends are given: else it would try them out."""
         inner = part.module if isinstance(part, DistributedDataParallel) else part
-        inner.forward = in_autocast(inner.forward, device)
         config, n = inner.config, self.ranks.n_stages
         dtype = next(inner.parameters()).dtype
         hidden = torch.empty(rows, config.block_size, config.n_embd, dtype=dtype, device='meta',
@@ -59,7 +58,8 @@ class Pipeline:
                      for t in zip(*batches))
         self.divisor, losses = divisor, []
         options = {} if doc is None else {'doc': doc}
-        with parallel.passes(self.ranks):
+        # autocast is entered here so that micro-batches share what it converts
+        with parallel.passes(self.ranks), self.autocast(cache=self.ranks.zero < 3):
             step(*((x,) if self.first else ()), targets=y, reduction='sum', target=y,
                  losses=losses, return_outputs=False, **options)
         return torch.stack(losses).detach().sum() if losses else y.new_zeros((), dtype=torch.float)
@@ -71,12 +71,3 @@ class Pipeline:
     def evaluate(self, batches) -> torch.Tensor:
         """The sum of the losses."""
         return self.run(batches, 1.0, self.schedule.eval)
-
-
-def in_autocast(forward, device):
-    """`forward` in the precision that was chosen: what is beside it, the exchange, is not."""
-    @functools.wraps(forward)
-    def run(*args, **options):
-        with device.autocast():
-            return forward(*args, **options)
-    return run

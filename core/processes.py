@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import resource
 import sys
 import time
 import warnings
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from core.settings import stop
 
@@ -79,7 +81,7 @@ def find_ranks() -> Ranks:
                  int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1)))
 
 
-SCHEDULES = ('1f1b', 'gpipe', 'interleaved')
+PP_SCHEDULES = ('1f1b', 'gpipe', 'interleaved')
 
 
 def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
@@ -134,23 +136,29 @@ def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
         return
     if device.kind == 'mps':
         stop('device=mps: PyTorch cannot train on several Apple GPUs; use one process, and zero=0')
+    # gloo connects each rank with each other, for each group
+    resource.setrlimit(resource.RLIMIT_NOFILE, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[1:])
     backend = 'cpu:gloo,cuda:nccl' if device.kind == 'cuda' else 'gloo'
     timeout = timedelta(minutes=timeout_minutes)
     if ranks.world == 1:    # to measure what sharding costs
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress)
-        # torchrun keeps its store when it starts processes again: what those before them left in
-        # it would lead them to addresses where nobody is.
         store, rank, world = next(dist.rendezvous('env://', timeout=timeout))
-        store = dist.PrefixStore(f'start-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        if ranks.local_world == world:
+            # torchrun keeps its store when it starts processes again: what those before them left
+            # in it would lead them to addresses where nobody is. (Torchruns on several machines
+            # count restarts differently; they can be told not to share their store.)
+            count = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
+            store = dist.PrefixStore(f'start-{count}', store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
-    writing_group = dist.new_group(backend='gloo', timeout=timeout)
-    form_mesh(ranks, device.kind)
+    # files take some ranks longer than others
+    writing_group = dist.new_group(backend='gloo', timeout=6 * timeout)
+    form_mesh(ranks, device.kind, timeout)
 
 
-def form_mesh(ranks: Ranks, kind: str) -> None:
+def form_mesh(ranks: Ranks, kind: str, timeout=timedelta(minutes=10)) -> None:
     """The mesh of all ranks; the process group exists."""
     global tied_group
     # It would advise about exchanges that are rare here, and about gloo.
@@ -163,7 +171,9 @@ def form_mesh(ranks: Ranks, kind: str) -> None:
         mesh_dim_names=('pp', 'replicas', 'shards', 'tp'))
     if ranks.pp > 1:
         ends = ranks.mesh.mesh[[0, -1]].flatten(1).T.tolist()
-        tied_group, _ = dist.new_subgroups_by_enumeration(ends)
+        tied_group, _ = dist.new_subgroups_by_enumeration(ends, timeout=timeout)
+    for name in ranks.mesh.mesh_dim_names:
+        _set_pg_timeout(timeout, ranks.mesh.get_group(name))
 
 
 def finish() -> None:
@@ -206,6 +216,8 @@ def exchange(value, group=None) -> list:
     """The values (what JSON can hold) of all ranks, in their order; a thread may ask, too, with a
     group of its own. Raises ConnectionError if one is silent or lost.
     """
+    if not dist.is_initialized():
+        return [value]
     data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
     try:
@@ -234,13 +246,16 @@ def broadcast(value, patient: bool = False):
 
 def explain(otherwise, ranks: Ranks, progress, kind, error, trace) -> None:
     """Says in one line that other ranks are silent or lost, if that is what ended this process."""
-    lost = isinstance(error, dist.DistError) or 'gloo' in str(error)    # gloo has no class for it
+    cause = error
+    while cause.__cause__:      # a pipeline's stage wraps what ended it
+        cause = cause.__cause__
+    lost = isinstance(cause, dist.DistError) or 'gloo' in str(cause)    # gloo has no class for it
     if not lost:
         otherwise(kind, error, trace)
         return
-    what = 'heard nothing from' if 'imed out' in str(error) else 'lost'
+    what = 'heard nothing from' if 'imed out' in str(cause) else 'lost'
     print(f'[rank {ranks.rank}] error: {what} another of {ranks.world} ranks in step '
-          f'{progress.step + 1} ({str(error).strip().splitlines()[0]}); so this one ends, and the '
+          f'{progress.step + 1} ({str(cause).strip().splitlines()[0]}); so this one ends, and the '
           'same command resumes the run', file=sys.stderr, flush=True)
     # The interpreter would wait for gloo's threads, and those for ranks that are gone. It has
     # waited for other threads, such as one that saves, when this is called.

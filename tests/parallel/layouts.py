@@ -11,8 +11,10 @@ import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import model as model_module
 import train
 from core import checkpoint, optim, parallel, processes
 from core.dataset import IGNORE, PADDING, share
@@ -37,6 +39,7 @@ class Case:
     compile: bool = False
     rows: int = 1                                   # of a micro-batch
     documents: bool = False
+    chunk: int = 0                                  # elements of logits held at once; 0: as always
 
     def __str__(self):
         """As a name of a test: tp=2-GPT2-float64."""
@@ -69,6 +72,7 @@ class Trainer:
 
     def __init__(self, case: Case, ranks: Ranks):
         self.case, self.ranks = case, ranks
+        model_module.CHUNK_ELEMENTS = case.chunk or 1 << 24
         for name, value in {'optimizer': 'adamw', 'learning_rate': 3e-3, 'muon_learning_rate': 0.02,
                             'embed_learning_rate': 2e-3, 'grad_clip': 0.5, 'dropout': 0.0,
                             'activation_checkpointing': False, **case.settings}.items():
@@ -132,6 +136,38 @@ def train_steps(ranks: Ranks, case: Case) -> list[tuple[float, float]]:
     laid_out(ranks, case.layout)
     trainer = Trainer(case, ranks)
     return [trainer.step(i) for i in range(STEPS)]
+
+
+class Validation:
+    """Takes the place of a validation split, and of its tokenizer."""
+    block_size, n_targets = BLOCK, 23 * BLOCK
+
+    def __len__(self):
+        return 23
+
+    def batch(self, samples):
+        return batch([PADDING if s == PADDING else 1000 + s for s in samples], False)
+
+    def byte_lengths(self):
+        return np.ones(VOCAB, np.int64)
+
+
+def evaluations(ranks: Ranks, case: Case) -> tuple:
+    """A step, an evaluation that is cut short, a save's tensors, a step, an evaluation."""
+    laid_out(ranks, case.layout)
+    trainer = Trainer(case, ranks)
+    data = Validation()
+    pipe = trainer.trained if ranks.pp > 1 else None
+
+    def evaluate(batches):
+        left = [0] * batches
+        return train.evaluate(trainer.model, data, data, case.rows, trainer.device, ranks,
+                              lambda: not (left and left.pop() == 0), pipe)
+    trainer.step(0)
+    cut_short = evaluate(1)
+    names = sorted(checkpoint.optimizer_tensors(trainer.model, trainer.optimizers))
+    trainer.step(1)
+    return cut_short, len(names) > 0, evaluate(1000)
 
 
 def exchanged(ranks: Ranks, case: Case, folder: str) -> dict[str, tuple[int, int]]:
@@ -214,7 +250,7 @@ def resume(ranks: Ranks, case: Case, folder: str, step: int):
         {**checkpoint.model_tensors(model),
          **checkpoint.optimizer_tensors(model, optimizers)}.items())}
     different = [name for name, t in mine.items() if not torch.equal(t, files[name])]
-    everywhere = set(sum(processes.exchange(list(mine)), [])) if ranks.world > 1 else set(mine)
+    everywhere = set(sum(processes.exchange(list(mine)), []))
     return different + sorted(files.keys() - everywhere), [
         trainer.step(i) for i in range(step, STEPS)]
 

@@ -1,5 +1,6 @@
 """Every layout of ranks computes what one process computes."""
 import functools
+from dataclasses import replace
 
 import pytest
 from conftest import note_row
@@ -9,6 +10,7 @@ from layouts import (
     Case,
     Workers,
     different_weights,
+    evaluations,
     one_process,
     resume,
     save,
@@ -97,6 +99,27 @@ def test_same_as_one_process(world, case):
 def test_same_weights_from_the_same_seed(world, case):
     """Made in parts, where the whole may not fit."""
     assert workers(world).do(different_weights, case) == [[]] * world
+
+
+@pytest.mark.parametrize('world, case', named(
+    {2: [Case(dict(zero=2)), Case(dict(zero=3), GPT2), Case(SP), Case(dict(pp=2), TIED)],
+     4: [Case(dict(zero=3, pp=2, pp_schedule='interleaved')), Case(dict(zero=2, tp=2))]}))
+def test_evaluation(world, case):
+    """Between two steps; one that is cut short leaves everything as it was."""
+    expected = evaluations(Ranks(), replace(case, layout={}))
+    assert expected[0] is None
+    for cut_short, named, scores in workers(world).do(evaluations, case):
+        assert cut_short is None and named
+        assert scores == pytest.approx(expected[2], abs=1e-10)
+
+
+@pytest.mark.parametrize('layout', [dict(tp=2), SP, dict(pp=2), dict(zero=3)], ids=str)
+def test_logits_in_chunks(layout):
+    """Where all logits of a micro-batch would be too many."""
+    case = Case(layout, chunk=100)
+    results = workers(2).do(train_steps, case)
+    expected = one_process(replace(case, chunk=0))
+    assert results[0] == [pytest.approx(pair, abs=1e-10) for pair in expected]
 
 
 SAVED = {1: [dict()], 2: [dict(), dict(zero=2), dict(tp=2), dict(pp=2)],
