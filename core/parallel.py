@@ -291,7 +291,7 @@ def squared_norm(model, ranks: Ranks, dtype: torch.dtype) -> torch.Tensor:
 
 def spreader(ranks: Ranks):
     """The `spread` of core.optim.Muon: with several ranks, they share its work."""
-    alone = ranks.tp == 1 and ranks.dp == 1
+    alone = ranks.tp == ranks.dp == 1 and not ranks.zero
     return optim.on_stack if alone else functools.partial(spread, ranks)
 
 

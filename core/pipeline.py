@@ -1,5 +1,4 @@
 """Pipeline parallelism: the micro-batches of a step on their way through the stages of a model."""
-
 import torch
 from torch.distributed import pipelining
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +27,7 @@ class Pipeline:
     def __init__(self, parts, ranks, device, n_micro: int, rows: int):
         self.ranks, self.n_micro, self.device = ranks, n_micro, torch.device(device.name)
         self.autocast = device.autocast
-        self.first, self.last = 0 in ranks.stages, ranks.n_stages - 1 in ranks.stages
+        self.first = 0 in ranks.stages
         self.divisor = 1.0      # of the losses, in the step under way
         stages = [self.stage(part, i, device, rows) for i, part in zip(ranks.stages, parts)]
         single = len(stages) == 1

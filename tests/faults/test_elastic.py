@@ -54,30 +54,52 @@ def test_worker_killed(tmp_path, text_file):
          'uninterrupted run')
 
 
-@pytest.mark.slow
-def test_machine_lost_and_replaced(tmp_path, text_file, monkeypatch):
-    """Two agents stand for two machines."""
+@pytest.fixture
+def agent(tmp_path, monkeypatch):
+    """agent(name, machines, **settings) starts a torchrun that stands for a machine; and a function
+    that gives the end of its output.
+    """
     monkeypatch.setenv('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
-    port, run = free_port(), tmp_path / 'out/a'
-    settings = dict(SETTINGS, dataset=text_file, max_steps=500)
+    port = free_port()
 
-    def agent(name):
+    def start(name, machines, **settings):
         with open(tmp_path / name, 'w') as f:
             return start_train(tmp_path, sys.executable, '-m', 'torch.distributed.run',
-                               '--nnodes=1:2', '--nproc_per_node=1', '--max_restarts=5',
+                               f'--nnodes={machines}', '--nproc_per_node=1', '--max_restarts=5',
                                '--rdzv_id=job', '--rdzv_backend=c10d',
                                f'--rdzv_endpoint=127.0.0.1:{port}',
                                '--rdzv_conf=last_call_timeout=3,join_timeout=120',
                                output=f, out_dir='out/a', **settings)
+    return start, lambda name: (tmp_path / name).read_text()[-3000:]
 
-    def output(name):
-        return (tmp_path / name).read_text()[-3000:]
 
-    first = agent('first')
+@pytest.mark.slow
+def test_worker_of_one_machine_killed(tmp_path, text_file, agent):
+    """The torchruns of two machines count their restarts differently."""
+    start, output = agent
+    run, settings = tmp_path / 'out/a', dict(SETTINGS, dataset=text_file, max_steps=60)
+    first = start('first', '2', **settings)
     time.sleep(1)
-    second = agent('second')
+    second = start('second', '2', **settings)
+    for step in (12, 30):
+        wait_for_step(run, first, step)
+        os.kill(children(second.pid)[0], signal.SIGKILL)
+    assert (first.wait(240), second.wait(60)) == (0, 0), output('first') + output('second')
+    assert resumed(run) == [2, 2]
+    finished(tmp_path, 2, out_dir='out/whole', **{**settings, 'dataset': str(text_file)})
+    assert_same(tmp_path / 'out/whole', run)
+    note('a worker of one of two machines killed', 2, 'as with one machine')
+
+
+@pytest.mark.slow
+def test_machine_lost_and_replaced(tmp_path, text_file, agent):
+    start, output = agent
+    run, settings = tmp_path / 'out/a', dict(SETTINGS, dataset=text_file, max_steps=500)
+    first = start('first', '1:2', **settings)
+    time.sleep(1)
+    second = start('second', '1:2', **settings)
     wait_for_step(run, first, 20)
-    start, = rundir.read_log(run, 'start')
+    begun, = rundir.read_log(run, 'start')
     worker, = children(second.pid)
     os.kill(second.pid, signal.SIGKILL)
     os.kill(worker, signal.SIGKILL)
@@ -86,13 +108,13 @@ def test_machine_lost_and_replaced(tmp_path, text_file, monkeypatch):
         assert first.poll() is None, output('first')
         time.sleep(0.1)
     wait_for_step(run, first, lost + 20)
-    third = agent('third')
+    third = start('third', '1:2', **settings)
     while len(resumed(run)) < 2:
         assert first.poll() is None, output('first')
         time.sleep(0.1)
     assert first.wait(300) == 0, output('first')
     third.wait(60)
-    assert start['world'] == 2 and resumed(run) == [1, 2]
+    assert begun['world'] == 2 and resumed(run) == [1, 2]
     finished(tmp_path, 2, out_dir='out/whole', **{**settings, 'dataset': str(text_file)})
     whole = losses(tmp_path / 'out/whole')
     assert len(whole) == len(losses(run)) == 500
