@@ -99,11 +99,15 @@ class Trainer:
 
     def step(self, i: int) -> tuple[float, float]:
         """Loss and gradient norm of one step."""
+        return self.train_step(i)[:2]
+
+    def train_step(self, i: int) -> tuple:
+        """One step, as train.train_step."""
         shares = share(i * BATCH, BATCH, self.ranks.dp_rank, self.ranks.dp, self.case.rows,
                        self.n_micro)
         batches = [batch(samples, self.case.documents) for samples in shares]
         return train.train_step(self.model, self.trained, self.optimizers, self.scaler, self.device,
-                                self.ranks, batches, 1.0, i)[:2]
+                                self.ranks, batches, 1.0, i)
 
 
 def one_process(case: Case) -> list[tuple[float, float]]:
@@ -168,6 +172,30 @@ def evaluations(ranks: Ranks, case: Case) -> tuple:
     names = sorted(checkpoint.optimizer_tensors(trainer.model, trainer.optimizers))
     trainer.step(1)
     return cut_short, len(names) > 0, evaluate(1000)
+
+
+def overflow(ranks: Ranks, case: Case) -> list:
+    """Scaled losses; in the second of three steps the last rank's gradient is infinite. For each
+    step: loss, gradient norm, why it was skipped, the scale after it.
+    """
+    laid_out(ranks, case.layout)
+    trainer = Trainer(case, ranks)
+    trainer.scaler = optim.LossScale(True)
+    real, results = parallel.complete_gradients, []
+
+    def complete(model, ranks):
+        real(model, ranks)
+        if len(results) == 1 and ranks.rank == ranks.world - 1:
+            parallel.local(next(model.parameters()).grad).view(-1)[0] = math.inf
+
+    parallel.complete_gradients = complete
+    try:
+        for i in range(3):
+            *scores, skipped, _ = trainer.train_step(i)
+            results.append((*scores, skipped, trainer.scaler.scale))
+    finally:
+        parallel.complete_gradients = real
+    return results
 
 
 def exchanged(ranks: Ranks, case: Case, folder: str) -> dict[str, tuple[int, int]]:
@@ -268,7 +296,7 @@ class Workers:
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
-        self.world, self.answers = world, context.Queue()
+        self.world, self.answers, self.asked = world, context.Queue(), 0
         self.questions = [context.Queue() for _ in range(world)]
         self.processes = [context.Process(target=work, daemon=True, args=(
             rank, world, port, self.questions[rank], self.answers)) for rank in range(world)]
@@ -276,18 +304,20 @@ class Workers:
             process.start()
         atexit.register(self.end)
 
-    def do(self, what, *arguments, timeout=240) -> list:
+    def do(self, what, *arguments, timeout=600) -> list:
         """what(ranks, *arguments) on all ranks; the result of each. Fails if one of them does."""
+        self.asked += 1
         for question in self.questions:
-            question.put((what, arguments))
+            question.put((self.asked, what, arguments))
         results = {}
-        for _ in range(self.world):
+        while len(results) < self.world:
             try:
-                rank, result, error = self.answers.get(timeout=timeout)
+                asked, rank, result, error = self.answers.get(timeout=timeout)
             except queue.Empty:
                 raise AssertionError(f'no answer from {self.world - len(results)} ranks') from None
-            assert not error, f'rank {rank}: {error}'
-            results[rank] = result
+            if asked == self.asked:     # not the late answer to another question
+                assert not error, f'rank {rank}: {error}'
+                results[rank] = result
         return [results[rank] for rank in range(self.world)]
 
     def end(self) -> None:
@@ -306,8 +336,8 @@ def work(rank: int, world: int, port: int, questions, answers) -> None:
     processes.arrange(ranks)
     processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 1.0, None)
     while True:
-        what, arguments = questions.get()
+        asked, what, arguments = questions.get()
         try:
-            answers.put((rank, what(ranks, *arguments), ''))
+            answers.put((asked, rank, what(ranks, *arguments), ''))
         except BaseException:
-            answers.put((rank, None, traceback.format_exc()[-3000:]))
+            answers.put((asked, rank, None, traceback.format_exc()[-3000:]))

@@ -12,6 +12,7 @@ from layouts import (
     different_weights,
     evaluations,
     one_process,
+    overflow,
     resume,
     save,
     train_steps,
@@ -111,6 +112,21 @@ def test_evaluation(world, case):
     for cut_short, named, scores in workers(world).do(evaluations, case):
         assert cut_short is None and named
         assert scores == pytest.approx(expected[2], abs=1e-10)
+
+
+@pytest.mark.parametrize('layout', [dict(zero=3, tp=2), dict(tp=2, pp=2), dict(zero=2, pp=2)],
+                         ids=str)
+def test_scale_is_the_same_on_all_ranks(layout):
+    """fp16's: an overflow on one of them halves it on all, and none makes that step."""
+    case = Case(layout)
+    results = workers(4).do(overflow, case)
+    assert all(str(result) == str(results[0]) for result in results)    # a NaN is not itself
+    (*first, skipped, scale), (*_, why, halved), (*third, skipped_too, same) = results[0]
+    assert (skipped, scale) == ('', 65536.0) and 'inf' in why and (halved, same) == (32768.0,) * 2
+    assert skipped_too == ''
+    expected = one_process(case)
+    assert first == pytest.approx(expected[0], abs=1e-10)
+    assert third != pytest.approx(expected[2], abs=1e-6)    # there the second step was made
 
 
 @pytest.mark.parametrize('layout', [dict(tp=2), SP, dict(pp=2), dict(zero=3)], ids=str)
