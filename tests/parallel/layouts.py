@@ -1,5 +1,5 @@
 """Training steps under any layout of ranks, and the same steps in one process."""
-import atexit
+import functools
 import json
 import math
 import multiprocessing
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import model as model_module
@@ -20,6 +21,7 @@ from core import checkpoint, optim, parallel, processes
 from core.dataset import IGNORE, PADDING, share
 from core.device import Device
 from core.processes import Ranks
+from core.settings import settings_of
 from model import GPTConfig, allocate, build_model, init_weights, named_weights
 
 STEPS, BATCH, BLOCK, VOCAB = 10, 8, 16, 61     # 61: shards of the vocabulary are uneven
@@ -302,7 +304,6 @@ class Workers:
             rank, world, port, self.questions[rank], self.answers)) for rank in range(world)]
         for process in self.processes:
             process.start()
-        atexit.register(self.end)
 
     def do(self, what, *arguments, timeout=600) -> list:
         """what(ranks, *arguments) on all ranks; the result of each. Fails if one of them does."""
@@ -323,6 +324,35 @@ class Workers:
     def end(self) -> None:
         for process in self.processes:
             process.kill()
+            process.join()
+
+
+@functools.cache
+def workers(world: int) -> Workers:
+    """The processes of a world size, which are started once."""
+    started.append(Workers(world))
+    return started[-1]
+
+
+started = []
+
+
+@pytest.fixture(autouse=True, scope='module')
+def processes_end():
+    """The processes end with the tests of a file."""
+    yield
+    while started:
+        started.pop().end()
+    workers.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def settings_put_back():
+    """What a test changes in this process is undone."""
+    before, chunk = settings_of(vars(train)), model_module.CHUNK_ELEMENTS
+    yield
+    vars(train).update(before)
+    model_module.CHUNK_ELEMENTS = chunk
 
 
 def work(rank: int, world: int, port: int, questions, answers) -> None:

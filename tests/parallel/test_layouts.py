@@ -1,26 +1,25 @@
 """Every layout of ranks computes what one process computes."""
-import functools
 from dataclasses import replace
 
 import pytest
 from conftest import note_row
-from layouts import (
+from layouts import (  # noqa: F401  fixtures
     GPT2,
     STEPS,
     Case,
-    Workers,
     different_weights,
     evaluations,
     one_process,
     overflow,
+    processes_end,
     resume,
     save,
+    settings_put_back,
     train_steps,
+    workers,
 )
 
 from core.processes import Ranks
-
-workers = functools.cache(Workers)      # processes of a world size are started once
 
 SP = dict(tp=2, sequence_parallel=True)
 MUON = dict(optimizer='muon')
