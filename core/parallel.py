@@ -58,7 +58,7 @@ def place(model, ranks: Ranks) -> None:
     Then model.allocate gives it memory, and `put` its values.
     """
     if ranks.pp > 1:
-        keep_stages(model, ranks)
+        keep_stages(model, ranks.stages, ranks)
     model.parts = stage_modules(model, ranks)   # a list: no submodules
     if ranks.tp > 1:
         cut_matrices(model, ranks)
@@ -72,14 +72,13 @@ def layers_of(stage: int, ranks: Ranks, n_layer: int) -> range:
     return range(stage * n_layer // ranks.n_stages, (stage + 1) * n_layer // ranks.n_stages)
 
 
-def keep_stages(model, ranks: Ranks) -> None:
-    """Drop what belongs to other ranks' pipeline stages. Names stay as they are."""
-    kept = {str(i) for s in ranks.stages for i in layers_of(s, ranks, model.config.n_layer)}
-    for name in set(model.h) - kept:
-        del model.h[name]
-    if ranks.pp_rank > 0:
+def keep_stages(model, stages: list[int], ranks: Ranks) -> None:
+    """Drop what belongs to other pipeline stages. Names stay as they are."""
+    kept = {i for stage in stages for i in layers_of(stage, ranks, model.config.n_layer)}
+    model.h = torch.nn.ModuleDict({i: block for i, block in model.h.items() if int(i) in kept})
+    if 0 not in stages:
         model.wte = model.wpe = None
-    if ranks.pp_rank < ranks.pp - 1:
+    if ranks.n_stages - 1 not in stages:
         model.ln_f = model.lm_head = None
 
 
@@ -92,12 +91,7 @@ def stage_modules(model, ranks: Ranks) -> list:
         part = copy.copy(model)
         # its own lists of submodules and of hooks
         part.__dict__ |= {k: v.copy() for k, v in model.__dict__.items() if isinstance(v, dict)}
-        kept = layers_of(stage, ranks, model.config.n_layer)
-        part.h = torch.nn.ModuleDict({i: b for i, b in model.h.items() if int(i) in kept})
-        if stage > 0:
-            part.wte = part.wpe = None
-        if stage < ranks.n_stages - 1:
-            part.ln_f = part.lm_head = None
+        keep_stages(part, [stage], ranks)
         parts.append(part)
     return parts
 

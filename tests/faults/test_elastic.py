@@ -56,8 +56,9 @@ def test_worker_killed(tmp_path, text_file):
 
 @pytest.fixture
 def agent(tmp_path, monkeypatch):
-    """agent(name, machines, **settings) starts a torchrun that stands for a machine; and a function
-    that gives the end of its output.
+    """Three functions: start(name, machines, **settings) starts a torchrun that stands for a
+    machine, start_two(machines, **settings) two of them, and output(name) is the end of what one
+    has printed.
     """
     monkeypatch.setenv('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
     port = free_port()
@@ -70,17 +71,20 @@ def agent(tmp_path, monkeypatch):
                                f'--rdzv_endpoint=127.0.0.1:{port}',
                                '--rdzv_conf=last_call_timeout=3,join_timeout=120',
                                output=f, out_dir='out/a', **settings)
-    return start, lambda name: (tmp_path / name).read_text()[-3000:]
+
+    def start_two(machines, **settings):
+        first = start('first', machines, **settings)
+        time.sleep(1)
+        return first, start('second', machines, **settings)
+    return start, start_two, lambda name: (tmp_path / name).read_text()[-3000:]
 
 
 @pytest.mark.slow
 def test_worker_of_one_machine_killed(tmp_path, text_file, agent):
     """The torchruns of two machines count their restarts differently."""
-    start, output = agent
+    _, start_two, output = agent
     run, settings = tmp_path / 'out/a', dict(SETTINGS, dataset=text_file, max_steps=60)
-    first = start('first', '2', **settings)
-    time.sleep(1)
-    second = start('second', '2', **settings)
+    first, second = start_two('2', **settings)
     for step in (12, 30):
         wait_for_step(run, first, step)
         os.kill(children(second.pid)[0], signal.SIGKILL)
@@ -93,11 +97,9 @@ def test_worker_of_one_machine_killed(tmp_path, text_file, agent):
 
 @pytest.mark.slow
 def test_machine_lost_and_replaced(tmp_path, text_file, agent):
-    start, output = agent
+    start, start_two, output = agent
     run, settings = tmp_path / 'out/a', dict(SETTINGS, dataset=text_file, max_steps=500)
-    first = start('first', '1:2', **settings)
-    time.sleep(1)
-    second = start('second', '1:2', **settings)
+    first, second = start_two('1:2', **settings)
     wait_for_step(run, first, 20)
     begun, = rundir.read_log(run, 'start')
     worker, = children(second.pid)

@@ -1,7 +1,16 @@
 """What ranks send each other in a step, beside what they must."""
 import pytest
 from conftest import note_row
-from layouts import BATCH, BLOCK, MODEL, Case, exchanged, processes_end, settings_put_back, workers  # noqa: F401  fixtures
+from layouts import (  # noqa: F401  fixtures
+    BATCH,
+    BLOCK,
+    MODEL,
+    Case,
+    exchanged,
+    processes_end,
+    settings_put_back,
+    workers,
+)
 from test_layouts import MUON, SP
 
 from model import GPTConfig, build_model, count_parameters
