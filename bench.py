@@ -41,6 +41,7 @@ from core import clean, parallel
 from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import open_shard, share
+from core.learner import Learner, count_targets, lm_loss_sums
 from core.optim import LossScale
 from core.processes import Ranks
 from core.settings import check_bounds, check_choice, configure, stop
@@ -61,11 +62,12 @@ n_tokens = 32_768           # tokenizer: size of the vocabulary, without special
 def our_step(config, dev):
     """A function that does one training step of ours on a list of micro-batches, and its model."""
     model = build_model(config, train.seed, dev.name)
-    ranks, scaler = Ranks(), LossScale(dev.dtype == 'float16')
-    optimizers = train.build_optimizers(model, dev, ranks)
+    ranks = Ranks()
     trained, _ = parallel.wrap(model, ranks, dev, 1, 1)
-    return lambda batches: train.train_step(model, trained, optimizers, scaler, dev, ranks, batches,
-                                            1.0, 0), model
+    learner = Learner(model, trained, train.build_optimizers(model, dev, ranks),
+                      LossScale(dev.dtype == 'float16'), dev, ranks, train.grad_clip, train.seed)
+    return lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0,
+                                        1.0), model
 
 
 def nanogpt_step(config, dev):

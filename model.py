@@ -46,6 +46,7 @@ class GPTConfig:
     tied: bool = True           # the head shares the embedding's matrix
     dropout: float = 0.0
     bias: bool = True           # in linear layers and layernorms
+    n_classes: int = 0          # of a classifier, whose head gives these; 0: a language model
 
     def __post_init__(self):
         """Derive what is 0. Raises ValueError, naming the setting, for what cannot be."""
@@ -55,7 +56,7 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        for name in ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'dropout'):
+        for name in ('n_kv_head', 'head_dim', 'n_hidden', 'window', 'dropout', 'n_classes'):
             if getattr(self, name) < 0:
                 raise ValueError(f'{name}={getattr(self, name)}: must not be negative')
         if self.dropout >= 1:
@@ -79,6 +80,8 @@ class GPTConfig:
             if not fits:
                 raise ValueError(f'rope_scaling={self.rope_scaling}: must be four numbers like '
                                  '32,1,4,8192 (for position=rope), or empty')
+        if self.n_classes and self.tied:
+            raise ValueError(f'n_classes={self.n_classes}: the head of classes is not tied=True')
         if self.position == 'sinusoidal' and self.n_embd % 2:
             raise ValueError(f'n_embd={self.n_embd}: must be even for position=sinusoidal')
         if not self.n_hidden:  # 8/3, so that swiglu's three matrices weigh as much as two of 4
@@ -416,7 +419,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.h = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layer)})
         self.ln_f = norm_layer(config, config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.n_classes or config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight
 
@@ -490,7 +493,7 @@ class LSTM(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.lstm = nn.LSTM(config.n_embd, config.n_embd, config.n_layer, batch_first=True,
                             dropout=config.dropout if config.n_layer > 1 else 0.0)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.n_classes or config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight
 
@@ -588,17 +591,37 @@ def init_weights(model: nn.Module, seed: int, put=torch.Tensor.copy_) -> None:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module, put=torch.Tensor.copy_) -> None:
-    """Fill a model with the weights of another that may know fewer tokens, or more positions.
-    put(p, values) fills a parameter.
+    """Fill a model with the weights of another that may know fewer tokens, or more positions, or
+    have another kind of head, which is then 0. put(p, values) fills a parameter.
 
     The rows of new tokens are the mean of the others, which makes them as improbable as any: the
     logit of a row of zeros would be 0, where GPT-2's are around -100.
     """
     known = dict(source.named_parameters())
+    new_head = target.config.n_classes != source.config.n_classes
     for name, p in named_weights(target).items():
+        if name == 'lm_head.weight' and new_head:
+            p.zero_()
+            continue
         old = known[name].to(p.device)
         new = old.mean(dim=0).expand(max(0, len(p) - len(old)), *old.shape[1:])
         put(p, torch.cat([old[:len(p)], new]))
+
+
+@torch.no_grad()
+def spread_new_rows(model: nn.Module, known: int, seed: int) -> None:
+    """Move the rows of tokens from number `known` on, which copy_weights made equal, apart by as
+    much as the others differ: where embeddings are frozen, they could not be told apart."""
+    for name, p in named_weights(model).items():
+        if name in ('wte.weight', 'lm_head.weight') and len(p) > known:
+            generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} new'.encode()))
+            noise = torch.randn(len(p) - known, p.size(1), generator=generator)
+            p[known:] += noise.to(p.device) * p[:known].std(dim=0)
+
+
+def padded(n_tokens: int, known: int = 0) -> int:
+    """A vocabulary size for so many tokens: a multiple of 64 where it is large, as GPUs like it."""
+    return n_tokens if n_tokens < 1000 or n_tokens <= known else math.ceil(n_tokens / 64) * 64
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,19 +1,25 @@
 """Text from a trained model: python sample.py out/shakespeare --prompt="ROMEO:".
 
 The model is a run, a Hugging Face folder (GPT-2, Llama, Qwen3), or a name on its hub, like gpt2.
+A chat model answers, and remembers the conversation; a classifier gives the class of a text.
 
 The prompt comes from --prompt, from a file, from standard input, or, on a terminal, from the
 keyboard. Text goes to standard output as it comes, everything else to standard error.
 """
 import contextlib
+import json
 import os
 import sys
 import time
+from pathlib import Path
 
-from core import checkpoint
+import torch
+
+from core import checkpoint, records
 from core import device as hardware
+from core.documents import Bad
 from core.settings import Stop, check_bounds, configure, stop, warn
-from model import generate
+from model import generate, pad_rows
 
 POSITIONAL = ('run_dir',)
 
@@ -21,6 +27,10 @@ run_dir = ''                # a run such as out/shakespeare, a Hugging Face fold
 step = 0                    # which checkpoint; 0: the best one
 prompt = ''                 # text to continue
 prompt_file = ''            # read the prompt from this file; - is standard input
+chat = True                 # talk with a chat model; False: it continues text
+system = ''                 # a chat's system message
+classify = ''               # a text for a classifier
+classify_file = ''          # or a file of them: .txt (one a line), .jsonl, .json, .csv or .tsv
 num_samples = 1
 max_new_tokens = 500
 temperature = 0.8           # 0: always the most probable token
@@ -85,9 +95,10 @@ def read_prompt() -> str | None:
     return text
 
 
-def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev) -> tuple[str, int]:
+def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
+              chatting: bool = False) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
-    end = tokenizer.eos
+    ends = {tokenizer.eos, *([tokenizer.special['<|end|>']] if chatting else [])}
     stops = StopStrings([s.replace('\\n', '\n') for s in stop_strings.split(',') if s])
     to_text, written, n = tokenizer.stream(), [], 0
 
@@ -98,9 +109,9 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev) -> tuple[
     with dev.autocast():
         for new, in generate(model, [ids], max_new_tokens, temperature=temperature, top_k=top_k,
                              top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-                             seed=sample_seed, stop_tokens={end}, n_tokens=len(tokenizer)):
+                             seed=sample_seed, stop_tokens=ends, n_tokens=len(tokenizer)):
             n += 1
-            if new != end:
+            if new not in ends:
                 write(stops.feed(to_text(new)))
             if stops.found:
                 break
@@ -128,16 +139,145 @@ def write_samples(model, tokenizer, text: str, dev) -> list[str]:
     return texts
 
 
+# ---------------------------------------------------------------------------------------------
+# A chat
+
+
+class Chat:
+    """A conversation in the terminal."""
+    HELP = ('/reset forgets the conversation, /system TEXT begins one with this system message, '
+            '/save FILE appends it to a file for finetune.py, Ctrl-D ends')
+
+    def __init__(self, model, tokenizer, dev):
+        self.model, self.tokenizer, self.dev = model, tokenizer, dev
+        self.n_turns = 0
+        self.reset(system)
+
+    def reset(self, text: str) -> None:
+        """Begin a conversation, with a system message if text is not empty."""
+        self.messages = [{'role': 'system', 'content': text}] if text else []
+
+    def fitted(self) -> list[int]:
+        """The ids of the conversation, without the oldest turns where it leaves no room for an
+        answer of a quarter of the window."""
+        size = self.model.config.block_size
+        room = size - min(max_new_tokens, size // 4)
+        ids, n_dropped = self.tokenizer.encode_chat(self.messages, reply=True), 0
+        first = int(bool(self.messages) and self.messages[0]['role'] == 'system')
+        while len(ids) > room and len(self.messages) > first + 2:
+            del self.messages[first:first + 2]
+            n_dropped += 1
+            ids = self.tokenizer.encode_chat(self.messages, reply=True)
+        if n_dropped:
+            warn(f'the conversation is longer than the window of {size} tokens: the oldest '
+                 f'{n_dropped} questions with their answers are forgotten')
+        if len(ids) > room:
+            warn(f'the message has {len(ids):,} tokens: its beginning is cut off')
+            ids = ids[-room:]
+        return ids
+
+    def say(self, text: str) -> str:
+        """The model's answer, which is printed as it comes."""
+        self.messages.append({'role': 'user', 'content': text})
+        try:
+            out, _ = write_one(self.model, self.tokenizer, self.fitted(), seed + self.n_turns,
+                               self.dev, chatting=True)
+        except (Stop, KeyboardInterrupt):
+            self.messages.pop()     # not said
+            raise
+        self.n_turns += 1
+        self.messages.append({'role': 'assistant', 'content': out})
+        return out
+
+    def command(self, line: str) -> None:
+        """Do what a line that begins with a slash asks for."""
+        word, _, rest = line.partition(' ')
+        rest = rest.strip()
+        if word == '/reset' and not rest:
+            kept = self.messages[:1]
+            self.reset(kept[0]['content'] if kept and kept[0]['role'] == 'system' else '')
+        elif word == '/system':
+            self.reset(rest)
+        elif word == '/save' and rest:
+            try:
+                with open(rest, 'a', encoding='utf-8') as f:
+                    f.write(json.dumps({'messages': self.messages}, ensure_ascii=False) + '\n')
+                print(f'appended to {rest}', file=sys.stderr)
+            except OSError as e:
+                warn(f'{rest}: {e.strerror}; not saved')
+        else:
+            print(self.HELP, file=sys.stderr)
+
+    def run(self) -> None:
+        """Until the input ends."""
+        print(self.HELP, file=sys.stderr)
+        while True:
+            line = input('> ')
+            with contextlib.suppress(Stop):     # a character it does not know: that has been said
+                if line.startswith('/'):
+                    self.command(line)
+                elif line.strip():
+                    self.say(line)
+
+
+# ---------------------------------------------------------------------------------------------
+# A classifier
+
+
+def texts_to_classify() -> list[str]:
+    """The text of --classify, or those of a file."""
+    if classify and classify_file:
+        stop('classify and classify_file: both are given; leave one of them out')
+    if not classify_file:
+        return [classify]
+    path = Path(classify_file)
+    try:
+        if path.suffix == '.txt':
+            return [line for line in records.read_text(path).splitlines() if line.strip()]
+        return [records.text_of(where, row, 'text') for where, row in
+                records.rows_of(path, ('text',))]
+    except Bad as e:
+        stop(str(e))
+
+
+@torch.no_grad()
+def write_classes(model, tokenizer, labels: list[str], dev) -> list[dict]:
+    """Print the class of each text, its probability and, of several, the text."""
+    texts, found = texts_to_classify(), []
+    for i in range(0, len(texts), 32):
+        rows = [tokenizer.prompt(text)[:model.config.block_size] for text in texts[i:i + 32]]
+        idx, doc = pad_rows(rows, dev.name)
+        with dev.autocast():
+            said = model(idx, doc=doc, n_logits=1)[:, -1].float().softmax(dim=-1)
+        for text, row in zip(texts[i:], said.tolist()):
+            best = max(range(len(row)), key=row.__getitem__)
+            found.append({'label': labels[best], 'probability': row[best]})
+            shown = ' '.join(text.split())
+            print(f'{labels[best]}\t{row[best]:.4f}' + f'\t{shown}' * bool(classify_file))
+    return found
+
+
 def main() -> dict:
-    """Returns the texts that were generated, without the prompt."""
+    """Returns the texts that were generated, without the prompt, or the classes."""
     check_bounds(globals(), num_samples=(1, None), max_new_tokens=(1, None), temperature=(0, None),
                  top_k=(0, None), top_p=(1e-6, 1), min_p=(0, 1), repetition_penalty=(1e-6, None),
                  step=(0, None), seed=(0, 2 ** 31 - 1), threads=(0, None))
-    text = read_prompt()
+    asked = bool(classify or classify_file)
+    text = None if asked else read_prompt()
     dev = hardware.choose(device, dtype, False, threads, training=False)
     model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name)
     print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:2])}', file=sys.stderr)
+    if asked != bool(model.config.n_classes):
+        stop(f'run_dir={run_dir}: ' + ('is no classifier; leave out classify' if asked else
+             'is a classifier; give it a --classify="text" or a --classify_file'))
     try:
+        if asked:
+            return {'classes': write_classes(model, tokenizer, state['labels'], dev)}
+        if chat and state.get('task') == 'chat':
+            talk = Chat(model, tokenizer, dev)
+            if text is not None:
+                return {'texts': [talk.say(text)]}
+            talk.run()
         if text is not None:
             return {'texts': write_samples(model, tokenizer, text, dev)}
         print('type a prompt; an empty one starts from nothing; Ctrl-D ends', file=sys.stderr)

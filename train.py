@@ -13,9 +13,7 @@ import sys
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NoReturn
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -26,6 +24,7 @@ from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import IGNORE, load_split, share
 from core.download import NoNetwork
+from core.learner import Learner, count_targets, lm_loss_sums, print_above, to_device
 from core.processes import print0
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
 from model import (
@@ -37,6 +36,7 @@ from model import (
     flops_per_token,
     generate,
     init_weights,
+    padded,
 )
 
 # filled by configure: the config file's name, what flags changed, what flags or it changed
@@ -223,7 +223,7 @@ def model_config(n_tokens: int) -> GPTConfig:
     """The architecture that the settings describe, for a tokenizer of n_tokens tokens."""
     if vocab_size and vocab_size < n_tokens:
         stop(f'vocab_size={vocab_size}: the tokenizer has {n_tokens} tokens; use 0 to derive it')
-    chosen = {f.name: globals()[f.name] for f in fields(GPTConfig)}
+    chosen = {f.name: globals()[f.name] for f in fields(GPTConfig) if f.name in globals()}
     chosen['vocab_size'] = vocab_size or padded(n_tokens)
     if depth:
         chosen |= {'n_layer': depth, 'n_head': depth, 'n_embd': 64 * depth}
@@ -280,11 +280,6 @@ def adapted(config: GPTConfig, n_tokens: int) -> GPTConfig:
                    vocab_size=max(config.vocab_size, padded(n_tokens, config.vocab_size)))
 
 
-def padded(n_tokens: int, known: int = 0) -> int:
-    """A vocabulary size for so many tokens: a multiple of 64 where it is large, as GPUs like it."""
-    return n_tokens if n_tokens < 1000 or n_tokens <= known else math.ceil(n_tokens / 64) * 64
-
-
 def default_out_dir(data: Path, fell_back: bool) -> Path:
     """out/<config>, with the dataset in its name where it is not the config's own."""
     name = CONFIG or (Path(init_from).name if from_model() else 'gpt2')
@@ -329,61 +324,6 @@ def build_optimizers(model, device, ranks) -> list:
 # The parts of the loop
 
 
-def train_step(model, trained, optimizers, scaler, device, ranks, batches, factor: float,
-               step: int, limit: float = math.inf,
-               request=None) -> tuple[float, float, str, bool]:
-    """One optimizer step over this rank's micro-batches, unless its gradient is no good.
-
-    `model` has this rank's parameters, `trained` is what runs them (see parallel.wrap). The
-    gradient is that of the mean loss over all targets of all ranks, whatever their shares. `factor`
-    scales the learning rates. If loss or gradient are not finite on any rank, or the gradient's
-    norm is above `limit`, weights and optimizer state stay as they are. Returns loss,
-    gradient norm, why the step was skipped ('' if it was not), and whether a `request` to stop has
-    come to any rank: the same on all ranks.
-    """
-    n_targets = torch.tensor(float(sum((y != IGNORE).sum() for _, y, _ in batches)))
-    n_targets = processes.all_sum(n_targets, device) / (ranks.world // ranks.dp)
-    divisor = n_targets / (scaler.scale * ranks.dp)     # DDP and FSDP divide gradients by dp
-    loss_sum = torch.zeros((), dtype=device.sums, device=device.name)
-    if ranks.pp > 1:
-        seed_dropout(step, 0, ranks)
-        loss_sum += trained.train(batches, divisor)
-    else:
-        for micro_step, batch in enumerate(batches):
-            seed_dropout(step, micro_step, ranks)
-            x, y, doc = (t if t is None else t.to(device.name, non_blocking=True) for t in batch)
-            with parallel.accumulate(trained, ranks, last=micro_step == len(batches) - 1):
-                with device.autocast(cache=ranks.zero < 3):
-                    loss = trained(x, y, doc=doc, reduction='sum') / divisor
-                loss.backward()
-            loss_sum += loss.detach()
-    parallel.complete_gradients(model, ranks)
-    # The step's only wait for the device. One sum over the ranks carries all that they must agree
-    # on: were a single one to skip or to stop, the others would train another model, or wait.
-    asked = torch.tensor(bool(request and request.asked), dtype=device.sums, device=device.name)
-    report = torch.stack([loss_sum * ranks.owns_loss / ranks.dp,
-                          parallel.squared_norm(model, ranks, device.sums), asked])
-    loss, squared_norm, asked = processes.all_sum(report, device).tolist()
-    loss, norm = loss / scaler.scale, math.sqrt(squared_norm) / scaler.scale
-    skipped = optim.problem(loss, norm, limit)
-    if not skipped:
-        optim.clip_gradients(parallel.local_gradients(model), grad_clip, norm, scaler.scale)
-    scaler.update(math.isfinite(norm))
-    optim.apply_gradients(optimizers, factor, skip=bool(skipped))
-    return loss, norm, skipped, asked > 0
-
-
-def seed_dropout(step: int, micro_step: int, ranks) -> None:
-    """Other random numbers in each pass of each rank that has other data, layers or positions; the
-    same ones on ranks that only share matrices, which must drop the same of the residual stream.
-    """
-    if dropout:
-        more = () if ranks.pp == ranks.tp == 1 else (
-            ranks.pp_rank, ranks.tp_rank if ranks.sequence_parallel else 0)
-        key = np.random.SeedSequence((seed, step, micro_step, ranks.dp_rank, *more))
-        torch.manual_seed(int(key.generate_state(1)[0]))
-
-
 @torch.no_grad()
 def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: False,
              pipe=None):
@@ -405,7 +345,7 @@ def evaluate(model, windows, tokenizer, rows: int, device, ranks, asked=lambda: 
             if pipe:
                 nats.append(pipe.evaluate(batches))
             else:
-                x, y, doc = (t if t is None else t.to(device.name) for t in batches[0])
+                x, y, doc = to_device(batches[0], device)
                 with device.autocast(), parallel.passes(ranks):
                     nats.append(model(x, y, doc=doc, reduction='sum'))
             real = torch.cat([y[y != IGNORE] for _, y, _ in batches])
@@ -456,35 +396,13 @@ def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked, p
     return False
 
 
-def time_steps(do_step, optimizers, scaler, device, n: int) -> list[float]:
-    """Seconds of each of n steps that change nothing: their learning rate is 0."""
-    times, state = [], scaler.state_dict()
-    for _ in range(n):
-        began = time.perf_counter()
-        do_step(0, 0.0)
-        device.synchronize()
-        times.append(time.perf_counter() - began)
-    for o in optimizers:
-        o.state.clear()
-    scaler.load_state_dict(state)
-    return times
-
-
-def resume(at, state: dict, run: Path, model, optimizers, scaler) -> None:
+def resume(at, state: dict, run: Path, learner: Learner) -> None:
     """Go back to where a checkpoint was saved. Stops if the run has done more than max_steps."""
     at.restore(state)
     at.max_steps = at.max_steps if max_minutes else max_steps
     if at.step > at.max_steps:
         stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
-    checkpoint.load_weights(model, run, at.step, parallel.put)
-    checkpoint.load_optimizers(model, optimizers, run, at.step, parallel.put)
-    scaler.load_state_dict(state['scaler'])
-
-
-def print_above(ranks, text: str) -> None:
-    """Print above the progress bar, on rank 0 only."""
-    if ranks.rank == 0:
-        tqdm.write(text)
+    learner.restore(run, state)
 
 
 def evaluate_run(ranks, device) -> dict:
@@ -506,16 +424,6 @@ def evaluate_run(ranks, device) -> dict:
            f'token, {bits_per_byte:.4f} bits per byte' + ', documents kept apart' * packed)
     return {'run_dir': str(base), 'step': state['step'], 'val_loss': val_loss,
             'bits_per_byte': bits_per_byte}
-
-
-def give_up(bar, saver, ranks, skipped: str) -> NoReturn:
-    """End a run in which no step is any good; rank 0 says why, and what is left."""
-    bar.close()
-    left = processes.broadcast(saver.last_good() if ranks.rank == 0 else None, patient=True)
-    if ranks.rank:
-        raise SystemExit(2)
-    stop(f'10 steps in a row were skipped, the last one for {skipped}; {left}; start a new run '
-         'with a lower learning rate, or look at the samples that log.jsonl names')
 
 
 def end_run(run: Path, log, at, text: str, fell_back: bool, about: str) -> None:
@@ -573,15 +481,8 @@ def main() -> dict:
     train_windows = load_split(data, 'train', block_size, seed, eos=eos)
     val_windows = load_split(data, 'val', block_size, shuffle=False, eos=eos)
     identity = run_identity(meta, tokenizer, config, begun.get('init_from', ''))
-    saver = state = None
-    if ranks.rank == 0:
-        saver, state = rundir.find_run(base, identity, init_from == 'resume')
-    run, state = processes.broadcast(saver and [str(saver.run), state], patient=True)
-    run, first = Path(run), ranks.rank == 0
-    if not ranks.plain:     # all write
-        writers = parallel.writers(ranks)
-        saver = saver or checkpoint.Saver(run, writers)
-        saver.writers = writers
+    run, saver, state = rundir.open_run(base, identity, ranks, init_from == 'resume')
+    first = ranks.rank == 0
     tokens_per_step = batch_size * block_size
     print0(f'data {data}: {meta["about"]}; {len(tokenizer):,} tokens in its vocabulary')
     if pack_documents:
@@ -591,27 +492,27 @@ def main() -> dict:
            f'epoch {len(train_windows) / batch_size:,.1f} steps')
 
     # Optimizers, compilation, what a checkpoint says
-    optimizers = build_optimizers(model, dev, ranks)
-    scaler = optim.LossScale(dev.dtype == 'float16')
     trained, n_micro = parallel.wrap(model, ranks, dev, math.ceil(batch_size / ranks.dp), rows)
     pipe = trained if ranks.pp > 1 else None
+
+    learner = Learner(model, trained, build_optimizers(model, dev, ranks),
+                      optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip, seed)
 
     def do_step(step, factor, *rest):
         shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)
         batches = [train_windows.batch(samples) for samples in shares]
-        return train_step(model, trained, optimizers, scaler, dev, ranks, batches, factor, step,
-                          *rest)
+        return learner.step(batches, lm_loss_sums, count_targets(batches), step, factor, *rest)
 
     # A step to warm up. It compiles, and DDP arranges its buckets anew after it: without this, the
     # first step of a resumed run would add up gradients in another order.
     warm_up = dev.compile or ranks.world > 1
-    compile_seconds = sum(time_steps(do_step, optimizers, scaler, dev, 1)) if warm_up else 0.0
+    compile_seconds = sum(learner.time_steps(do_step, 1)) if warm_up else 0.0
     if dev.compile:
         print0(f'compiled in {compile_seconds:.1f} s')
     if state:
-        resume(at, state, run, model, optimizers, scaler)
+        resume(at, state, run, learner)
     elif max_minutes:
-        each = statistics.median(time_steps(do_step, optimizers, scaler, dev, 8))
+        each = statistics.median(learner.time_steps(do_step, 8))
         at.max_steps = processes.broadcast(max(1, int(60 * max_minutes / each)))
     if max_minutes:
         print0(f'max_minutes={max_minutes:g}: {at.max_steps:,} steps')
@@ -638,8 +539,8 @@ def main() -> dict:
                                       asked, pipe)
             saving = at.step % (save_interval or eval_interval) == 0 or at.step == at.best_step
             if (saving or stopping or ends) and at != saved and saver:
-                saver.save(model, optimizers, tokenizer, asdict(at) | {
-                    'config': asdict(config), 'scaler': scaler.state_dict(),
+                saver.save(model, learner.optimizers, tokenizer, asdict(at) | {
+                    'config': asdict(config), 'scaler': learner.scaler.state_dict(),
                     'identity': identity}, last=ends)
                 saved = replace(at)
             if stopping or ends:
@@ -648,20 +549,14 @@ def main() -> dict:
             factor = optim.schedule(at.step, at.max_steps, schedule, warmup_steps, decay_fraction,
                                     min_lr_fraction)
             limit = optim.spike_limit(at.grad_norms, spike_sigma)
-            loss, grad_norm, skipped, stopping = do_step(at.step, factor, limit, request)
+            (loss,), grad_norm, skipped, stopping = do_step(at.step, factor, limit, request)
             times.append(time.perf_counter() - began)
             at.step, at.seconds = at.step + 1, at.seconds + times[-1]
             bar.update()
             if skipped:
-                at.skipped += 1
-                log.write('skip', step=at.step, reason=skipped, train_loss=loss,
-                          grad_norm=grad_norm, first_sample=(at.step - 1) * batch_size,
-                          last_sample=at.step * batch_size - 1)
-                print_above(ranks, f'step {at.step} skipped: {skipped}')
-                # a scaler that is still coming down to its scale overflows a few times
-                at.skipped_in_a_row += math.isfinite(grad_norm) or scaler.scale <= 1
-                if at.skipped_in_a_row >= 10:
-                    give_up(bar, saver, ranks, skipped)
+                learner.note_skip(at, log, bar, saver, skipped, train_loss=loss,
+                                  grad_norm=grad_norm, first_sample=(at.step - 1) * batch_size,
+                                  last_sample=at.step * batch_size - 1)
                 continue
             at.skipped_in_a_row = 0
             at.grad_norms = [*at.grad_norms, grad_norm][-100:] if spike_sigma else []
@@ -669,8 +564,8 @@ def main() -> dict:
                 speed = len(times) * tokens_per_step / sum(times)
                 mfu = flops * speed / (dev.peak_flops * ranks.world)
                 log.write('step', step=at.step, tokens=at.step * tokens_per_step,
-                          seconds=at.seconds, train_loss=loss,
-                          learning_rate=optimizers[0].param_groups[0]['lr'], grad_norm=grad_norm,
+                          seconds=at.seconds, train_loss=loss, grad_norm=grad_norm,
+                          learning_rate=learner.optimizers[0].param_groups[0]['lr'],
                           tokens_per_second=speed, mfu=mfu)
                 bar.set_postfix_str(f'loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.1%}')
                 times = []

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from core import hf, hf_tokenizer
+from core import hf, hf_tokenizer, lora
 from core import tokenizer as tokenizers
 from core.download import NoNetwork, file_hash
 from core.settings import stop, warn
@@ -133,6 +133,14 @@ def source_hash(path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+def weights_hash(model) -> str:
+    """First 16 hex digits of the SHA-256 of a model's weights on the CPU."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        digest.update(name.encode() + p.detach().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------------------
 # Saving
 
@@ -204,6 +212,7 @@ class Saver:
         self.wait()
         self.saved = 0      # until this one is complete
         files = {'model': self.copies(model_tensors(model)),
+                 'adapters': self.copies(lora.split(model)[1]),
                  'optimizer': self.copies(optimizer_tensors(model, optimizers))}
         bad = [name for tensors in files.values() for name, tensor in tensors.items()
                if not torch.stack(torch.aminmax(tensor)).isfinite().all()]
@@ -363,18 +372,20 @@ def merged(tmp: Path, files: dict) -> dict:
 
 
 def model_tensors(model) -> dict[str, torch.Tensor]:
-    """The model's parameters by name; a shared one once."""
-    skipped = model.wte is None and model.config.tied   # a stage with the head of the first one's
-    return {name: p.detach() for name, p in named_weights(model).items()
-            if not (skipped and name == 'wte.weight')}
+    """The model's weights by name, with adapters merged into them; a shared one once."""
+    return {name: p for name, p in lora.split(model)[0].items() if not elsewhere(model, name)}
+
+
+def elsewhere(model, name: str) -> bool:
+    """Whether a weight of a pipeline stage is that of another stage, which shares it."""
+    return name == 'wte.weight' and model.wte is None
 
 
 def optimizer_tensors(model, optimizers) -> dict[str, torch.Tensor]:
     """Optimizer state as '<parameter name>/<state name>' -> tensor."""
     names = {p: name for name, p in named_weights(model).items()}
-    kept = model_tensors(model)
     return {f'{names[p]}/{key}': value for optimizer in optimizers
-            for p, state in optimizer.state.items() if names[p] in kept
+            for p, state in optimizer.state.items() if not elsewhere(model, names[p])
             for key, value in state.items()}
 
 
@@ -404,23 +415,27 @@ def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch
 
 def load_weights(model, folder, step: int, put=torch.Tensor.copy_) -> None:
     """Fill the model's parameters from a checkpoint; put(p, values) fills one of which this process
-    may hold a part. Stops if names or shapes differ.
+    may hold a part. Of a model with adapters only these: into what it has they are not merged.
+    Stops if names or shapes differ.
     """
     params, known = named_weights(model), all_names(model)
+    kind = 'model'
+    if own := lora.split(model)[1]:
+        kind, params, known = 'adapters', {name: params[name] for name in own}, set(own)
     missing = set(params)
-    for path, name, tensor in read_tensors(step_folder(folder, step), 'model'):
+    for path, name, tensor in read_tensors(step_folder(folder, step), kind):
         if name not in known:
             stop(f'{path}: holds {name[:80]!r}, which this model does not have')
         if name in params:      # not of another pipeline stage
             fill(params[name], tensor, f'{path}: {name}', put)
         missing.discard(name)
     if missing:
-        stop(f'{step_folder(folder, step)}: {min(missing)} is missing in model*.safetensors')
+        stop(f'{step_folder(folder, step)}: {min(missing)} is missing in {kind}*.safetensors')
 
 
 def all_names(model) -> set[str]:
     """Names of the parameters of the whole model of which this may be a pipeline stage."""
-    return set(named_weights(build_model(model.config, None, 'meta')))
+    return {*named_weights(build_model(model.config, None, 'meta')), *lora.split(model)[1]}
 
 
 def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_) -> None:
@@ -439,7 +454,7 @@ def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_
         fill(state, tensor, f'{path}: {name}', torch.Tensor.copy_ if scalar else put)
         owner[p].state[p][key] = state
     without = [name for name, p in params.items() if p in owner and p not in owner[p].state]
-    if 0 < len(without) < len(params):
+    if 0 < len(without) < len(owner):
         stop(f'{step_folder(folder, step)}: the state of {without[0]} is missing in '
              'optimizer*.safetensors; use another checkpoint')
 
@@ -492,7 +507,7 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
     of that step.
     """
     folder = find_model(run_dir, data_dir)
-    found, unread = steps(folder), ('optimizer',)
+    found, unread = steps(folder), ('optimizer', 'adapters')
     if not found:
         if step:
             stop(f'step={step}: {folder} is a Hugging Face model, which has no steps')

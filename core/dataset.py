@@ -1,4 +1,4 @@
-"""What training reads: token shards, and the order in which windows of them are read.
+"""What training reads: token shards and records, and the order in which windows of them are read.
 
 A dataset is a folder: shards `train-00000.bin ...` and `val-00000.bin ...`, `tokenizer.json` and
 `meta.json`. docs/formats.md writes down every byte.
@@ -155,10 +155,8 @@ class Windows:
     def set_epoch(self, epoch: int) -> None:
         """Work out where epoch number `epoch` starts and the order of its windows."""
         self.epoch = epoch
-        # Philox's raw words, unlike numpy's shuffles, are the same in every version of numpy.
-        words = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self) + 1)
-        self.offset = int(words[-1] % self.n_targets)
-        self.order = np.argsort(words[:-1], kind='stable')
+        self.order, word = shuffled(self.seed, epoch, len(self))
+        self.offset = word % self.n_targets
 
     def place(self, sample: int) -> int:
         """Which window of its epoch, before they were shuffled, a sample is."""
@@ -202,6 +200,13 @@ class Windows:
         """
         rows = zip(*(self.window(int(sample)) for sample in samples))
         return tuple(None if row[0] is None else torch.from_numpy(np.stack(row)) for row in rows)
+
+
+def shuffled(seed: int, epoch: int, n: int) -> tuple[np.ndarray, int]:
+    """An order of 0 .. n - 1, and a random number of 64 bits: pure functions of (seed, epoch)."""
+    # Philox's raw words, unlike numpy's shuffles, are the same in every version of numpy.
+    words = np.random.Philox(key=[seed, epoch]).random_raw(n + 1)
+    return np.argsort(words[:-1], kind='stable'), int(words[-1])
 
 
 class PackedWindows(Windows):
@@ -284,6 +289,62 @@ def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
                     bisect.insort(groups, (room - pieces * length, first, n_of))
                 first += n_of
     return row
+
+
+class Rows:
+    """Sequences of ids that come with a weight for each id as a target, in rows of block_size.
+
+    Several in a row, packed by best fit and kept apart by document numbers, or, if not `packed`,
+    one in each; row sample % len(self) of epoch sample // len(self), whose order is a pure function
+    of (seed, epoch). A sequence may have block_size + 1 ids.
+    """
+
+    def __init__(self, ids: list, weights: list, block_size: int, seed: int = 0,
+                 shuffle: bool = True, packed: bool = True):
+        self.ids, self.weights, self.block_size = ids, weights, block_size
+        self.seed, self.shuffle, self.epoch, self.order = seed, shuffle, None, None
+        lengths = np.array([len(row) - 1 for row in ids], np.int64)
+        row = best_fit_decreasing(lengths, block_size) if packed else np.arange(len(ids))
+        self.members = [part.tolist() for part in np.split(
+            np.argsort(row, kind='stable'), np.cumsum(np.bincount(row))[:-1])]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def sequences(self, sample: int) -> list[int]:
+        """The numbers of the sequences in the row of a sample; PADDING has none."""
+        if sample == PADDING:
+            return []
+        epoch, i = divmod(sample, len(self))
+        if self.shuffle and epoch != self.epoch:
+            self.epoch, self.order = epoch, shuffled(self.seed, epoch, len(self))[0]
+        return self.members[self.order[i] if self.shuffle else i]
+
+    def owners(self, samples) -> torch.Tensor:
+        """(B, T) the number of the sequence that each position belongs to; -1 is padding."""
+        rows = np.full((len(samples), self.block_size), -1, np.int64)
+        for row, sample in zip(rows, samples):
+            members = self.sequences(int(sample))
+            found = np.repeat(members, [len(self.ids[i]) - 1 for i in members])
+            row[:len(found)] = found
+        return torch.from_numpy(rows)
+
+    def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs, targets, document numbers and the targets' weights, (B, T) each.
+
+        Targets of weight 0 are IGNORE; documents are numbered from 0 in each row, -1 is padding.
+        """
+        shape = len(samples), self.block_size
+        x, y = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        doc, weight = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
+        for r, sample in enumerate(samples):
+            end = 0
+            for number, i in enumerate(self.sequences(int(sample))):
+                ids, w = np.asarray(self.ids[i]), np.asarray(self.weights[i], np.float32)[1:]
+                at = slice(end, end := end + len(w))
+                x[r, at], doc[r, at], weight[r, at] = ids[:-1], number, w
+                y[r, at] = np.where(w > 0, ids[1:], IGNORE)
+        return tuple(map(torch.from_numpy, (x, y, doc, weight)))
 
 
 def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,

@@ -179,7 +179,7 @@ def llama_config(found: Fields, kind: str) -> dict:
 
 def architecture(config: GPTConfig) -> str:
     """The public architecture that a model is: gpt2, llama or qwen3. Stops if it is none."""
-    wanted = {'arch': 'gpt', 'window': 0}
+    wanted = {'arch': 'gpt', 'window': 0, 'n_classes': 0}
     if config.norm == 'layernorm':
         kind = 'gpt2'
         wanted |= {'position': 'learned', 'mlp': 'gelu', 'qk_norm': False,

@@ -104,9 +104,9 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
 
     'adamw': AdamW for everything, decay on matrices only. 'muon': Muon for the matrices inside the
     blocks, AdamW for embeddings, head, norms and biases. The embedding has a rate of its own if
-    embed_learning_rate is not 0.
+    embed_learning_rate is not 0. What requires no gradient is left out.
     """
-    named = named_weights(model)
+    named = {name: p for name, p in named_weights(model).items() if p.requires_grad}
     hidden = [p for name, p in named.items() if p.ndim == 2 and name.startswith(('h.', 'lstm.'))]
     embedding = [p for name, p in named.items() if name in ('wte.weight', 'wpe.weight')]
     apart = {id(p) for p in embedding} if embed_learning_rate else set()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from core import checkpoint
+from core import checkpoint, parallel, processes
 from core.checkpoint import Saver
 from core.settings import stop, warn
 
@@ -49,6 +49,20 @@ def find_run(base: Path, identity: dict, insist: bool = False) -> tuple[Saver, d
         if number > 1:
             print(f'{base} holds another or a finished run, so this one is {folder}')
         return saver, None
+
+
+def open_run(base: Path, identity: dict, ranks, insist: bool = False):
+    """(run directory, Saver of a rank that writes, state to resume from or None): what find_run
+    gives rank 0, on all ranks."""
+    saver = state = None
+    if ranks.rank == 0:
+        saver, state = find_run(base, identity, insist)
+    run, state = processes.broadcast(saver and [str(saver.run), state], patient=True)
+    if not ranks.plain:     # all write
+        writers = parallel.writers(ranks)
+        saver = saver or Saver(Path(run), writers)
+        saver.writers = writers
+    return Path(run), saver, state
 
 
 def read_newest(saver: Saver) -> dict:

@@ -36,7 +36,8 @@ from core.workers import ordered_map
 
 # Reserved by every trained tokenizer, so that a base model can become a chat model unchanged.
 ROLES = ('system', 'user', 'assistant')
-SPECIAL = ('<|endoftext|>', *(f'<|{role}|>' for role in ROLES), '<|end|>')
+CHAT = (*(f'<|{role}|>' for role in ROLES), '<|end|>')
+SPECIAL = ('<|endoftext|>', *CHAT)
 # The same as encode_chat, for other programs.
 CHAT_TEMPLATE = ("{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + "
                  "message['content'] + '<|end|>' -}}{%- endfor -%}"
@@ -118,9 +119,13 @@ class Tokenizer:
         """The ids to continue from: those of the text, after bos where the model is used to it."""
         return ([self.bos] if self.add_bos else []) + self.encode(text) or self.start()
 
+    def knows_chat(self) -> bool:
+        """Whether it has the tokens of chats; one that was not made here may lack them."""
+        return self.special.keys() >= set(CHAT)
+
     def check_chat(self) -> None:
-        """Stop if the tokens of chats are missing, as in a tokenizer that was not made here."""
-        missing = [name for name in SPECIAL if name not in self.special]
+        """Stop if the tokens of chats are missing."""
+        missing = [name for name in CHAT if name not in self.special]
         if missing:
             stop(f'this tokenizer has no {missing[0]}: it knows no chats; its special tokens are '
                  f'{", ".join(list(self.special)[:8])}')
@@ -132,14 +137,21 @@ class Tokenizer:
         ids end where the assistant begins to answer. What looks like a special token in a content
         stays text, so nobody can write himself another role. Raises ValueError for another role.
         """
+        turns = [ids for ids, _ in self.encode_turns(messages)]
+        return sum(turns, []) + [self.special['<|assistant|>']] * reply
+
+    def encode_turns(self, messages: list[dict]) -> Iterator[tuple[list[int], list[bool]]]:
+        """For each message its ids in a conversation, and which of them the assistant says: its
+        content and the end token, not the token of its role.
+        """
         self.check_chat()
-        ids = []
         for message in messages:
             if message['role'] not in ROLES:
                 raise ValueError(f'role {message["role"]!r}: must be one of {", ".join(ROLES)}')
-            ids += [self.special[f'<|{message["role"]}|>'], *self.encode(message['content']),
-                    self.special['<|end|>']]
-        return ids + [self.special['<|assistant|>']] * reply
+            ids = [self.special[f'<|{message["role"]}|>'], *self.encode(message['content']),
+                   self.special['<|end|>']]
+            said = message['role'] == 'assistant'
+            yield ids, [False] + [said] * (len(ids) - 1)
 
     def decode_chat(self, ids) -> list[dict]:
         """The messages of a conversation's ids: the inverse of encode_chat.
@@ -286,6 +298,12 @@ class BPETokenizer(Tokenizer):
         for name, i in self.written.items():
             lengths[i] = len(name.encode())
         return lengths
+
+    def with_chat(self) -> 'BPETokenizer':
+        """The same with the tokens of chats behind all others, where it lacks them."""
+        missing = [name for name in CHAT if name not in self.special]
+        new = {name: len(self) + i for i, name in enumerate(missing)}
+        return BPETokenizer(**self.state(), special=self.special | new)
 
     def blocks(self, text: str) -> list[str]:
         return super().blocks(text) if self.pattern in PATTERNS.values() else [text]

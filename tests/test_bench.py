@@ -68,12 +68,12 @@ def test_train(run_bench, capsys):
 
 def test_train_on_documents(run_bench, monkeypatch, capsys):
     """The model is given their numbers, as in training."""
-    real, seen = train.train_step, []
+    real, seen = train.Learner.step, []
 
     def step(*args):
-        seen.append(args[6][0][2])
+        seen.append(args[1][0][2])
         return real(*args)
-    monkeypatch.setattr(train, 'train_step', step)
+    monkeypatch.setattr(train.Learner, 'step', step)
     assert run_bench()['ours_tokens_per_second'] > 0 and seen.pop() is None
     monkeypatch.setattr(train, 'pack_documents', True)
     assert run_bench()['ours_tokens_per_second'] > 0

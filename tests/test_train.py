@@ -18,6 +18,7 @@ import train
 from core import checkpoint, optim, rundir
 from core import device as hardware
 from core.dataset import IGNORE, ShardWriter, load_split, share
+from core.learner import Learner, count_targets, lm_loss_sums
 from core.optim import LossScale
 from core.processes import Ranks
 from core.settings import Stop, read_config
@@ -94,11 +95,11 @@ def test_finished_run_is_not_touched_and_unfinished_one_resumes(run_train, monke
             raise KeyboardInterrupt
         return real(*args)
 
-    real = train.train_step
-    monkeypatch.setattr(train, 'train_step', killed)
+    real = train.Learner.step
+    monkeypatch.setattr(train.Learner, 'step', killed)
     with pytest.raises(KeyboardInterrupt):
         run_train(out_dir='out/cut', dropout=0.1, optimizer='muon')
-    monkeypatch.setattr(train, 'train_step', real)
+    monkeypatch.setattr(train.Learner, 'step', real)
     while list(Path('out/cut').glob('.tmp*')):      # written by a thread of this process
         time.sleep(0.001)
     assert checkpoint.steps('out/cut') == [3]
@@ -219,10 +220,10 @@ def test_packed_documents(run_train, letters, monkeypatch, capsys):
         alone = run_train(**evaluate, pack_documents=False)['val_loss']
     assert abs(alone - whole['best_val_loss']) > 1e-4   # what stands before a document did matter
 
-    real = train.train_step
-    monkeypatch.setattr(train, 'train_step', lambda *args: (*real(*args)[:3], args[8] == 3))
+    real = train.Learner.step
+    monkeypatch.setattr(train.Learner, 'step', lambda *args: (*real(*args)[:3], args[4] == 3))
     assert run_train(out_dir='out/cut', **settings)['stopped']
-    monkeypatch.setattr(train, 'train_step', real)
+    monkeypatch.setattr(train.Learner, 'step', real)
     plain = {**settings, 'pack_documents': False}
     stopped(capsys, run_train, 'data.pack_documents is None, but was True', out_dir='out/cut',
             init_from='resume', **plain)
@@ -278,9 +279,9 @@ def test_packed_rows_have_the_losses_of_their_documents_alone(corpus):
     windows = load_split(folder, 'train', 16, seed=1, eos=EOS)
     micro_batches = [windows.batch(samples) for samples in share(0, len(windows), 0, 1, 6)]
     unseparated = [(x, y, None) for x, y, _ in micro_batches]
-    step = lambda batches: train.train_step(
-        model, model, train.build_optimizers(model, CPU, Ranks()), LossScale(False), CPU, Ranks(),
-        batches, 0.0, 0)[0]
+    learner = Learner(model, model, train.build_optimizers(model, CPU, Ranks()), LossScale(False),
+                      CPU, Ranks(), 0.0, 0)
+    step = lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0, 0.0)[0][0]
     ends = [i for i, t in enumerate(ids[:-1]) if t == EOS]
     expected = 0.0
     for start, end in zip([0, *ends], [*ends, 399]):    # a long document in pieces of 16
@@ -439,7 +440,7 @@ def test_run_that_ended_before_its_first_checkpoint_begins_again(run_train, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'train_step', killed)
+        patch.setattr(train.Learner, 'step', killed)
         with pytest.raises(KeyboardInterrupt):
             run_train(out_dir='out/a')
     assert Path('out/a/log.jsonl').exists()

@@ -21,17 +21,17 @@ SETTINGS = dict(max_steps=12, eval_interval=100, save_interval=2, dropout=0.1)
 
 def between_steps(monkeypatch, first, last, break_it, mend_it) -> None:
     """Call break_it() before step `first`, mend_it() before step `last`; no save is under way."""
-    real = train.train_step
+    real = train.Learner.step
 
     def step(*args, **options):
-        while args[8] in (first, last) and list(Path('out/cut').glob('.tmp*')):
+        while args[4] in (first, last) and list(Path('out/cut').glob('.tmp*')):
             time.sleep(0.001)
-        if args[8] == first:
+        if args[4] == first:
             break_it()
-        if args[8] == last:
+        if args[4] == last:
             mend_it()
         return real(*args, **options)
-    monkeypatch.setattr(train, 'train_step', step)
+    monkeypatch.setattr(train.Learner, 'step', step)
 
 
 def note_steps(monkeypatch, run) -> dict:

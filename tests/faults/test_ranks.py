@@ -98,7 +98,7 @@ def test_three_ranks_killed(tmp_path, text_file):
 
 def note_samples(train, rank) -> None:
     """Write down the numbers of all training samples that this rank reads."""
-    real, time_steps, warming_up = train.load_split, train.time_steps, []
+    real, time_steps, warming_up = train.load_split, train.Learner.time_steps, []
 
     def warm_up(*args):
         warming_up.append(1)
@@ -118,7 +118,7 @@ def note_samples(train, rank) -> None:
                 return batch(samples)
             windows.batch = noted
         return windows
-    train.load_split, train.time_steps = load_split, warm_up
+    train.load_split, train.Learner.time_steps = load_split, warm_up
 
 
 def test_two_then_three_then_one_rank(tmp_path, text_file):

@@ -52,7 +52,7 @@ def time_parts(train, rank) -> None:
                     f.write(f'["{what}", {time.perf_counter() - began}]\n')
             return result
         return call
-    train.train_step = timed('step', train.train_step)
+    train.Learner.step = timed('step', train.Learner.step)
     train.evaluate = timed('evaluation', train.evaluate)
     save = train.checkpoint.Saver.save
 

@@ -20,6 +20,7 @@ import train
 from core import checkpoint, optim, parallel, processes
 from core.dataset import IGNORE, PADDING, share
 from core.device import Device
+from core.learner import Learner, count_targets, lm_loss_sums
 from core.processes import Ranks
 from core.settings import settings_of
 from model import GPTConfig, allocate, build_model, init_weights, named_weights
@@ -95,21 +96,22 @@ class Trainer:
             values = torch.randn(p.shape, generator=noise, dtype=p.dtype)
             parallel.put(p, values * 0.1 + (p.ndim == 1 and name.endswith('weight')))
         self.optimizers = train.build_optimizers(self.model, self.device, ranks)
-        self.scaler = optim.LossScale(False)
         self.trained, self.n_micro = parallel.wrap(self.model, ranks, self.device,
                                                    math.ceil(BATCH / ranks.dp), case.rows)
+        self.learner = Learner(self.model, self.trained, self.optimizers, optim.LossScale(False),
+                               self.device, ranks, train.grad_clip, train.seed)
 
     def step(self, i: int) -> tuple[float, float]:
         """Loss and gradient norm of one step."""
         return self.train_step(i)[:2]
 
     def train_step(self, i: int) -> tuple:
-        """One step, as train.train_step."""
+        """One step: loss, gradient norm, why it was skipped, whether the run is to stop."""
         shares = share(i * BATCH, BATCH, self.ranks.dp_rank, self.ranks.dp, self.case.rows,
                        self.n_micro)
         batches = [batch(samples, self.case.documents) for samples in shares]
-        return train.train_step(self.model, self.trained, self.optimizers, self.scaler, self.device,
-                                self.ranks, batches, 1.0, i)
+        (loss,), *rest = self.learner.step(batches, lm_loss_sums, count_targets(batches), i, 1.0)
+        return loss, *rest
 
 
 def one_process(case: Case) -> list[tuple[float, float]]:
@@ -182,7 +184,7 @@ def overflow(ranks: Ranks, case: Case) -> list:
     """
     laid_out(ranks, case.layout)
     trainer = Trainer(case, ranks)
-    trainer.scaler = optim.LossScale(True)
+    trainer.learner.scaler = optim.LossScale(True)
     real, results = parallel.complete_gradients, []
 
     def complete(model, ranks):
@@ -194,7 +196,7 @@ def overflow(ranks: Ranks, case: Case) -> list:
     try:
         for i in range(3):
             *scores, skipped, _ = trainer.train_step(i)
-            results.append((*scores, skipped, trainer.scaler.scale))
+            results.append((*scores, skipped, trainer.learner.scaler.scale))
     finally:
         parallel.complete_gradients = real
     return results

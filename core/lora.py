@@ -1,0 +1,145 @@
+"""Low-rank adapters (Hu et al. 2021, "LoRA"): a frozen matrix W learns as W + alpha / r * B A.
+
+`add` gives chosen linear layers two small matrices, lora_A (r, in) and lora_B (out, r), and freezes
+all else; `merged` gives the weights that a model without adapters would have, so that every later
+stage takes it; `save` writes the adapters alone, as PEFT does. The names of the layers stay.
+"""
+import contextlib
+import json
+import math
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from core import hf
+from core.settings import stop
+from model import named_weights
+
+TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter. It takes the place of one whose parameters it shares.
+
+    y = x W^T + b + alpha / r * drop(x) A^T B^T (section 4.1). B is 0, so at first nothing changes.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, 'meta')
+        self.weight, self.bias = layer.weight, layer.bias
+        self.scale, self.on = alpha / rank, True
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        device = layer.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return y
+        return y + self.scale * F.linear(F.linear(self.drop(x), self.lora_A), self.lora_B)
+
+    def merged(self) -> torch.Tensor:
+        """W + alpha / r * B A."""
+        return self.weight + self.scale * (self.lora_B @ self.lora_A)
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that have adapters, by name."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, LoRALinear)}
+
+
+def add(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float, seed: int) -> None:
+    """Give the layers in `targets` (names with commas, of TARGETS) adapters, and freeze all else.
+
+    A is uniform with bound 1 / sqrt(in), as PEFT has it; its numbers depend on (seed, name) only.
+    Stops at a name that no layer has.
+    """
+    names = targets.split(',')
+    model.requires_grad_(False)
+    layers = {name: module for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and name.rpartition('.')[2] in names}
+    for name in names:
+        if name not in TARGETS or not any(layer.endswith(f'.{name}') for layer in layers):
+            stop(f'lora_targets={targets}: this model has no layers {name!r}; it has '
+                 + ', '.join(n for n in TARGETS if any(
+                     layer.endswith(f'.{n}') for layer, _ in model.named_modules())))
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition('.')
+        new = LoRALinear(layer, rank, alpha, dropout)
+        generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}.lora_A'.encode()))
+        bound = 1 / math.sqrt(layer.in_features)
+        with torch.no_grad():
+            new.lora_A.copy_(torch.empty(new.lora_A.shape).uniform_(-bound, bound,
+                                                                    generator=generator))
+        setattr(model.get_submodule(parent), last, new)
+
+
+@contextlib.contextmanager
+def off(model: nn.Module):
+    """The context in which a model is what it was before it had adapters."""
+    for layer in adapters(model).values():
+        layer.on = False
+    try:
+        yield
+    finally:
+        for layer in adapters(model).values():
+            layer.on = True
+
+
+@torch.no_grad()
+def split(model: nn.Module) -> tuple[dict, dict]:
+    """(weights with the adapters merged into them; what learns beside the frozen weights, if there
+    are adapters: these, and a new head), by name."""
+    layers, weights, own = adapters(model), {}, {}
+    for name, p in named_weights(model).items():
+        layer, _, last = name.rpartition('.')
+        if layers and p.requires_grad:
+            own[name] = p.detach()
+        if last not in ('lora_A', 'lora_B'):
+            merge = last == 'weight' and layer in layers
+            weights[name] = layers[layer].merged() if merge else p.detach()
+    return weights, own
+
+
+def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
+    """Write the adapters as PEFT has them: adapter_config.json and adapter_model.safetensors.
+
+    `base` is where the model is that they belong to, in Hugging Face's format. GPT-2's q, k and v
+    are one matrix there: their adapters become one of the sum of their ranks, in blocks.
+    """
+    kind, layers = hf.architecture(model.config), adapters(model)
+    found = {}      # Hugging Face's module -> our adapters in it, in the order of its rows
+    for name, layer in layers.items():
+        found.setdefault(hf.hf_name(f'{name}.weight', kind).removesuffix('.weight'), []).append(
+            (hf.third(f'{name}.weight', kind), layer))
+    tensors, ranks, alphas, targets = {}, {}, {}, set()
+    for name, parts in found.items():
+        rank = len(parts[0][1].lora_A)
+        B = torch.zeros(parts[0][1].out_features * (1 if parts[0][0] is None else 3),
+                        rank * len(parts))
+        for i, (part, layer) in enumerate(parts):
+            at = (part or 0) * layer.out_features
+            B[at:at + layer.out_features, i * rank:(i + 1) * rank] = layer.lora_B.detach()
+        A = torch.cat([layer.lora_A.detach().cpu() for _, layer in parts])
+        tensors |= {f'base_model.model.{name}.lora_A.weight': A.contiguous(),
+                    f'base_model.model.{name}.lora_B.weight': B.contiguous()}
+        target = '.'.join(name.split('.')[-2:])     # GPT-2's attention and MLP both have a c_proj
+        targets.add(target)
+        ranks[target], alphas[target] = len(A), parts[0][1].scale * len(A)
+    rank = min(ranks.values())
+    config = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base,
+              'r': rank, 'lora_alpha': next(iter(layers.values())).scale * rank,
+              'rank_pattern': {k: n for k, n in ranks.items() if n != rank},
+              'alpha_pattern': {k: alphas[k] for k, n in ranks.items() if n != rank},
+              'target_modules': sorted(targets), 'lora_dropout': dropout, 'bias': 'none',
+              'fan_in_fan_out': kind == 'gpt2', 'inference_mode': True}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
+    (folder / 'adapter_config.json').write_text(json.dumps(config, indent=1) + '\n',
+                                                encoding='utf-8')

@@ -1,0 +1,517 @@
+"""A base model becomes an assistant, or a classifier: python finetune.py out/base config/chat.py.
+
+The first word is a run, a Hugging Face folder (GPT-2, Llama, Qwen3) or a name on its hub.
+task='chat' learns to answer from conversations: loss on the assistant's tokens only, several
+conversations in a row, with no attention between them. task='classify' gives the model another
+head, read at the last token of a text. Either in full, in some layers, or with low-rank adapters.
+What comes out is a run directory like any other: out/<config>/.
+"""
+import math
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import model as model_module
+from core import checkpoint, lora, metrics, optim, parallel, processes, records, rundir
+from core import device as hardware
+from core.dataset import Rows, share
+from core.learner import Learner, print_above
+from core.processes import print0
+from core.settings import check_bounds, check_choice, configure, settings_of, stop
+from model import build_model, copy_weights, count_parameters, generate, init_weights, padded
+
+POSITIONAL = ('run_dir',)
+CONFIG, FLAGS, GIVEN = '', (), ()   # filled by configure
+
+# run
+run_dir = ''                # the model to begin with: a run, a Hugging Face folder, or a name: gpt2
+step = 0                    # which of its checkpoints; 0: the best one
+out_dir = ''                # run directory; '': out/<config name>
+random_weights = False      # begin with random ones instead: what is pretraining worth?
+eval_only = False           # evaluate run_dir, on the test part for a classifier; writes nothing
+against = ''                # with eval_only: another run on the same records, compared in pairs
+seed = 1337
+# data
+task = 'chat'               # chat or classify
+dataset = ''                # a named set (see core/records.py), or a .jsonl, .json, .csv, .tsv file
+validation = ''             # chat: a file to validate on; '': a part of the dataset
+val_fraction = 0.1          # of the records, to validate on
+test_fraction = 0.2         # classify: of the records, looked at once, at the end
+labels = ''                 # classify: the classes with commas; '': those that occur
+skip_bad = False            # leave out bad records and count them, instead of stopping
+data_dir = 'data'           # where downloads live
+block_size = 0              # tokens in a row; 0: the model's
+pack = True                 # several records in a row
+prompt_loss_weight = 0.0    # chat: of the tokens that the assistant does not say
+balance = False             # classify: all classes weigh the same, however many records they have
+# what learns
+layers = 'all'              # all; head; or the last so many blocks, with final norm and head
+dropout = 0.0
+lora_rank = 0               # low-rank adapters (core/lora.py); 0: none, the layers themselves learn
+lora_alpha = 16.0           # their weight is lora_alpha / lora_rank
+lora_targets = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
+lora_dropout = 0.0
+save_adapters = False       # at the end the adapters alone, too, as PEFT has them: <run>/adapter
+# optimizer
+batch_size = 16             # rows per optimizer step, over all processes
+micro_batch_size = 0        # rows per forward pass; 0: as memory allows
+learning_rate = 1e-4
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 1.0             # largest gradient norm; 0: no clipping
+epochs = 3.0
+max_steps = 0               # 0: as many as the epochs take
+schedule = 'linear'         # cosine, linear, wsd or constant
+warmup_steps = 10
+decay_fraction = 0.5        # wsd: the part of all steps over which the rate falls
+min_lr_fraction = 0.0       # what is left of the rate at the end
+# intervals, in steps
+eval_interval = 0           # 0: five times in all
+log_interval = 10
+answers = 3                 # chat: so many validation prompts are answered at each evaluation
+answer_tokens = 100         # ... with at most so many tokens
+# system
+device = ''                 # '': cuda, else mps, else cpu
+dtype = ''                  # '': bfloat16 where the hardware has it, else float16 on a GPU
+compile = False             # torch.compile; pays for long runs
+threads = 0                 # CPU threads; 0: torch's choice
+timeout_minutes = 10.0      # a rank that hears nothing from the others for so long gives up
+activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 slower
+
+
+def check_settings() -> None:
+    """Stop at the first setting that is out of range."""
+    check_bounds(globals(), batch_size=(1, None), micro_batch_size=(0, None), block_size=(0, None),
+                 val_fraction=(0, 0.9), test_fraction=(0, 0.9), prompt_loss_weight=(0, 1),
+                 dropout=(0, 0.99), lora_rank=(0, None), lora_alpha=(1e-6, None),
+                 lora_dropout=(0, 0.99), learning_rate=(0, None), weight_decay=(0, None),
+                 beta1=(0, 0.9999), beta2=(0, 0.9999), grad_clip=(0, None), epochs=(1e-6, None),
+                 max_steps=(0, None), warmup_steps=(0, None), decay_fraction=(0, 1),
+                 min_lr_fraction=(0, 1), eval_interval=(0, None), log_interval=(1, None),
+                 answers=(0, None), answer_tokens=(1, None), seed=(0, 2 ** 31 - 1),
+                 threads=(0, None), timeout_minutes=(0.01, None), step=(0, None))
+    check_choice(globals(), task=('chat', 'classify'), schedule=optim.SCHEDULES)
+    if layers not in ('all', 'head') and not layers.isdigit():
+        stop(f'layers={layers}: must be all, head, or a number of blocks')
+    if lora_rank and layers != 'all':
+        stop(f'layers={layers} with lora_rank={lora_rank}: choose one of the two')
+    if save_adapters and (not lora_rank or task != 'chat'):
+        stop('save_adapters=True: needs task=chat and a lora_rank')
+    if against and not eval_only:
+        stop(f'against={against}: is for --eval_only')
+    if not run_dir:
+        stop('no model given: python finetune.py out/shakespeare config/chat.py')
+    if not dataset:
+        stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
+
+
+# ---------------------------------------------------------------------------------------------
+# Records to rows
+
+
+def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
+    """Rows to train on and to validate on, the conversations of these, and facts for the log."""
+    found = records.load(dataset, records.conversation, data_dir, skip_bad)
+    if validation:
+        train = found
+        val = records.load(validation, records.conversation, data_dir, skip_bad, 'validation')
+    else:
+        side = [records.fraction_of(question(record)) < val_fraction for record in found]
+        train = [record for record, held_out in zip(found, side) if not held_out]
+        val = [record for record, held_out in zip(found, side) if held_out]
+    if not train or not val:
+        stop(f'dataset={dataset}: its {len(found)} records leave {len(train)} to train on and '
+             f'{len(val)} to validate on; give more, or another --val_fraction')
+    train_rows, n_dropped = encode_chats(train, tokenizer, size, prompt_loss_weight)[::2]
+    val_rows, val, _ = encode_chats(val, tokenizer, size, 0.0)
+    print0(f'{dataset}: {len(train_rows.ids):,} conversations to train on in '
+           f'{len(train_rows):,} rows of {size}, {len(val):,} to validate on'
+           + f'; {n_dropped:,} have no answer within {size} tokens and are left out'
+           * bool(n_dropped))
+    return train_rows, val_rows, val, {'sha256': records.sha256_of(train),
+                                       'val_sha256': records.sha256_of(val)}
+
+
+def question(record) -> str:
+    """What a conversation begins with: two that share it are on the same side of the split."""
+    return next(m['content'] for m in record.messages if m['role'] == 'user')
+
+
+def encode_chats(found: list, tokenizer, size: int, prompt_weight: float):
+    """(Rows, the conversations in them, how many were left out).
+
+    What does not fit a row is cut off; a conversation that has no answer left is left out. Stops if
+    these are more than 5%.
+    """
+    ids, weights, kept, first = [], [], [], ''
+    for record in found:
+        turns = list(tokenizer.encode_turns(record.messages))
+        row = sum((turn for turn, _ in turns), [])[:size + 1]
+        said = sum((who for _, who in turns), [])[:size + 1]
+        if not any(said):
+            first = first or record.where
+            continue
+        ids.append(row)
+        weights.append([1.0 if mine else prompt_weight for mine in said])
+        kept.append(record)
+    n_dropped = len(found) - len(kept)
+    if n_dropped > 0.05 * len(found):
+        stop(f'{first}: has no answer within block_size={size} tokens, and so have {n_dropped:,} '
+             f'of {len(found):,} records; shorten them, or use a longer context')
+    return Rows(ids, weights, size, seed, packed=pack), kept, n_dropped
+
+
+def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str], dict]:
+    """Rows to train, validate and test on, the classes, and facts for the log.
+
+    `known` are the classes of a model that has some. Of equal texts one stays; classes have the
+    same share in each part.
+    """
+    found = records.load(dataset, records.labelled, data_dir, skip_bad)
+    names = known or sorted(filter(None, labels.split(','))) or sorted({r.label for r in found})
+    if len(names) < 2:
+        stop(f'dataset={dataset}: all records have the label {names[0]!r}; a classifier needs two')
+    for record in found:
+        if record.label not in names:
+            stop(f'{record.where}: label {record.label[:40]!r} is none of {", ".join(names)}; '
+                 'correct it')
+    unique = {' '.join(record.text.lower().split()): record for record in reversed(found)}
+    parts = [[], [], []]
+    for name in names:
+        mine = sorted((r for r in unique.values() if r.label == name),
+                      key=lambda r: records.fraction_of(f'{seed} {r.text}'))
+        n_val, n_test = round(len(mine) * val_fraction), round(len(mine) * test_fraction)
+        if not (n_val and n_test and len(mine) > n_val + n_test):
+            stop(f'dataset={dataset}: {len(mine)} different texts with the label {name!r} are too '
+                 'few to train, validate and test on; add some')
+        for part, at in zip(parts, (slice(n_val + n_test, None), slice(n_val),
+                                    slice(n_val, n_val + n_test))):
+            part += mine[at]
+    print0(f'{dataset}: {len(found):,} records, {len(found) - len(unique):,} of them duplicates; '
+           + ', '.join(f'{len(part):,} to {what}' for part, what in zip(parts, (
+               'train on', 'validate on', 'test on'))))
+    counts = Counter(record.label for record in parts[0])
+    rows, n_cut = [], 0
+    for part in parts:
+        ids, weights = [], []
+        for record in part:
+            text = tokenizer.prompt(record.text)
+            n_cut += len(text) > size
+            # the target at the last token is the class
+            ids.append([*text[:size], names.index(record.label)])
+            weight = len(parts[0]) / len(names) / counts[record.label] if balance else 1.0
+            weights.append([0.0] * (len(ids[-1]) - 1) + [weight if part is parts[0] else 1.0])
+        rows.append(Rows(ids, weights, size, seed, packed=pack))
+    if n_cut:
+        print0(f'{n_cut:,} texts have more than {size} tokens: only their beginning is read')
+    return rows, names, {'sha256': records.sha256_of(found), 'seed': seed}
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+
+def initial_model(source, tokenizer, n_classes: int, dev):
+    """The model in its shape for the task, with the weights of `source`, or random ones."""
+    config = source.config
+    if n_classes != config.n_classes and config.n_classes:
+        stop(f'run_dir={run_dir}: is a classifier of {config.n_classes} classes; begin with a '
+             'language model')
+    vocab = max(config.vocab_size, padded(len(tokenizer), config.vocab_size))
+    if vocab > config.vocab_size:
+        print0(f'{run_dir}: vocabulary {config.vocab_size:,} -> {vocab:,}, with tokens for chats')
+    config = replace(config, dropout=dropout, vocab_size=vocab, n_classes=n_classes,
+                     tied=config.tied and not n_classes)
+    model = build_model(config, None, dev.name)
+    if random_weights:
+        print0('begins with random weights')
+        init_weights(model, seed)
+    else:
+        copy_weights(source, model)
+        model_module.spread_new_rows(model, source.config.vocab_size, seed)
+    model.recompute = activation_checkpointing
+    if lora_rank:
+        lora.add(model, lora_rank, lora_alpha, lora_targets, lora_dropout, seed)
+        if n_classes:
+            model.lm_head.requires_grad_(True)
+    elif layers != 'all':
+        last = 0 if layers == 'head' else int(layers)
+        if last > config.n_layer:
+            stop(f'layers={layers}: the model has only {config.n_layer}')
+        model.requires_grad_(False)
+        blocks = [model.h[str(i)] for i in range(config.n_layer - last, config.n_layer)]
+        for module in (*blocks, model.ln_f, model.lm_head):
+            module.requires_grad_(True)
+    return model
+
+
+def run_identity(facts: dict, tokenizer, source, config) -> dict:
+    """All that must be unchanged for a run to be the same run, by topic."""
+    def chosen(*names):
+        return {name: globals()[name] for name in names}
+    return {'architecture': asdict(config), 'tokenizer': tokenizer.hash(),
+            'data': facts | chosen('dataset', 'task', 'prompt_loss_weight', 'balance', 'pack',
+                                   'block_size'),
+            'optimizer': chosen('learning_rate', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
+                                'layers', 'lora_rank', 'lora_alpha', 'lora_targets',
+                                'lora_dropout'),
+            'schedule': chosen('schedule', 'epochs', 'max_steps', 'warmup_steps', 'decay_fraction',
+                               'min_lr_fraction'),
+            'seed': seed, 'batch_size': batch_size, 'init_from': run_dir,
+            'weights': 'random' if random_weights else checkpoint.weights_hash(source),
+            'source': checkpoint.source_hash(model_module.__file__)}
+
+
+def loss_sums(trained, batch) -> torch.Tensor:
+    """The weighted loss of a micro-batch of Rows."""
+    x, y, doc, weight = batch
+    if not (prompt_loss_weight or balance):     # weights are 0 and 1: logits never exist at once
+        return trained(x, y, doc=doc, reduction='sum')[None]
+    return (trained(x, y, doc=doc, reduction='none') * weight).sum()[None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def evaluate(model, data, rows, dev, ranks, asked=lambda: False) -> dict | None:
+    """Loss and, of a classifier, accuracy and so on, on Rows. None if asked() says to stop."""
+    if task == 'chat':
+        losses = metrics.sequence_losses(model, data, rows, dev, ranks, asked)
+        if losses is None:
+            return None
+        loss, interval = metrics.mean_interval(losses)
+        return {'val_loss': loss, 'interval': interval, 'losses': losses}
+    found = metrics.class_probabilities(model, data, rows, dev, ranks, asked)
+    if found is None:
+        return None
+    truth = np.array([ids[-1] for ids in data.ids])
+    loss = float(-np.log(found[np.arange(len(truth)), truth].clip(1e-30)).mean())
+    return {'val_loss': loss, **metrics.classification(found, truth)}
+
+
+def shown(scores: dict) -> str:
+    """The scores in a line."""
+    if 'accuracy' in scores:
+        return (f'loss {scores["val_loss"]:.4f}, accuracy {scores["accuracy"]:.4f}, macro F1 '
+                f'{scores["macro_f1"]:.4f}, calibration error {scores["calibration_error"]:.4f}')
+    return (f'loss {scores["val_loss"]:.4f} ± {scores["interval"]:.4f} nats per token of the '
+            'assistant')
+
+
+def answer(model, tokenizer, found: list, asked=lambda: False) -> list[str]:
+    """What the model says, greedily, instead of the last message of each conversation."""
+    if not found:
+        return []
+    prompts = [tokenizer.encode_chat(record.messages[:-1], reply=True) for record in found]
+    end = {tokenizer.special['<|end|>'], tokenizer.eos}
+    said = [[] for _ in prompts]
+    with parallel.looking_on(model):
+        for new in generate(model, prompts, answer_tokens, temperature=0, stop_tokens=end,
+                            n_tokens=len(tokenizer)):
+            if asked():
+                break
+            for row, i in zip(said, new):
+                row += [i] * (i >= 0 and i not in end)
+    return [tokenizer.decode(row) for row in said]
+
+
+def take_stock(at, log, model, tokenizer, data, conversations, rows, dev, ranks, asked) -> bool:
+    """Evaluate, and answer some prompts; all goes to the log, the scores into at.
+
+    Returns whether asked() said to stop meanwhile: then nothing is noted, and it is still due.
+    """
+    scores = evaluate(model, data, rows, dev, ranks, asked)
+    said = answer(model, tokenizer, conversations, asked) if scores else []
+    if asked():
+        return True
+    at.evaluated, at.val_loss = at.step, scores['val_loss']
+    if math.isfinite(at.val_loss) and at.val_loss < (at.best_val_loss or math.inf):
+        at.best_val_loss, at.best_step = at.val_loss, at.step
+    scores.pop('losses', None)
+    log.write('eval', step=at.step, seconds=at.seconds, **scores)
+    print_above(ranks, f'step {at.step}: {shown(scores)}, {at.seconds:.0f} s of training')
+    for record, text in zip(conversations, said):
+        log.write('answer', step=at.step, question=record.messages[-2]['content'], answer=text,
+                  expected=record.messages[-1]['content'])
+        print_above(ranks, f'--- {record.messages[-2]["content"]}\n{text}\n---')
+    return False
+
+
+def evaluate_only(source, tokenizer, state, dev, ranks) -> dict:
+    """--eval_only: a run, and what it differs by from another one, on records that it has not
+    learnt from; writes nothing."""
+    size = block_size or source.config.block_size
+    if task == 'chat':
+        data = chat_data(tokenizer, size)[1]
+    else:
+        data = class_data(tokenizer, size, state.get('labels', []))[0][2]
+    rows = micro_batch_size or hardware.fit_micro_batch(dev, 64, size, 1, source.config.n_embd,
+                                                        ranks.local_world)
+    scores = evaluate(source.to(dev.name), data, rows, dev, ranks)
+    print0(f'{run_dir}, step {state["step"]}: {shown(scores)}')
+    if against:
+        other, known, found = checkpoint.load_run(against, device=dev.name, data_dir=data_dir)
+        if known.hash() != tokenizer.hash() or task != 'chat':
+            stop(f'against={against}: only chat models with the same tokenizer can be compared')
+        losses = metrics.sequence_losses(other, data, rows, dev, ranks)
+        scores['difference'] = metrics.paired_interval(scores['losses'], losses)
+        print0(f'{against}, step {found["step"]}: loss {metrics.mean_interval(losses)[0]:.4f}; '
+               'the difference is {:.4f} ± {:.4f} (95%, pairs)'.format(*scores['difference']))
+    return scores
+
+
+def main() -> dict:
+    """Fine-tune; returns the run directory, the last step and the scores."""
+    check_settings()
+    ranks = processes.find_ranks()
+    why = processes.arrange(ranks)
+    dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
+    at = checkpoint.Progress(evaluated=-1)
+    processes.start(ranks, dev, timeout_minutes, at)
+    print0(*dev.why, *why, sep='\n')
+
+    # Model and data
+    if ranks.rank == 0:     # downloaded before all ranks ask for it
+        checkpoint.find_model(run_dir, data_dir)
+    processes.broadcast(None, patient=True)
+    source, tokenizer, begun = checkpoint.load_run(run_dir, step, data_dir=data_dir)
+    if task == 'chat' and not tokenizer.knows_chat() and not eval_only:
+        tokenizer = tokenizer.with_chat()
+    if eval_only:
+        scores = evaluate_only(source, tokenizer, begun, dev, ranks)
+        processes.finish()
+        return scores
+    size = block_size or source.config.block_size
+    if size > source.config.block_size:
+        stop(f'block_size={size}: the model knows only {source.config.block_size} positions')
+    conversations, names = [], []
+    if task == 'chat':
+        train_rows, val_rows, found, facts = chat_data(tokenizer, size)
+        conversations = found[:answers]
+    else:
+        (train_rows, val_rows, test_rows), names, facts = class_data(tokenizer, size, [])
+    model = initial_model(source, tokenizer, len(names), dev)
+    identity = run_identity(facts, tokenizer, source, model.config)
+    del source
+    at.max_steps = max_steps or math.ceil(epochs * len(train_rows) / batch_size)
+    between = eval_interval or math.ceil(at.max_steps / 5)
+    base = Path(out_dir or f'out/{CONFIG or f"{Path(run_dir).name}-{task}"}')
+    run, saver, state = rundir.open_run(base, identity, ranks)
+
+    # Optimizer, what a checkpoint says
+    n_learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_parameters = count_parameters(model)
+    print0(f'{n_learnt:,} of {n_parameters:,} parameters learn ({n_learnt / n_parameters:.2%}); '
+           f'{at.max_steps:,} steps of {batch_size} rows, {len(train_rows) / batch_size:,.1f} an '
+           'epoch')
+    per_rank = math.ceil(batch_size / ranks.dp)
+    rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
+        dev, per_rank, size, model.config.n_layer, model.config.n_embd, ranks.local_world)
+    rows = min(processes.exchange(rows))    # machines may have more memory or less
+    trained, n_micro = parallel.wrap(model, ranks, dev, per_rank, rows)
+    learner = Learner(model, trained, optim.make_optimizers(
+        model, 'adamw', learning_rate, weight_decay, beta1, beta2),
+        optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip, seed)
+    facts = {'config': asdict(model.config), 'identity': identity, 'task': task, 'labels': names}
+
+    def do_step(step, factor, *rest):
+        shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)
+        batches = [train_rows.batch(samples) for samples in shares]
+        n_targets = sum(weight.sum() for *_, weight in batches)
+        return learner.step(batches, loss_sums, n_targets, step, factor, *rest)
+
+    model.train()
+    if dev.compile or ranks.world > 1:      # as in train.py
+        learner.time_steps(do_step, 1)
+    if state:
+        at.restore(state)
+        learner.restore(run, state)
+    log = rundir.Log(None)
+    if ranks.rank == 0:
+        log = rundir.start_log(
+            run, state, settings_of(globals()), (model_module.__file__, __file__), (),
+            device=dev.why, world=ranks.world, micro_batch_size=rows, parameters=n_parameters,
+            trained=n_learnt, max_steps=at.max_steps, **facts)
+
+    # The loop
+    bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)
+    saved, stopping = replace(at), False
+    with rundir.StopRequest() as request:
+        asked = lambda: processes.any_rank(bool(request.asked))
+        while True:
+            ends, due = at.step == at.max_steps, at.step % between == 0
+            if (due or ends) and at.evaluated < at.step and not stopping:
+                stopping = take_stock(at, log, model, tokenizer, val_rows, conversations, rows, dev,
+                                      ranks, asked)
+            if (due or stopping or ends) and at.step and at != saved and saver:
+                saver.save(model, learner.optimizers, tokenizer, asdict(at) | facts | {
+                    'scaler': learner.scaler.state_dict()}, last=ends)
+                saved = replace(at)
+            if stopping or ends:
+                break
+            began = time.perf_counter()
+            factor = optim.schedule(at.step, at.max_steps, schedule, warmup_steps, decay_fraction,
+                                    min_lr_fraction)
+            (loss,), grad_norm, skipped, stopping = do_step(at.step, factor, math.inf, request)
+            at.step, at.seconds = at.step + 1, at.seconds + time.perf_counter() - began
+            bar.update()
+            if skipped:
+                learner.note_skip(at, log, bar, saver, skipped, train_loss=loss,
+                                  grad_norm=grad_norm)
+                continue
+            at.skipped_in_a_row = 0
+            if at.step % log_interval == 0 or at.step == at.max_steps:
+                log.write('step', step=at.step, seconds=at.seconds, train_loss=loss,
+                          grad_norm=grad_norm, learning_rate=learning_rate * factor)
+                bar.set_postfix_str(f'loss {loss:.4f}')
+        bar.close()
+        if saver:
+            saver.finish(at.step)
+        processes.broadcast(None, patient=True)
+    result = {'run_dir': str(run), 'step': at.step, 'stopped': stopping, 'val_loss': at.val_loss,
+              'best_val_loss': at.best_val_loss, 'seconds': at.seconds}
+    if stopping:
+        print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on')
+    else:
+        result |= end_run(run, at, log, None if task == 'chat' else test_rows, names,
+                          rows, dev, ranks, model)
+    if ranks.rank == 0:
+        saver.lock.close()
+    processes.finish()
+    return result
+
+
+def end_run(run, at, log, test_rows, names, rows, dev, ranks, model) -> dict:
+    """Test a classifier's best step, once; log the end; say what to do next."""
+    scores = {}
+    if test_rows:
+        best, _, _ = checkpoint.load_run(str(run), device=dev.name)
+        scores = evaluate(best, test_rows, rows, dev, ranks)
+        print0(f'on the test records: {shown(scores)}')
+        width = max(map(len, names)) + 2
+        print0('true \\ said'.ljust(width) + ''.join(name.rjust(width) for name in names))
+        for name, row in zip(names, scores['confusion']):
+            print0(name.ljust(max(width, 11)) + ''.join(str(n).rjust(width) for n in row))
+    if save_adapters and ranks.rank == 0:
+        lora.save(model, run / 'adapter', run_dir, lora_dropout)
+    log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
+              best_step=at.best_step, **{f'test_{k}': v for k, v in scores.items()})
+    if ranks.rank == 0:
+        rundir.plot_losses(run)
+    use = f'python sample.py {run}' + (' --classify="some text"' if names else '')
+    print0(f'best validation loss {at.best_val_loss:.4f} at step {at.best_step}; {run}/ has the '
+           f'checkpoints, log.jsonl and loss.png\n\nnext:\n  {use}')
+    return scores
+
+
+if __name__ == '__main__':
+    configure(globals(), sys.argv[1:])
+    main()
