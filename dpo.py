@@ -175,17 +175,8 @@ class Pairs:
 
 def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
     """Pairs to train and to validate on, and facts for the log."""
-    found = records.load(dataset, records.preference, data_dir, skip_bad)
-    if validation:
-        train = found
-        val = records.load(validation, records.preference, data_dir, skip_bad, 'validation')
-    else:
-        held_out = [records.fraction_of(question(r)) < val_fraction for r in found]
-        train = [r for r, out in zip(found, held_out) if not out]
-        val = [r for r, out in zip(found, held_out) if out]
-    if not train or not val:
-        stop(f'dataset={dataset}: its {len(found)} records leave {len(train)} to train on and '
-             f'{len(val)} to validate on; give more, or another --val_fraction')
+    train, val = records.load_split(dataset, validation, val_fraction, records.preference,
+                                    data_dir, skip_bad)
     parts = [encode(part, tokenizer, size) for part in (train, val)]
     longest = max(len(ids) for ids, _ in parts for ids in ids) - 1
     size = min(size, 8 * math.ceil(longest / 8))
@@ -195,35 +186,20 @@ def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
         'sha256': records.sha256_of(train), 'val_sha256': records.sha256_of(val)}
 
 
-def question(record) -> str:
-    """What a record begins with: two that share it are on the same side of the split."""
-    return next(m['content'] for m in record.messages if m['role'] == 'user')
-
-
 def encode(found: list, tokenizer, size: int) -> tuple[list, list]:
-    """The ids of chosen and rejected answers in turn, each after its question, and which count.
-
-    What does not fit is cut off. Stops if more than 5% of the pairs have an answer none of which is
-    left; fewer are left out.
-    """
-    ids, weights, first, n_dropped = [], [], '', 0
+    """The ids of chosen and rejected answers in turn, each after its question, and their weights as
+    targets. Pairs with an answer none of which fits are left out."""
+    ids, weights, left_out = [], [], []
     for record in found:
-        pair = []
-        for text in (record.chosen, record.rejected):
-            turns = list(tokenizer.encode_turns([*record.messages,
-                                                 {'role': 'assistant', 'content': text}]))
-            row = sum((turn for turn, _ in turns), [])[:size + 1]
-            last = len(turns[-1][0]) - 1
-            begin = sum(len(turn) for turn, _ in turns) - last
-            pair.append((row, [float(i >= begin) for i in range(len(row))]))
-        if all(any(w) for _, w in pair):
+        answers = ({'role': 'assistant', 'content': text} for text in record[2:])
+        pair = [records.encode(tokenizer, [*record.messages, answer], size, last_only=True)
+                for answer in answers]
+        if all(1.0 in w for _, w in pair):
             ids += [row for row, _ in pair]
             weights += [w for _, w in pair]
         else:
-            n_dropped, first = n_dropped + 1, first or record.where
-    if n_dropped > 0.05 * len(found):
-        stop(f'{first}: has no answer within block_size={size} tokens, and so have {n_dropped:,} '
-             f'of {len(found):,} records; shorten them, or use a longer context')
+            left_out.append(record)
+    records.check_left_out(left_out, len(found), size)
     return ids, weights
 
 

@@ -118,54 +118,23 @@ def check_settings() -> None:
 
 def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
     """Rows to train on and to validate on, the conversations of these, and facts for the log."""
-    found = records.load(dataset, records.conversation, data_dir, skip_bad)
-    if validation:
-        train = found
-        val = records.load(validation, records.conversation, data_dir, skip_bad, 'validation')
-    else:
-        side = [records.fraction_of(question(record)) < val_fraction for record in found]
-        train = [record for record, held_out in zip(found, side) if not held_out]
-        val = [record for record, held_out in zip(found, side) if held_out]
-    if not train or not val:
-        stop(f'dataset={dataset}: its {len(found)} records leave {len(train)} to train on and '
-             f'{len(val)} to validate on; give more, or another --val_fraction')
-    train_rows, n_dropped = encode_chats(train, tokenizer, size, prompt_loss_weight)[::2]
-    val_rows, val, _ = encode_chats(val, tokenizer, size, 0.0)
+    train, val = records.load_split(dataset, validation, val_fraction, records.conversation,
+                                    data_dir, skip_bad)
+    train_rows, _ = encode_chats(train, tokenizer, size, prompt_loss_weight)
+    val_rows, val = encode_chats(val, tokenizer, size, 0.0)
     print0(f'{dataset}: {len(train_rows.ids):,} conversations to train on in '
-           f'{len(train_rows):,} rows of {size}, {len(val):,} to validate on'
-           + f'; {n_dropped:,} have no answer within {size} tokens and are left out'
-           * bool(n_dropped))
+           f'{len(train_rows):,} rows of {size}, {len(val):,} to validate on')
     return train_rows, val_rows, val, {'sha256': records.sha256_of(train),
                                        'val_sha256': records.sha256_of(val)}
 
 
-def question(record) -> str:
-    """What a conversation begins with: two that share it are on the same side of the split."""
-    return next(m['content'] for m in record.messages if m['role'] == 'user')
-
-
-def encode_chats(found: list, tokenizer, size: int, prompt_weight: float):
-    """(Rows, the conversations in them, how many were left out).
-
-    What does not fit a row is cut off; a conversation that has no answer left is left out. Stops if
-    these are more than 5%.
-    """
-    ids, weights, kept, first = [], [], [], ''
-    for record in found:
-        turns = list(tokenizer.encode_turns(record.messages))
-        row = sum((turn for turn, _ in turns), [])[:size + 1]
-        said = sum((who for _, who in turns), [])[:size + 1]
-        if not any(said):
-            first = first or record.where
-            continue
-        ids.append(row)
-        weights.append([1.0 if mine else prompt_weight for mine in said])
-        kept.append(record)
-    n_dropped = len(found) - len(kept)
-    if n_dropped > 0.05 * len(found):
-        stop(f'{first}: has no answer within block_size={size} tokens, and so have {n_dropped:,} '
-             f'of {len(found):,} records; shorten them, or use a longer context')
-    return Rows(ids, weights, size, seed, packed=pack), kept, n_dropped
+def encode_chats(found: list, tokenizer, size: int, prompt_weight: float) -> tuple[Rows, list]:
+    """Rows of conversations, and those that are in them: some may have no answer that fits."""
+    encoded = [records.encode(tokenizer, r.messages, size, prompt_weight) for r in found]
+    fits = [1.0 in weights for _, weights in encoded]
+    records.check_left_out([r for r, fit in zip(found, fits) if not fit], len(found), size)
+    ids, weights = zip(*(row for row, fit in zip(encoded, fits) if fit))
+    return Rows(ids, weights, size, seed, packed=pack), [r for r, fit in zip(found, fits) if fit]
 
 
 def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str], dict]:

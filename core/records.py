@@ -321,14 +321,56 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
     return records
 
 
+def load_split(dataset: str, validation: str, val_fraction: float, kind: Callable, data_dir: str,
+               skip_bad: bool) -> tuple[list, list]:
+    """Records to train on and to validate on: those of a file of their own, or a part.
+
+    Which, depends on what is asked first alone: so the same question is on the same side in every
+    set that has it, and in each stage. Stops if one side is empty.
+    """
+    found = load(dataset, kind, data_dir, skip_bad)
+    if validation:
+        return found, load(validation, kind, data_dir, skip_bad, 'validation')
+    held_out = [fraction_of(question(record)) < val_fraction for record in found]
+    train, val = ([r for r, out in zip(found, held_out) if out == side] for side in (False, True))
+    if not train or not val:
+        stop(f'dataset={dataset}: its {len(found)} records leave {len(train)} to train on and '
+             f'{len(val)} to validate on; give more, or another --val_fraction')
+    return train, val
+
+
+def question(record) -> str:
+    """What a conversation begins with."""
+    return next(m['content'] for m in record.messages if m['role'] == 'user')
+
+
+def encode(tokenizer, messages: list[dict], size: int, prompt_weight: float = 0.0,
+           last_only: bool = False) -> tuple[list[int], list[float]]:
+    """The first size + 1 ids of a conversation, and their weights as targets: 1 for what the
+    assistant says (last_only: in the last message), its end tokens included, prompt_weight for the
+    rest."""
+    turns = list(tokenizer.encode_turns(messages))
+    ids = sum((turn for turn, _ in turns), [])
+    weights = [1.0 if mine and (i == len(turns) - 1 or not last_only) else prompt_weight
+               for i, (_, said) in enumerate(turns) for mine in said]
+    return ids[:size + 1], weights[:size + 1]
+
+
+def check_left_out(left_out: list, n: int, size: int) -> None:
+    """Say how many of n records have no answer within `size` tokens; stop if more than 5%."""
+    if len(left_out) > 0.05 * n:
+        stop(f'{left_out[0].where}: has no answer within block_size={size} tokens, and so have '
+             f'{len(left_out):,} of {n:,} records; shorten them, or use a longer context')
+    if left_out:
+        warn(f'{len(left_out):,} of {n:,} records have no answer within block_size={size} tokens '
+             f'and are left out, the first of them {left_out[0].where}')
+
+
 def sha256_of(records: list) -> str:
     """64 hex digits that two lists of records share only if all but their places are equal."""
     return hashlib.sha256(json.dumps([record[1:] for record in records]).encode()).hexdigest()
 
 
 def fraction_of(key: str) -> float:
-    """A number in [0, 1) that depends on the text alone: what is below val_fraction validates.
-
-    So the same question is on the same side in every set that has it.
-    """
+    """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], 'big') / (1 << 48)

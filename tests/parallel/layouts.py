@@ -75,6 +75,7 @@ class Trainer:
 
     def __init__(self, case: Case, ranks: Ranks):
         self.case, self.ranks = case, ranks
+        torch.compiler.reset()      # a training process compiles for one layout only
         model_module.CHUNK_ELEMENTS = case.chunk or 1 << 24
         for name, value in {'optimizer': 'adamw', 'learning_rate': 3e-3, 'muon_learning_rate': 0.02,
                             'embed_learning_rate': 2e-3, 'grad_clip': 0.5, 'dropout': 0.0,
@@ -366,7 +367,7 @@ def work(rank: int, world: int, port: int, questions, answers) -> None:
     torch.use_deterministic_algorithms(True)
     ranks = processes.find_ranks()
     processes.arrange(ranks)
-    processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 1.0, None)
+    processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 10.0, None)
     while True:
         asked, what, arguments = questions.get()
         try:

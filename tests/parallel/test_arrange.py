@@ -71,9 +71,9 @@ def test_coordinates():
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--tp=3'], 'tp=3, pp=1: 2 processes cannot'),
-    (['--zero=4'], 'zero=4: must be at least 0 and at most 3'),
     (['--device=cuda'], 'device=cuda: this machine'),
+    pytest.param(['--tp=3'], 'tp=3, pp=1: 2 processes cannot', marks=pytest.mark.slow),
+    pytest.param(['--zero=4'], 'zero=4: must be at least 0 and at most 3', marks=pytest.mark.slow),
     (['--tp=2', '--n_head=3', '--n_embd=48', '--dataset=text.txt'], 'tp=2: must divide n_head=3'),
 ])
 def test_one_line_from_rank_0(tmp_path, text_file, flags, message):

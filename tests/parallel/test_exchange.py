@@ -34,11 +34,11 @@ LOSS = 3 * 4 * BLOCK
     (2, SP, {}, BATCH * ((8 * L + 4) * A + LOSS),
      'for each row: 2 gathers and 2 scatters of A a layer forward, as many back, 4 at the ends'),
     (2, dict(pp=2), {}, BATCH * A, 'A for each row: on, or back'),
-    (4, dict(zero=2, tp=2), {}, W + BATCH // 2 * ((4 * L + 2) * A + LOSS),
-     'half of the weights each, half of the rows'),
+    pytest.param(4, dict(zero=2, tp=2), {}, W + BATCH // 2 * ((4 * L + 2) * A + LOSS),
+                 'half of the weights each, half of the rows', marks=pytest.mark.slow),
     (2, {}, MUON, W + MATRICES, 'W; and the updates of the matrices, each made on one rank'),
-    (2, dict(zero=2), MUON, 2 * W + 2 * MATRICES,
-     'as without; and the matrices whole to one rank each, and back'),
+    pytest.param(2, dict(zero=2), MUON, 2 * W + 2 * MATRICES, 'as without; and the matrices whole '
+                 'to one rank each, and back', marks=pytest.mark.slow),
 ], ids=lambda x: '-'.join(map(str, x.items())) if isinstance(x, dict) else str(x)[:9])
 def test_no_more_than_needed(tmp_path, world, layout, settings, least, why):
     """Within 3%: padding of shards, and a report of three numbers."""
