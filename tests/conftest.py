@@ -5,6 +5,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '2')
 
 import argparse
 import gc
+import json
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,62 @@ def run_train(tmp_path, text_file, monkeypatch):
     threads = torch.get_num_threads()
     yield run
     torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------
+# Post-training
+
+# How a tuned model is made small enough for a test.
+TUNED = dict(batch_size=4, max_steps=6, eval_interval=3, log_interval=1, learning_rate=3e-3,
+             block_size=96, device='cpu', dtype='float32', threads=1)
+
+
+@pytest.fixture(scope='session')
+def chats(tmp_path_factory):
+    """A file of 60 conversations, of which answers are of unequal lengths."""
+    path = tmp_path_factory.mktemp('chats') / 'chats.jsonl'
+    words = ['red', 'green', 'blue', 'a very dark yellow', 'white']
+    path.write_text(''.join(json.dumps({'instruction': f'Colour of ball {i}?', 'output':
+                                        f'It is {words[i % 5]}.' * (1 + i % 3)}) + '\n'
+                            for i in range(60)))
+    return path
+
+
+@pytest.fixture(scope='session')
+def preferences(chats):
+    """A file of 60 pairs of answers to the same questions."""
+    path = chats.with_name('preferences.jsonl')
+    path.write_text(''.join(json.dumps({
+        'prompt': found['instruction'], 'chosen': found['output'],
+        'rejected': f'No{"o" * (i % 4)} idea.'}) + '\n'
+        for i, found in enumerate(map(json.loads, chats.read_text().splitlines()))))
+    return path
+
+
+@pytest.fixture(scope='session')
+def texts(chats):
+    """A file of 90 texts of two classes."""
+    path = chats.with_name('texts.tsv')
+    path.write_text(''.join(f'{"up" if i % 3 else "down"}\t{"rise" if i % 3 else "fall"} '
+                            f'number {i}{" and more" * (i % 4)}\n' for i in range(90)))
+    return path
+
+
+@pytest.fixture
+def base(run_train):
+    """A run whose tokenizer knows all bytes, for stages that go on with it."""
+    return run_train(tokenizer='byte', block_size=96, max_steps=2, eval_interval=2,
+                     out_dir='out/base')['run_dir']
+
+
+@pytest.fixture
+def run_stage(base, monkeypatch):
+    """run_stage(script, **settings): its main() with TUNED settings, on the base."""
+    def run(script, **settings):
+        gc.collect()    # closes the locks of runs that were stopped
+        with monkeypatch.context() as patch:
+            for name, value in {'run_dir': base, **TUNED, **settings}.items():
+                patch.setattr(script, name, value)
+            patch.setattr(script.hardware, 'peak_flops', quick_peak)
+            return script.main()
+    return run

@@ -132,8 +132,9 @@ def test_first_weights_are_a_function_of_seed_and_name():
     lora.add(a, 4, 16.0, ALL['llama'], 0.0, 7)
     lora.add(b, 4, 16.0, 'o_proj', 0.0, 7)      # in another model, without the others
     lora.add(c, 4, 16.0, 'o_proj', 0.0, 8)
-    a, b, c = (model.h['1'].attn.o_proj.lora_A for model in (a, b, c))
+    first, (a, b, c) = a.h['0'], (model.h['1'].attn.o_proj.lora_A for model in (a, b, c))
     assert torch.equal(a, b) and not torch.equal(a, c)
+    assert not torch.equal(a, first.attn.o_proj.lora_A)
     assert a.abs().max() <= 32 ** -0.5 and a.abs().max() > 0.9 * 32 ** -0.5
 
 
@@ -268,7 +269,7 @@ def test_checkpoint_without_adapters(tmp_path, capsys):
 # PEFT
 
 
-@pytest.mark.parametrize('targets', ['', 'q_proj,v_proj'], ids=['all', 'q and v'])
+@pytest.mark.parametrize('targets', ['', 'q_proj,v_proj', 'o_proj'], ids=['all', 'q and v', 'o'])
 @pytest.mark.parametrize('name', OURS)
 def test_adapter_loads_in_peft(tmp_path, name, targets):
     peft = pytest.importorskip('peft')
@@ -279,6 +280,8 @@ def test_adapter_loads_in_peft(tmp_path, name, targets):
     lora.save(model, tmp_path / 'adapter', str(tmp_path / 'base'), 0.1)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base')
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'adapter').eval()
+    tensors = load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')
+    assert set(peft.get_peft_model_state_dict(theirs)) == set(tensors)  # GPT-2 has two c_proj
     assert difference(model, theirs) <= 1e-4 and difference(model, base) > 0.1
     with theirs.disable_adapter():
         assert difference(base, theirs) <= 1e-4

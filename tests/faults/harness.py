@@ -3,6 +3,7 @@
 Processes are forked from one that has imported torch already, so that a start takes a second.
 """
 import atexit
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -40,8 +41,8 @@ def note(fault: str, tries: int, outcome: str) -> None:
 # Processes
 
 
-def child(folder, output, env, settings, inject) -> None:
-    """What a forked process does: train.main() in `folder`, after inject(train, rank)."""
+def child(folder, output, env, stage, settings, inject) -> None:
+    """What a forked process does: the main() of a stage in `folder`, after inject(stage, rank)."""
     os.chdir(folder)
     os.environ.update(env)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -49,14 +50,15 @@ def child(folder, output, env, settings, inject) -> None:
     os.dup2(descriptor, 2)
     sys.stdout = open(1, 'w', buffering=1, closefd=False)
     sys.stderr = open(2, 'w', buffering=1, closefd=False)
-    for name, value in {**TINY, **settings}.items():
-        setattr(train, name, value)
-    train.CONFIG = 'tiny'
-    train.hardware.peak_flops = quick_peak
+    script = importlib.import_module(stage)
+    for name, value in {**(TINY if stage == 'train' else {}), **settings}.items():
+        setattr(script, name, value)
+    script.CONFIG = 'tiny'
+    script.hardware.peak_flops = quick_peak
     if inject:
-        inject(train, int(env.get('RANK', 0)))
+        inject(script, int(env.get('RANK', 0)))
     try:
-        train.main()
+        script.main()
     except Exception:   # what the interpreter of a script does with it
         sys.excepthook(*sys.exc_info())
         threading._shutdown()
@@ -65,9 +67,10 @@ def child(folder, output, env, settings, inject) -> None:
 
 
 class Ranks:
-    """Training processes of `world` ranks in `folder`; output goes to <folder>/output-<rank>."""
+    """Processes of `world` ranks in `folder` that run a stage; output goes to
+    <folder>/output-<rank>."""
 
-    def __init__(self, folder, world=1, inject=None, **settings):
+    def __init__(self, folder, world=1, inject=None, stage='train', **settings):
         self.folder, self.world = Path(folder), world
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
@@ -79,7 +82,7 @@ class Ranks:
                    'MASTER_PORT': str(port)} if world > 1 else {}
             self.output(rank).write_text('')
             self.ranks.append(PROCESSES.Process(target=child, args=(
-                str(folder), str(self.output(rank)), env, settings, inject)))
+                str(folder), str(self.output(rank)), env, stage, settings, inject)))
         for process in self.ranks:
             process.start()
 

@@ -1,0 +1,11 @@
+"""The true function rather than one with mistakes: from the Python standard library, no network.
+
+python dpo.py config/tune/dpo_python.py
+"""
+run_dir = 'out/sft_python'
+dataset = 'python_bugs'
+
+batch_size = 8
+learning_rate = 5e-5
+beta = 0.1
+max_steps = 60

@@ -1,0 +1,193 @@
+"""finetune.py: conversations and classes, from records to a run that later stages take."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import stopped_at_last
+
+import finetune
+import sample
+from core import checkpoint, lora, rundir
+from core.learner import Learner
+from core.settings import Stop
+
+
+def tensors_of(run) -> dict:
+    """All weights and optimizer state of a run's last checkpoint."""
+    step = checkpoint.steps(run)[-1]
+    folder = checkpoint.step_folder(run, step)
+    return {f'{kind}: {name}': t for kind in ('model', 'optimizer', 'adapters')
+            if list(folder.glob(f'{kind}*'))
+            for _, name, t in checkpoint.read_tensors(folder, kind)}
+
+
+def chat(run_stage, chats, **settings):
+    return run_stage(finetune, **{'dataset': str(chats), 'answers': 2, 'answer_tokens': 5,
+                                  **settings})
+
+
+def message_of(run) -> str:
+    """The line with which it stops."""
+    with pytest.raises(Stop) as e:
+        run()
+    assert e.value.code == 2 and '\n' not in e.value.message
+    return e.value.message
+
+
+def classes(run_stage, texts, **settings):
+    return run_stage(finetune, **{'dataset': str(texts), 'task': 'classify', **settings})
+
+
+def test_chat(run_stage, chats, capsys, monkeypatch):
+    """It learns, evaluates before and after, answers, and talks in sample.py."""
+    result = chat(run_stage, chats, out_dir='out/chat', max_steps=30, eval_interval=15)
+    run = result['run_dir']
+    evals = rundir.read_log(run, 'eval')
+    assert [e['step'] for e in evals] == [0, 15, 30] and all(e['interval'] > 0 for e in evals)
+    assert evals[-1]['val_loss'] < evals[0]['val_loss'] - 0.5
+    answers = rundir.read_log(run, 'answer')
+    assert len(answers) == 6 and answers[0]['expected'].startswith('It is ')
+    model, tokenizer, state = checkpoint.load_run(run)
+    assert state['task'] == 'chat'
+    for name, value in dict(run_dir=run, prompt='Colour of ball 7?', temperature=0.0,
+                            max_new_tokens=20, device='cpu').items():
+        monkeypatch.setattr(sample, name, value)
+    capsys.readouterr()
+    assert sample.main()['texts'][0] and '<|' not in capsys.readouterr().out
+
+
+def test_split_is_by_question(chats, monkeypatch):
+    """The same questions are held out, whatever the answers, seeds and other records."""
+    for name, value in dict(dataset=str(chats), val_fraction=0.3).items():
+        monkeypatch.setattr(finetune, name, value)
+    tokenizer = finetune.checkpoint.tokenizers.ByteTokenizer()
+    held_out = [r.messages[0]['content'] for r in finetune.chat_data(tokenizer, 96)[2]]
+    lines = chats.read_text().splitlines()
+    half = chats.with_name('half.jsonl')
+    half.write_text('\n'.join(line.replace('It is', 'Is it') for line in lines[::2]))
+    monkeypatch.setattr(finetune, 'dataset', str(half))
+    monkeypatch.setattr(finetune, 'seed', 1)
+    again = [r.messages[0]['content'] for r in finetune.chat_data(tokenizer, 96)[2]]
+    assert again == [q for q in held_out if int(q.split()[-1].strip('?')) % 2 == 0] and again
+
+
+def test_classify(run_stage, texts, capsys, monkeypatch, tmp_path):
+    result = classes(run_stage, texts, out_dir='out/classes', max_steps=40, eval_interval=20,
+                     learning_rate=1e-2)
+    assert result['accuracy'] > 0.9 and sum(map(sum, result['confusion'])) == 18
+    run = result['run_dir']
+    end = rundir.read_log(run, 'end')[0]
+    assert end['test_accuracy'] == result['accuracy'] and 'test_calibration_error' in end
+    (tmp_path / 'two.txt').write_text('rise number 500\n\nfall number 501 and more\n')
+    for name, value in dict(run_dir=run, classify_file=str(tmp_path / 'two.txt'),
+                            device='cpu').items():
+        monkeypatch.setattr(sample, name, value)
+    capsys.readouterr()
+    found = sample.main()['classes']
+    assert [f['label'] for f in found] == ['up', 'down']
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split('\t')[0] == 'down' and lines[1].endswith('fall number 501 and more')
+    monkeypatch.setattr(sample, 'classify_file', '')
+    monkeypatch.setattr(sample, 'prompt', 'rise')
+    assert 'is a classifier' in stopped_at_last(capsys, sample.main)
+
+
+def test_duplicates_go_and_classes_are_shared_out(texts, tmp_path, monkeypatch, capsys):
+    """Equal texts, up to case and white space, are never on two sides; 70/10/20 of each class."""
+    path = tmp_path / 'twice.tsv'
+    path.write_text(texts.read_text() + texts.read_text().replace('number', 'NUMBER '))
+    for name, value in dict(dataset=str(path), val_fraction=0.1, test_fraction=0.2).items():
+        monkeypatch.setattr(finetune, name, value)
+    tokenizer = finetune.checkpoint.tokenizers.ByteTokenizer()
+    parts, names, _ = finetune.class_data(tokenizer, 96, [])
+    assert '180 records, 90 of them duplicates; 63 to train on, 9 to validate on, 18' in \
+        capsys.readouterr().out
+    assert names == ['down', 'up']
+    assert [sum(ids[-1] == 0 for ids in part.ids) for part in parts] == [21, 3, 6]
+    seen = [tuple(ids) for part in parts for ids in part.ids]
+    assert len(set(seen)) == len(seen) == 90
+
+
+@pytest.mark.parametrize('settings', [
+    dict(dropout=0.1), dict(lora_rank=2, lora_dropout=0.1), dict(task='classify', lora_rank=2),
+    dict(task='classify', layers='1', balance=True)], ids=str)
+def test_interrupted_and_resumed(run_stage, chats, texts, monkeypatch, settings):
+    """Weights, adapters and optimizer state bitwise those of an uninterrupted run."""
+    run = classes if settings.get('task') else chat
+    data = texts if settings.get('task') else chats
+    whole = run(run_stage, data, out_dir='out/whole', **settings)
+    real = Learner.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, 'step', lambda *args: (*real(*args)[:3], args[4] == 3))
+        assert run(run_stage, data, out_dir='out/cut', **settings)['stopped']
+    cut = run(run_stage, data, out_dir='out/cut', **settings)
+    assert cut['run_dir'] == 'out/cut' and cut['step'] == 6
+    found, expected = tensors_of('out/cut'), tensors_of(whole['run_dir'])
+    assert found.keys() == expected.keys() and len(found) > 10
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
+def test_only_some_layers_learn(run_stage, base, texts):
+    before = dict(checkpoint.load_run(base)[0].named_parameters())
+    for layers, expected in (('head', {'ln_f', 'lm_head'}), ('1', {'h.1', 'ln_f', 'lm_head'})):
+        run = classes(run_stage, texts, out_dir=f'out/{layers}', layers=layers)['run_dir']
+        after = checkpoint.load_run(run)[0].named_parameters()
+        changed = {'.'.join(name.split('.')[:2 if name.startswith('h.') else 1])
+                   for name, p in after
+                   if name == 'lm_head.weight' or not torch.equal(p, before[name])}
+        assert changed == expected
+
+
+def test_adapters_alone(run_stage, chats):
+    run = Path(chat(run_stage, chats, out_dir='out/adapters', lora_rank=2,
+                    save_adapters=True)['run_dir'])
+    config = json.loads((run / 'adapter/adapter_config.json').read_text())
+    assert config['peft_type'] == 'LORA' and config['r'] == 2
+    assert not lora.adapters(checkpoint.load_run(str(run))[0])
+
+
+def test_random_weights_and_pairs(run_stage, chats, base, capsys):
+    """What pretraining is worth; --eval_only compares two runs on the same records."""
+    tuned = chat(run_stage, chats, out_dir='out/tuned')
+    control = chat(run_stage, chats, out_dir='out/control', random_weights=True)
+    assert control['run_dir'] == 'out/control'
+    scores = chat(run_stage, chats, run_dir='out/tuned', eval_only=True, against='out/control')
+    mean, half = scores['difference']
+    assert mean == pytest.approx(tuned['best_val_loss'] - control['best_val_loss'], abs=1e-6)
+    assert half > 0
+    untuned = chat(run_stage, chats, run_dir='out/tuned', eval_only=True, against=base)
+    assert untuned['difference'][0] < 0
+
+
+@pytest.mark.parametrize('task, lines, message', [
+    ('classify', 'up\tone\nup\ttwo\n', "all records have the label 'up'"),
+    ('classify', 'up\tone\ndown\ttwo\n', "1 different texts with the label 'down' are too few"),
+    ('chat', '{"instruction": "a", "output": "b"}\n', 'leave '),
+    ('chat', ''.join(json.dumps({'instruction': f'{i}' * 200, 'output': 'b'}) + '\n'
+                     for i in range(30)), 'has no answer within block_size=96 tokens'),
+])
+def test_records_that_are_no_good_together(run_stage, tmp_path, task, lines, message):
+    path = tmp_path / ('bad.tsv' if task == 'classify' else 'bad.jsonl')
+    path.write_text(lines)
+    assert message in message_of(lambda: run_stage(finetune, task=task, dataset=str(path)))
+    assert not Path(f'out/base-{task}').exists()
+
+
+def test_label_that_is_no_class(run_stage, texts):
+    message = message_of(lambda: classes(run_stage, texts, labels='up,sideways'))
+    assert f"{texts}:1: label 'down' is none of sideways, up" in message
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(run_dir=''), 'no model given'), (dict(dataset=''), 'no dataset given'),
+    (dict(dataset='sms_spam'), 'is a set of another kind'),
+    (dict(dataset='none.jsonl'), 'neither a file nor a named set'),
+    (dict(layers='some'), 'layers=some'), (dict(layers='9'), 'has only 2'),
+    (dict(lora_rank=2, layers='1'), 'choose one of the two'),
+    (dict(lora_rank=2, lora_targets='q_proj,x'), "no layers 'x'"),
+    (dict(save_adapters=True), 'needs'), (dict(against='out/x'), 'is for --eval_only'),
+    (dict(block_size=97), 'knows only 96 positions'), (dict(epochs=0.0), 'epochs=0.0'),
+    (dict(task='talk'), 'task=talk')], ids=str)
+def test_bad_settings(run_stage, chats, settings, message):
+    assert message in message_of(lambda: chat(run_stage, chats, **settings))
