@@ -56,7 +56,7 @@ def mean_interval(losses: np.ndarray) -> tuple[float, float]:
     nats, targets = losses.T
     mean = nats.sum() / targets.sum()
     error = math.sqrt(((nats - mean * targets) ** 2).sum()) / targets.sum()
-    return float(mean), Z95 * error
+    return float(mean), float(Z95 * error)
 
 
 def paired_interval(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:

@@ -10,13 +10,14 @@ import hashlib
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from core import stdlib
-from core.documents import Bad, read
-from core.download import fetch
+from core.documents import LONGEST_LINE, Bad, read, suffix
+from core.download import NoNetwork, fetch
 from core.settings import stop, warn
 from core.tokenizer import ROLES
 
@@ -54,7 +55,7 @@ def rows_of(path: Path, columns: tuple = ()) -> Iterator[tuple[str, dict | Bad]]
 
     A table without a header line, where that is not `columns`, has them in this order.
     """
-    kind = Path(path.stem if path.suffix == '.gz' else path).suffix.lower()
+    kind = suffix(path)
     if kind == '.jsonl':
         for record in read(path, '', 'strict', ''):
             yield record.where, parse(record.where, record.data, record.kind)
@@ -69,11 +70,11 @@ def rows_of(path: Path, columns: tuple = ()) -> Iterator[tuple[str, dict | Bad]]
 def read_text(path: Path) -> str:
     """A whole file of UTF-8. Raises Bad."""
     try:
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as f:
-            return f.read().decode('utf-8-sig')
+        with (gzip.open if path.suffix.lower() == '.gz' else open)(path, 'rb') as f:
+            return f.read().decode().removeprefix('\ufeff')
     except UnicodeDecodeError as e:
         raise Bad(f'{path}: invalid UTF-8 at byte offset {e.start}; convert it') from e
-    except (OSError, EOFError) as e:
+    except (OSError, EOFError, zlib.error) as e:
         raise Bad(f'{path}: cannot be read ({getattr(e, "strerror", None) or e}); see that it is '
                   'there and whole') from e
 
@@ -113,6 +114,9 @@ def array_rows(path: Path, text: str) -> Iterator[tuple[str, dict | Bad]]:
         elif text[at:at + 1] != ']':
             line += text.count('\n', counted, at)
             raise Bad(f'{path}:{line}: a comma or ] is missing between records; correct it')
+    if (at := skip(text, at + 1)) < len(text):
+        line += text.count('\n', counted, at)
+        raise Bad(f'{path}:{line}: more after the array, which would be lost; join the two')
 
 
 def skip(text: str, at: int) -> int:
@@ -126,20 +130,26 @@ def table_rows(path: Path, kind: str, columns: tuple) -> Iterator[tuple[str, dic
     """The rows of a CSV or TSV file (which knows no quotes)."""
     options = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if kind == '.tsv' else {'strict': True}
     rows = csv.reader(io.StringIO(read_text(path).replace('\0', ''), newline=''), **options)
+    csv.field_size_limit(LONGEST_LINE - 1)
     names = None
     while True:
+        where = f'{path}:{rows.line_num + 1}'
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as e:
-            yield f'{path}:{rows.line_num}', Bad(f'{path}:{rows.line_num}: {e}; mend the row')
+            bad = Bad(f'{where}: {e}; mend the row')
+            if 'end of data' in str(e):     # a quote without end has swallowed all other rows
+                raise bad from e
+            yield where, bad
             continue
         where = f'{path}:{rows.line_num}'
         if not row:
             continue
         if names is None:
-            names = row if set(columns) <= set(row) else columns
+            asked = {'instruction' if name == 'prompt' else name for name in row}
+            names = row if set(columns) <= asked else columns
             if names is row:
                 continue
         yield where, dict(zip(names, row)) if len(row) == len(names) else Bad(
@@ -207,7 +217,8 @@ def check_messages(where: str, messages) -> list[dict]:
         if role != 'system':
             if role == last:
                 raise Bad(f'{at} is a second one of the {role} in a row; join the two'
-                          if i else f'{at}: the assistant comes first; begin with the user')
+                          if any(m['role'] == role for m in checked) else
+                          f'{at}: the assistant comes first; begin with the user')
             last = role
         checked.append({'role': role, 'content': text_of(at, message, 'content')})
     return checked
@@ -229,6 +240,8 @@ def preference(where: str, record: dict | Bad) -> Preference:
     messages = messages_of(where, record)
     if messages[-1]['role'] == 'assistant':
         raise Bad(f'{where}: the messages end with an answer; it belongs in chosen or rejected')
+    if messages[-1]['role'] == 'system':
+        raise Bad(f'{where}: ends with a message of the system: nothing is asked; add the question')
     chosen, rejected = text_of(where, record, 'chosen'), text_of(where, record, 'rejected')
     if chosen == rejected:
         raise Bad(f'{where}: chosen and rejected are equal: nothing to prefer; remove the record')
@@ -245,7 +258,7 @@ def labelled(where: str, record: dict | Bad) -> Labelled:
 
 
 COLUMNS = {labelled: ('label', 'text'), conversation: ('instruction', 'output'),
-           preference: ('prompt', 'chosen', 'rejected')}
+           preference: ('instruction', 'chosen', 'rejected')}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,10 +313,10 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
     if not found and not Path(name).is_file():
         stop(f'{setting}={name}: neither a file nor a named set ({", ".join(SETS)})')
     records, bad = [], []
-    sources = [found.records()] if found and found.records else [
-        rows_of(Path(path), COLUMNS[kind])
-        for path in (found.files(Path(data_dir) / 'downloads') if found else [name])]
     try:
+        sources = [found.records()] if found and found.records else [
+            rows_of(Path(path), COLUMNS[kind])
+            for path in (found.files(Path(data_dir) / 'downloads') if found else [name])]
         for where, row in itertools.chain.from_iterable(sources):
             try:
                 records.append(kind(where, row))
@@ -313,6 +326,8 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
                 bad.append(str(e))
     except Bad as e:
         stop(str(e))
+    except NoNetwork as e:
+        stop(f'{setting}={name}: {e}; put the file into a folder, and set DATA_MIRROR to it')
     if bad:
         warn(f'{setting}={name}: {len(bad):,} of {len(bad) + len(records):,} records are left out, '
              f'the first for: {bad[0]}')

@@ -45,7 +45,7 @@ def functions() -> Iterator[Function]:
         except (UnicodeDecodeError, SyntaxError):
             continue    # a few are in other encodings, or templates
         package = path.relative_to(library).parts[0].removesuffix('.py')
-        lines = text.splitlines()
+        lines = text.split('\n')     # as ast counts them; str.splitlines knows others, too
         for node in ast.walk(tree):
             found = isinstance(node, ast.FunctionDef) and function(node, lines)
             if found and found[2] not in seen:
@@ -60,6 +60,8 @@ def function(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str, str] | 
         return None
     first = node.body[0]
     header, body = lines[node.lineno - 1:first.lineno - 1], lines[first.end_lineno:node.end_lineno]
+    if any(line[:node.col_offset].strip() for line in (*header, *body)):
+        return None     # text that is less indented would be cut
     dedent = lambda part: '\n'.join(line[node.col_offset:] for line in part).strip('\n')
     source = f'{dedent(header)}\n{dedent(body)}'
     about = ' '.join(docstring.split('\n\n')[0].split())
@@ -106,11 +108,11 @@ def corrupt(source: str) -> str:
     What is exchanged depends on the source alone.
     """
     header, _, body = source.partition('\n')
-    words = re.split(r'(\w+|==|!=|[<>+*-])', body)
+    words = re.split(r'(#.*|\w+|==|!=|[<>+*-])', body)
     names = sorted({word for word in words if re.fullmatch(r'[a-zA-Z_]\w+', word)})
     generator = random.Random(source)
     at = [i for i in range(1, len(words), 2) if words[i] in SWAPS or words[i] in names]
     for i in generator.sample(at, min(len(at), max(1, len(at) // 6))):
         others = [name for name in names if name != words[i]]
-        words[i] = SWAPS.get(words[i]) or (generator.choice(others) if others else 'None')
+        words[i] = SWAPS[words[i]] if words[i] in SWAPS else generator.choice(others or ['None'])
     return f'{header}\n{"".join(words)}'
