@@ -50,7 +50,7 @@ label_smoothing = 0.0       # dpo: so probable it is that the two answers were m
 dropout = 0.0
 lora_rank = 0               # low-rank adapters (core/lora.py); 0: none, the layers themselves learn
 lora_alpha = 16.0           # their weight is lora_alpha / lora_rank
-lora_targets = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
+lora_targets = ''           # layers that have them, such as q_proj,v_proj; '': all in the blocks
 lora_dropout = 0.0
 save_adapters = False       # at the end the adapters alone, too, as PEFT has them: <run>/adapter
 # optimizer
@@ -117,8 +117,9 @@ def dpo_loss(margin: torch.Tensor, beta: float, label_smoothing: float = 0.0) ->
 
 
 def ipo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
-    """(margin - 1 / (2 beta))^2: Azar et al. 2023, equation 17. It has a finite goal, so that it
-    does not run away from the reference where all prefer the same."""
+    """(margin - 1 / (2 beta))^2: Azar et al. 2023, equation 17, of sums over tokens as there (TRL
+    takes means). It has a finite goal, so that it does not run away from the reference where all
+    prefer the same."""
     return (margin - 1 / (2 * beta)) ** 2
 
 
@@ -194,9 +195,9 @@ def encode(found: list, tokenizer, size: int) -> tuple[list, list]:
         answers = ({'role': 'assistant', 'content': text} for text in record[2:])
         pair = [records.encode(tokenizer, [*record.messages, answer], size, last_only=True)
                 for answer in answers]
-        if all(1.0 in w for _, w in pair):
-            ids += [row for row, _ in pair]
-            weights += [w for _, w in pair]
+        if all(fits for *_, fits in pair):
+            ids += [row for row, *_ in pair]
+            weights += [weight for _, weight, _ in pair]
         else:
             left_out.append(record)
     records.check_left_out(left_out, len(found), size)
@@ -334,7 +335,8 @@ def main() -> dict:
     identity = run_identity(facts, tokenizer, weights, config)
     base = Path(out_dir or f'out/{CONFIG or f"{Path(run_dir).name}-dpo"}')
     run, saver, state = rundir.open_run(base, identity, ranks)
-    key = f'{weights}-{facts["sha256"][:16]}-{train_pairs.rows.block_size}'
+    key = '-'.join([weights, facts['sha256'][:16], facts['val_sha256'][:16],
+                    str(train_pairs.rows.block_size)])
     add_reference((train_pairs, val_pairs), run, key, model, rows, dev, ranks)
 
     # Optimizer, what a checkpoint says
@@ -409,6 +411,7 @@ def main() -> dict:
         print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on')
     elif ranks.rank == 0:
         if save_adapters:
+            checkpoint.load_weights(model, run, at.best_step)
             lora.save(model, run / 'adapter', run_dir, lora_dropout)
         log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
                   best_step=at.best_step)

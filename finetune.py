@@ -55,7 +55,7 @@ layers = 'all'              # all; head; or the last so many blocks, with final 
 dropout = 0.0
 lora_rank = 0               # low-rank adapters (core/lora.py); 0: none, the layers themselves learn
 lora_alpha = 16.0           # their weight is lora_alpha / lora_rank
-lora_targets = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
+lora_targets = ''           # layers that have them, such as q_proj,v_proj; '': all in the blocks
 lora_dropout = 0.0
 save_adapters = False       # at the end the adapters alone, too, as PEFT has them: <run>/adapter
 # optimizer
@@ -131,9 +131,9 @@ def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
 def encode_chats(found: list, tokenizer, size: int, prompt_weight: float) -> tuple[Rows, list]:
     """Rows of conversations, and those that are in them: some may have no answer that fits."""
     encoded = [records.encode(tokenizer, r.messages, size, prompt_weight) for r in found]
-    fits = [1.0 in weights for _, weights in encoded]
+    fits = [fit for *_, fit in encoded]
     records.check_left_out([r for r, fit in zip(found, fits) if not fit], len(found), size)
-    ids, weights = zip(*(row for row, fit in zip(encoded, fits) if fit))
+    ids, weights, _ = zip(*filter(lambda row: row[2], encoded))
     return Rows(ids, weights, size, seed, packed=pack), [r for r, fit in zip(found, fits) if fit]
 
 
@@ -144,7 +144,8 @@ def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str]
     same share in each part.
     """
     found = records.load(dataset, records.labelled, data_dir, skip_bad)
-    names = known or sorted(filter(None, labels.split(','))) or sorted({r.label for r in found})
+    given = sorted(filter(None, map(str.strip, labels.split(','))))
+    names = known or given or sorted({record.label for record in found})
     if len(names) < 2:
         stop(f'dataset={dataset}: all records have the label {names[0]!r}; a classifier needs two')
     for record in found:
@@ -196,6 +197,9 @@ def initial_model(source, tokenizer, n_classes: int, dev):
     vocab = max(config.vocab_size, padded(len(tokenizer), config.vocab_size))
     if vocab > config.vocab_size:
         print0(f'{run_dir}: vocabulary {config.vocab_size:,} -> {vocab:,}, with tokens for chats')
+        if save_adapters:
+            stop(f'save_adapters=True: adapters alone do not fit {run_dir}, which has no tokens '
+                 'for chats; leave it out: the run has the merged weights')
     config = replace(config, dropout=dropout, vocab_size=vocab, n_classes=n_classes,
                      tied=config.tied and not n_classes)
     model = build_model(config, None, dev.name)
@@ -470,6 +474,7 @@ def end_run(run, at, log, test_rows, names, rows, dev, ranks, model) -> dict:
         for name, row in zip(names, scores['confusion']):
             print0(name.ljust(max(width, 11)) + ''.join(str(n).rjust(width) for n in row))
     if save_adapters and ranks.rank == 0:
+        checkpoint.load_weights(model, run, at.best_step)
         lora.save(model, run / 'adapter', run_dir, lora_dropout)
     log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
               best_step=at.best_step, **{f'test_{k}': v for k, v in scores.items()})

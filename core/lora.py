@@ -55,23 +55,26 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def add(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float, seed: int) -> None:
-    """Give the layers in `targets` (names with commas, of TARGETS) adapters, and freeze all else.
+    """Give the layers in `targets` (names with commas, of TARGETS; '': all) adapters, and freeze
+    all else.
 
     A is uniform with bound 1 / sqrt(in), as PEFT has it; its numbers depend on (seed, name) only.
     Stops at a name that no layer has.
     """
-    names = targets.split(',')
     model.requires_grad_(False)
     layers = {name: module for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) and name.rpartition('.')[2] in names}
-    for name in names:
-        if name not in TARGETS or not any(layer.endswith(f'.{name}') for layer in layers):
-            stop(f'lora_targets={targets}: this model has no layers {name!r}; it has '
-                 + ', '.join(n for n in TARGETS if any(
-                     layer.endswith(f'.{n}') for layer, _ in model.named_modules())))
+              if isinstance(module, nn.Linear) and name.rpartition('.')[2] in TARGETS}
+    known = list(dict.fromkeys(name.rpartition('.')[2] for name in layers))
+    wanted = targets.split(',') if targets else known
+    for name in wanted or [targets]:
+        if name not in known:
+            stop(f'lora_targets={targets}: this model has no layers {name!r} for adapters, only '
+                 f'{", ".join(known) or "layers of another kind"}')
     for name, layer in layers.items():
         parent, _, last = name.rpartition('.')
-        new = LoRALinear(layer, rank, alpha, dropout)
+        if last not in wanted:
+            continue
+        new = LoRALinear(layer, rank, alpha, dropout).train(layer.training)
         generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}.lora_A'.encode()))
         bound = 1 / math.sqrt(layer.in_features)
         with torch.no_grad():

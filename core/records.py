@@ -360,15 +360,15 @@ def question(record) -> str:
 
 
 def encode(tokenizer, messages: list[dict], size: int, prompt_weight: float = 0.0,
-           last_only: bool = False) -> tuple[list[int], list[float]]:
-    """The first size + 1 ids of a conversation, and their weights as targets: 1 for what the
-    assistant says (last_only: in the last message), its end tokens included, prompt_weight for the
-    rest."""
+           last_only: bool = False) -> tuple[list[int], list[float], bool]:
+    """The first size + 1 ids of a conversation, their weights as targets, and whether anything that
+    is to be learnt is among them: what the assistant says (last_only: in the last message), its end
+    tokens included, has weight 1, the rest prompt_weight."""
     turns = list(tokenizer.encode_turns(messages))
     ids = sum((turn for turn, _ in turns), [])
-    weights = [1.0 if mine and (i == len(turns) - 1 or not last_only) else prompt_weight
-               for i, (_, said) in enumerate(turns) for mine in said]
-    return ids[:size + 1], weights[:size + 1]
+    learnt = [mine and (i == len(turns) - 1 or not last_only)
+              for i, (_, said) in enumerate(turns) for mine in said][:size + 1]
+    return ids[:size + 1], [1.0 if it else prompt_weight for it in learnt], any(learnt)
 
 
 def check_left_out(left_out: list, n: int, size: int) -> None:

@@ -91,7 +91,7 @@ def origins() -> Iterator[tuple[str, dict]]:
 
 
 def corrupted() -> Iterator[tuple[str, dict]]:
-    """Header and docstring -> the function, rather than one with a mistake in each third line."""
+    """Header and docstring -> the function, rather than one with mistakes (see corrupt)."""
     for found in functions():
         yield found.where, {'prompt': question(found), 'chosen': found.source,
                             'rejected': corrupt(found.source)}

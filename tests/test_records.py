@@ -441,7 +441,7 @@ SAID = '---' '---' '-bc|' '---' '-e|'
     (14, 0.0, False, SAID[:15]), (8, 0.0, False, SAID[:9]), (6, 0.0, False, SAID[:7]),
     (100, 0.0, True, '-' * 14 + 'e|'), (14, 0.0, True, '-' * 14 + 'e'), (13, 0.0, True, '-' * 14)])
 def test_encode(size, prompt_weight, last_only, expected):
-    ids, weights = records.encode(TOKENIZER, TURNS, size, prompt_weight, last_only)
+    ids, weights, _ = records.encode(TOKENIZER, TURNS, size, prompt_weight, last_only)
     assert ids == TOKENIZER.encode_chat(TURNS)[:size + 1] and len(ids) == len(weights)
     assert weights == [prompt_weight if sign == '-' else 1.0 for sign in expected]
 

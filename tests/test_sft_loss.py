@@ -110,7 +110,7 @@ def test_prompt_loss_weight(monkeypatch, weight):
     assert found == pytest.approx(total / weights, abs=1e-5)
 
 
-@pytest.mark.parametrize('prompt_weight', [0.0, 0.3])
+@pytest.mark.parametrize('prompt_weight', [0.0, 0.3, 1.0])
 def test_what_does_not_fit(monkeypatch, prompt_weight):
     """A long conversation is cut; one without an answer within the row is left out."""
     monkeypatch.setattr(finetune, 'pack', False)
