@@ -39,6 +39,7 @@ seed = 1337
 dataset = ''                # a named set (see core/records.py), or a .jsonl, .json, .csv, .tsv file
 validation = ''             # a file to validate on; '': a part of the dataset
 val_fraction = 0.1          # of the questions, to validate on
+max_records = 0             # only so many records; 0: all
 skip_bad = False            # leave out bad records and count them, instead of stopping
 data_dir = 'data'           # where downloads live
 block_size = 0              # most tokens of question and answer; 0: the model's
@@ -82,8 +83,8 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 def check_settings() -> None:
     """Stop at the first setting that is out of range."""
     check_bounds(globals(), batch_size=(1, None), micro_batch_size=(0, None), block_size=(0, None),
-                 val_fraction=(0, 0.9), beta=(1e-6, None), label_smoothing=(0, 0.49),
-                 dropout=(0, 0.99), lora_rank=(0, None), lora_alpha=(1e-6, None),
+                 val_fraction=(0, 0.9), max_records=(0, None), beta=(1e-6, None),
+                 label_smoothing=(0, 0.49), dropout=(0, 0.99), lora_rank=(0, None), lora_alpha=(1e-6, None),
                  lora_dropout=(0, 0.99), learning_rate=(0, None), weight_decay=(0, None),
                  beta1=(0, 0.9999), beta2=(0, 0.9999), grad_clip=(0, None), epochs=(1e-6, None),
                  max_steps=(0, None), warmup_steps=(0, None), decay_fraction=(0, 1),
@@ -177,7 +178,7 @@ class Pairs:
 def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
     """Pairs to train and to validate on, and facts for the log."""
     train, val = records.load_split(dataset, validation, val_fraction, records.preference,
-                                    data_dir, skip_bad)
+                                    data_dir, skip_bad, max_records)
     parts = [encode(part, tokenizer, size) for part in (train, val)]
     longest = max(len(ids) for ids, _ in parts for ids in ids) - 1
     size = min(size, 8 * math.ceil(longest / 8))

@@ -44,6 +44,7 @@ validation = ''             # chat: a file to validate on; '': a part of the dat
 val_fraction = 0.1          # of the records, to validate on
 test_fraction = 0.2         # classify: of the records, looked at once, at the end
 labels = ''                 # classify: the classes with commas; '': those that occur
+max_records = 0             # chat: only so many records; 0: all
 skip_bad = False            # leave out bad records and count them, instead of stopping
 data_dir = 'data'           # where downloads live
 block_size = 0              # tokens in a row; 0: the model's
@@ -89,7 +90,8 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 def check_settings() -> None:
     """Stop at the first setting that is out of range."""
     check_bounds(globals(), batch_size=(1, None), micro_batch_size=(0, None), block_size=(0, None),
-                 val_fraction=(0, 0.9), test_fraction=(0, 0.9), prompt_loss_weight=(0, 1),
+                 val_fraction=(0, 0.9), test_fraction=(0, 0.9), max_records=(0, None),
+                 prompt_loss_weight=(0, 1),
                  dropout=(0, 0.99), lora_rank=(0, None), lora_alpha=(1e-6, None),
                  lora_dropout=(0, 0.99), learning_rate=(0, None), weight_decay=(0, None),
                  beta1=(0, 0.9999), beta2=(0, 0.9999), grad_clip=(0, None), epochs=(1e-6, None),
@@ -119,7 +121,7 @@ def check_settings() -> None:
 def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
     """Rows to train on and to validate on, the conversations of these, and facts for the log."""
     train, val = records.load_split(dataset, validation, val_fraction, records.conversation,
-                                    data_dir, skip_bad)
+                                    data_dir, skip_bad, max_records)
     train_rows, _ = encode_chats(train, tokenizer, size, prompt_loss_weight)
     val_rows, val = encode_chats(val, tokenizer, size, 0.0)
     print0(f'{dataset}: {len(train_rows.ids):,} conversations to train on in '

@@ -337,13 +337,16 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
 
 
 def load_split(dataset: str, validation: str, val_fraction: float, kind: Callable, data_dir: str,
-               skip_bad: bool) -> tuple[list, list]:
-    """Records to train on and to validate on: those of a file of their own, or a part.
+               skip_bad: bool, max_records: int = 0) -> tuple[list, list]:
+    """Records to train on and to validate on: those of a file of their own, or a part. Of the
+    dataset at most max_records, if that is not 0.
 
     Which, depends on what is asked first alone: so the same question is on the same side in every
     set that has it, and in each stage. Stops if one side is empty.
     """
     found = load(dataset, kind, data_dir, skip_bad)
+    if max_records:
+        found = sorted(found, key=lambda r: fraction_of(f'of all: {question(r)}'))[:max_records]
     if validation:
         return found, load(validation, kind, data_dir, skip_bad, 'validation')
     held_out = [fraction_of(question(record)) < val_fraction for record in found]

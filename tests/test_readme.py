@@ -21,12 +21,17 @@ MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRR
 # Those that compare with a peer need its source, which is not here; some need more than one text.
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()
             if re.match(r'(echo .*\| )?(python|torchrun) ', line) and '--vs=' not in line
-            and (MIRROR or not re.search('gpt2|austen|_bpe|=bpe', line))]
+            and (MIRROR or not re.search(r'gpt2|austen|_bpe|=bpe|tune/\w+(?<!_python)\.py|out/spam',
+                                         line))]
 
 # What makes a stage short enough for a test.
 SHORT = {
     'train.py': '--max_steps=2 --eval_interval=2 --eval_tokens=512 --compile=False --threads=1 '
-                '--sample_tokens=5 --batch_size=2 --block_size=32 --device=cpu --max_minutes=0',
+                '--sample_tokens=5 --batch_size=2 --block_size=256 --device=cpu --max_minutes=0',
+    'finetune.py': '--max_steps=2 --eval_interval=2 --batch_size=2 --answers=1 --answer_tokens=3 '
+                   '--device=cpu --threads=1',
+    'dpo.py': '--max_steps=2 --eval_interval=2 --batch_size=2 --max_records=60 --device=cpu '
+              '--threads=1',
     'sample.py': '--max_new_tokens=5 --device=cpu --threads=1',
     'bench.py': '--rounds=1 --steps=1 --warmup=1 --batch_size=1 --compile=False --threads=1 '
                 '--corpus_mb=1 --n_tokens=300',
@@ -40,9 +45,9 @@ SHORT = {
 def folder(tmp_path_factory):
     """A copy of the source where `shakespeare` is a small text that is there already."""
     folder = tmp_path_factory.mktemp('readme')
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('c*/*.py')]:
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('c*/**/*.py')]:
         target = folder / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     text = 'ROMEO:\nTo be, or not to be? Once upon a time. JULIET!\n' * 100
     (folder / 'data' / 'downloads').mkdir(parents=True)

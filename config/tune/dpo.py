@@ -6,6 +6,7 @@ run_dir = 'out/sft'
 dataset = 'preference'
 
 batch_size = 8
-learning_rate = 1e-4
+learning_rate = 3e-4
 beta = 0.1
-epochs = 2.0
+dropout = 0.1
+epochs = 3.0

@@ -8,4 +8,5 @@ dataset = 'python_bugs'
 batch_size = 8
 learning_rate = 5e-5
 beta = 0.1
-max_steps = 60
+max_records = 1000      # of 5,000
+epochs = 1.0
