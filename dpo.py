@@ -47,6 +47,7 @@ block_size = 0              # most tokens of question and answer; 0: the model's
 loss = 'dpo'                # dpo or ipo
 beta = 0.1                  # how dear it is to leave the reference
 label_smoothing = 0.0       # dpo: so probable it is that the two answers were mixed up
+chosen_weight = 0.0         # of -log p per token of the chosen answers, added to keep them probable
 # what learns
 dropout = 0.0
 lora_rank = 0               # low-rank adapters (core/lora.py); 0: none, the layers themselves learn
@@ -84,9 +85,10 @@ def check_settings() -> None:
     """Stop at the first setting that is out of range."""
     check_bounds(globals(), batch_size=(1, None), micro_batch_size=(0, None), block_size=(0, None),
                  val_fraction=(0, 0.9), max_records=(0, None), beta=(1e-6, None),
-                 label_smoothing=(0, 0.49), dropout=(0, 0.99), lora_rank=(0, None), lora_alpha=(1e-6, None),
-                 lora_dropout=(0, 0.99), learning_rate=(0, None), weight_decay=(0, None),
-                 beta1=(0, 0.9999), beta2=(0, 0.9999), grad_clip=(0, None), epochs=(1e-6, None),
+                 label_smoothing=(0, 0.49), dropout=(0, 0.99), lora_rank=(0, None),
+                 lora_alpha=(1e-6, None), lora_dropout=(0, 0.99), learning_rate=(0, None),
+                 weight_decay=(0, None), chosen_weight=(0, None), beta1=(0, 0.9999),
+                 beta2=(0, 0.9999), grad_clip=(0, None), epochs=(1e-6, None),
                  max_steps=(0, None), warmup_steps=(0, None), decay_fraction=(0, 1),
                  min_lr_fraction=(0, 1), eval_interval=(0, None), log_interval=(1, None),
                  seed=(0, 2 ** 31 - 1), threads=(0, None), timeout_minutes=(0.01, None),
@@ -124,16 +126,28 @@ def ipo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
     return (margin - 1 / (2 * beta)) ** 2
 
 
+def pair_losses(log_p: torch.Tensor, reference: torch.Tensor, n_tokens: torch.Tensor):
+    """(B,) losses and (B,) margins of pairs: log_p, reference, n_tokens (B, 2), chosen first.
+
+    The loss that the settings name, plus chosen_weight times the chosen answer's -log p per token
+    (Pang et al. 2024, "Iterative reasoning preference optimization", equation 1).
+    """
+    gain = log_p - reference
+    margin = gain[:, 0] - gain[:, 1]
+    found = ipo_loss(margin, beta) if loss == 'ipo' else dpo_loss(margin, beta, label_smoothing)
+    if chosen_weight:
+        found = found - chosen_weight * log_p[:, 0] / n_tokens[:, 0].clamp(min=1)
+    return found, margin
+
+
 def loss_sums(trained, batch) -> torch.Tensor:
     """Of a batch of Pairs the sums of: loss, reward of the chosen and of the rejected answers (beta
     log p / ref, as in section 5 of the paper), pairs in the right order by it."""
     x, y, doc, reference = batch
-    log_p = -trained(x, y, doc=doc, reduction='none').sum(dim=1)
-    gain = (log_p - reference).view(-1, 2)
-    margin = gain[:, 0] - gain[:, 1]
-    found = ipo_loss(margin, beta) if loss == 'ipo' else dpo_loss(margin, beta, label_smoothing)
-    rewards = beta * gain.T
-    real = (y != IGNORE).any(dim=1).view(-1, 2)[:, 0]
+    log_p = -trained(x, y, doc=doc, reduction='none').sum(dim=1).view(-1, 2)
+    reference, n_tokens = reference.view(-1, 2), (y != IGNORE).sum(dim=1).view(-1, 2)
+    found, margin = pair_losses(log_p, reference, n_tokens)
+    rewards, real = beta * (log_p - reference).T, n_tokens[:, 0] > 0
     return (torch.stack([found, *rewards, (margin > 0).float()]) * real).sum(dim=1)
 
 
@@ -245,21 +259,20 @@ def kl_divergence(model, reference, data: Rows, dev, ranks, asked) -> float | No
     return None if found is None else float(found[:, 0].sum() / found[:, 1].sum())
 
 
-def take_stock(at, log, model, reference, pairs, rows, dev, ranks, asked) -> bool:
-    """Evaluate; all goes to the log, the loss into at.
+def take_stock(at, log, model, before, pairs, rows, dev, ranks, asked) -> bool:
+    """Evaluate, beside the model `before`; all goes to the log, the loss into at.
 
     Returns whether asked() said to stop meanwhile: then nothing is noted, and it is still due.
     """
     losses = metrics.sequence_losses(model, pairs.rows, 2 * rows, dev, ranks, asked)
-    kl = losses is not None and kl_divergence(model, reference, pairs.rows, dev, ranks, asked)
+    kl = losses is not None and kl_divergence(model, before, pairs.rows, dev, ranks, asked)
     if asked():
         return True
     log_p = torch.from_numpy(-losses[:, 0].reshape(-1, 2))
-    gain = log_p - torch.from_numpy(pairs.reference)
-    margin = gain[:, 0] - gain[:, 1]
-    found = ipo_loss(margin, beta) if loss == 'ipo' else dpo_loss(margin, beta, label_smoothing)
-    n_tokens = losses[:, 1].reshape(-1, 2)
-    each = log_p / torch.from_numpy(n_tokens)
+    reference, n_tokens = (torch.from_numpy(x) for x in (pairs.reference,
+                                                         losses[:, 1].reshape(-1, 2)))
+    found, margin = pair_losses(log_p, reference, n_tokens)
+    gain, each = log_p - reference, log_p / n_tokens
     scores = {'val_loss': found.mean().item(),
               'accuracy': (log_p[:, 0] > log_p[:, 1]).double().mean().item(),
               'accuracy_per_token': (each[:, 0] > each[:, 1]).double().mean().item(),
@@ -287,7 +300,7 @@ def run_identity(facts: dict, tokenizer, weights: str, config) -> dict:
         return {name: globals()[name] for name in names}
     return {'architecture': asdict(config), 'tokenizer': tokenizer.hash(),
             'data': facts | chosen('dataset', 'block_size'),
-            'loss': chosen('loss', 'beta', 'label_smoothing'),
+            'loss': chosen('loss', 'beta', 'label_smoothing', 'chosen_weight'),
             'optimizer': chosen('learning_rate', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
                                 'lora_rank', 'lora_alpha', 'lora_targets', 'lora_dropout'),
             'schedule': chosen('schedule', 'epochs', 'max_steps', 'warmup_steps', 'decay_fraction',

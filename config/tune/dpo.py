@@ -6,7 +6,8 @@ run_dir = 'out/sft'
 dataset = 'preference'
 
 batch_size = 8
-learning_rate = 3e-4
+learning_rate = 5e-4
 beta = 0.1
+chosen_weight = 1.0     # without it their probability falls together with the others
 dropout = 0.1
-epochs = 3.0
+epochs = 2.0

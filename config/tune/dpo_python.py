@@ -6,7 +6,8 @@ run_dir = 'out/sft_python'
 dataset = 'python_bugs'
 
 batch_size = 8
-learning_rate = 5e-5
+learning_rate = 2e-4
 beta = 0.1
+chosen_weight = 1.0
 max_records = 1000      # of 5,000
 epochs = 1.0
