@@ -1,6 +1,6 @@
 """Which package of the Python standard library is a function from? No network.
 
-python train.py config/python.py --max_minutes=6
+python train.py config/python.py --max_minutes=4
 python finetune.py config/tune/classify_python.py
 """
 run_dir = 'out/python'

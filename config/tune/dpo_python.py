@@ -9,5 +9,5 @@ batch_size = 8
 learning_rate = 2e-4
 beta = 0.1
 chosen_weight = 1.0
-max_records = 1000      # of 5,000
+max_records = 500       # of 5,000
 epochs = 1.0

@@ -1,6 +1,6 @@
 """Header and docstring -> function: from the Python standard library on this machine, no network.
 
-python train.py config/python.py --max_minutes=6
+python train.py config/python.py --max_minutes=4
 python finetune.py config/tune/sft_python.py
 """
 run_dir = 'out/python'
