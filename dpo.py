@@ -15,16 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import model as model_module
-from core import checkpoint, lora, metrics, optim, parallel, processes, records, rundir
+from core import checkpoint, hf, lora, metrics, optim, parallel, processes, records, rundir
 from core import device as hardware
 from core.dataset import IGNORE, PADDING, Rows, share, shuffled
 from core.learner import Learner, print_above
 from core.processes import print0
-from core.settings import check_bounds, check_choice, configure, settings_of, stop
+from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
 from model import build_model, copy_weights, count_parameters
 
 POSITIONAL = ('run_dir',)
@@ -227,33 +228,43 @@ def add_reference(parts, run: Path, key: str, model, rows, dev, ranks) -> None:
     """Give each of the Pairs what the reference, which `model` still is, thinks of its answers:
     from the file in the run directory, or computed and written there."""
     path = run / 'reference.safetensors'
-    known = load_file(path) if path.is_file() else {}
-    known = processes.broadcast([sorted(known)])[0]
     names = [f'{key}-{name}' for name in ('train', 'val')]
-    if set(names) <= set(known):
-        tensors = load_file(path)
-    else:
+    try:
+        tensors = load_file(path) if path.is_file() else {}
+    except (OSError, SafetensorError) as e:
+        warn(f'{path} cannot be read ({e}); it is made again')
+        tensors = {}
+    if not all(processes.exchange(set(names) <= set(tensors))):
         tensors = {name: torch.from_numpy(-metrics.sequence_losses(
             model, pairs.rows, 2 * rows, dev, ranks)[:, 0].reshape(-1, 2)).contiguous()
             for name, pairs in zip(names, parts)}
         if ranks.rank == 0:
-            save_file(tensors, run / '.tmp-reference')
-            (run / '.tmp-reference').replace(path)
+            try:
+                save_file(tensors, run / '.tmp-reference')
+                (run / '.tmp-reference').replace(path)
+            except (OSError, SafetensorError) as e:
+                warn(f'{path} cannot be written ({e}); a resumed run will compute it again')
     for name, pairs in zip(names, parts):
         pairs.reference = tensors[name].numpy()
 
 
+KL_PAIRS = 64       # all logits of two models take their time
+
+
 def kl_divergence(model, reference, data: Rows, dev, ranks, asked) -> float | None:
     """Mean KL divergence of the model from the reference, in nats per token, over the positions of
-    the chosen answers: sum_v p(v) log(p(v) / ref(v)). None if asked() says to stop."""
+    the first KL_PAIRS chosen answers: sum_v p(v) log(p(v) / ref(v)). None if asked() says to stop.
+    """
     def divergences(batch):
         x, y, doc, _ = batch
         p = model(x, doc=doc).float().log_softmax(dim=-1)
         with lora.off(reference):   # where they are the same model
             q = reference(x, doc=doc).float().log_softmax(dim=-1)
-        kl = (p.exp() * (p - q)).sum(dim=-1).double() * (y != IGNORE)
+        kl = (p.exp() * (p - q)).sum(dim=-1) * (y != IGNORE)
         return torch.stack([kl, y != IGNORE], dim=-1)
-    chosen = Rows(data.ids[::2], data.weights[::2], data.block_size, shuffle=False, packed=False)
+    first = slice(0, 2 * KL_PAIRS, 2)
+    chosen = Rows(data.ids[first], data.weights[first], data.block_size, shuffle=False,
+                  packed=False)
     with torch.no_grad():
         found = metrics.summed(model, chosen, 1, dev, ranks, asked, 2, divergences)
     return None if found is None else float(found[:, 0].sum() / found[:, 1].sum())
@@ -282,9 +293,7 @@ def take_stock(at, log, model, before, pairs, rows, dev, ranks, asked) -> bool:
               'reward_margin': beta * margin.mean().item(),
               'chosen_log_p': log_p[:, 0].mean().item(),
               'rejected_log_p': log_p[:, 1].mean().item(), 'kl': kl}
-    at.evaluated, at.val_loss = at.step, scores['val_loss']
-    if math.isfinite(at.val_loss) and at.val_loss < (at.best_val_loss or math.inf):
-        at.best_val_loss, at.best_step = at.val_loss, at.step
+    at.note(scores['val_loss'])
     log.write('eval', step=at.step, seconds=at.seconds, **scores)
     print_above(ranks, f'step {at.step}: loss {at.val_loss:.4f}, chosen more probable '
                        f'{scores["accuracy"]:.3f}, by reward {scores["reward_accuracy"]:.3f}, '
@@ -324,9 +333,9 @@ def main() -> dict:
         checkpoint.find_model(run_dir, data_dir)
     processes.broadcast(None, patient=True)
     source, tokenizer, begun = checkpoint.load_run(run_dir, step, data_dir=data_dir)
-    if source.config.n_classes:
-        stop(f'run_dir={run_dir}: is a classifier; begin with a chat model')
     tokenizer.check_chat()
+    if save_adapters:
+        hf.architecture(source.config)      # stops if PEFT could not have it
     config, weights = replace(source.config, dropout=dropout), checkpoint.weights_hash(source)
     size = block_size or config.block_size
     if size > config.block_size:
@@ -349,7 +358,7 @@ def main() -> dict:
     identity = run_identity(facts, tokenizer, weights, config)
     base = Path(out_dir or f'out/{CONFIG or f"{Path(run_dir).name}-dpo"}')
     run, saver, state = rundir.open_run(base, identity, ranks)
-    key = '-'.join([weights, facts['sha256'][:16], facts['val_sha256'][:16],
+    key = '-'.join([weights, dev.dtype, facts['sha256'][:16], facts['val_sha256'][:16],
                     str(train_pairs.rows.block_size)])
     add_reference((train_pairs, val_pairs), run, key, model, rows, dev, ranks)
 
@@ -422,7 +431,8 @@ def main() -> dict:
             saver.finish(at.step)
         processes.broadcast(None, patient=True)
     if stopping:
-        print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on')
+        print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on'
+               if at.step else 'stopped before the first step')
     elif ranks.rank == 0:
         if save_adapters:
             checkpoint.load_weights(model, run, at.best_step)
@@ -430,8 +440,9 @@ def main() -> dict:
         log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
                   best_step=at.best_step)
         rundir.plot_losses(run)
-        print(f'best validation loss {at.best_val_loss:.4f} at step {at.best_step}; {run}/ has the '
-              f'checkpoints, log.jsonl and loss.png\n\nnext:\n  python sample.py {run}')
+        print(f'best validation loss {at.best_val_loss or math.nan:.4f} at step {at.best_step}; '
+              f'{run}/ has the checkpoints, log.jsonl and loss.png\n\nnext:\n'
+              f'  python sample.py {run}')
     if ranks.rank == 0:
         saver.lock.close()
     processes.finish()

@@ -18,12 +18,13 @@ import torch
 from tqdm import tqdm
 
 import model as model_module
-from core import checkpoint, lora, metrics, optim, parallel, processes, records, rundir
+from core import checkpoint, hf, lora, metrics, optim, parallel, processes, records, rundir
 from core import device as hardware
 from core.dataset import Rows, share
 from core.learner import Learner, print_above
 from core.processes import print0
 from core.settings import check_bounds, check_choice, configure, settings_of, stop
+from core.tokenizer import CHAT
 from model import build_model, copy_weights, count_parameters, generate, init_weights, padded
 
 POSITIONAL = ('run_dir',)
@@ -106,6 +107,12 @@ def check_settings() -> None:
         stop(f'layers={layers} with lora_rank={lora_rank}: choose one of the two')
     if save_adapters and (not lora_rank or task != 'chat'):
         stop('save_adapters=True: needs task=chat and a lora_rank')
+    other = {'chat': ('balance', 'labels', 'test_fraction'),
+             'classify': ('validation', 'max_records', 'prompt_loss_weight', 'answers', 'against',
+                          'answer_tokens')}[task]
+    for name in other:
+        if name in FLAGS:
+            stop(f'{name}={globals()[name]}: does nothing with task={task}; leave it out')
     if against and not eval_only:
         stop(f'against={against}: is for --eval_only')
     if not run_dir:
@@ -183,22 +190,23 @@ def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str]
         rows.append(Rows(ids, weights, size, seed, packed=pack))
     if n_cut:
         print0(f'{n_cut:,} texts have more than {size} tokens: only their beginning is read')
-    return rows, names, {'sha256': records.sha256_of(found), 'seed': seed}
+    hashes = map(records.sha256_of, parts)
+    return rows, names, {'classes': names, **dict(zip(('sha256', 'val_sha256', 'test_sha256'),
+                                                      hashes))}
 
 
 # ---------------------------------------------------------------------------------------------
 # The model
 
 
-def initial_model(source, tokenizer, n_classes: int, dev):
-    """The model in its shape for the task, with the weights of `source`, or random ones."""
+def initial_model(source, tokenizer, n_known: int, n_classes: int, dev):
+    """The model in its shape for the task, with the weights of `source`, or random ones; `source`
+    knows the first n_known tokens."""
     config = source.config
-    if n_classes != config.n_classes and config.n_classes:
-        stop(f'run_dir={run_dir}: is a classifier of {config.n_classes} classes; begin with a '
-             'language model')
     vocab = max(config.vocab_size, padded(len(tokenizer), config.vocab_size))
-    if vocab > config.vocab_size:
-        print0(f'{run_dir}: vocabulary {config.vocab_size:,} -> {vocab:,}, with tokens for chats')
+    if len(tokenizer) > n_known:
+        print0(f'{run_dir}: has no tokens for chats, which are new; vocabulary '
+               f'{config.vocab_size:,} -> {vocab:,}')
         if save_adapters:
             stop(f'save_adapters=True: adapters alone do not fit {run_dir}, which has no tokens '
                  'for chats; leave it out: the run has the merged weights')
@@ -210,7 +218,8 @@ def initial_model(source, tokenizer, n_classes: int, dev):
         init_weights(model, seed)
     else:
         copy_weights(source, model)
-        model_module.spread_new_rows(model, source.config.vocab_size, seed)
+        if len(tokenizer) > n_known:
+            model_module.spread_new_rows(model, n_known, seed)
     model.recompute = activation_checkpointing
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, lora_targets, lora_dropout, seed)
@@ -286,7 +295,7 @@ def answer(model, tokenizer, found: list, asked=lambda: False) -> list[str]:
     if not found:
         return []
     prompts = [tokenizer.encode_chat(record.messages[:-1], reply=True) for record in found]
-    end = {tokenizer.special['<|end|>'], tokenizer.eos}
+    end = {tokenizer.eos, *(tokenizer.special[name] for name in CHAT)}
     said = [[] for _ in prompts]
     with parallel.looking_on(model):
         for new in generate(model, prompts, answer_tokens, temperature=0, stop_tokens=end,
@@ -307,9 +316,7 @@ def take_stock(at, log, model, tokenizer, data, conversations, rows, dev, ranks,
     said = answer(model, tokenizer, conversations, asked) if scores else []
     if asked():
         return True
-    at.evaluated, at.val_loss = at.step, scores['val_loss']
-    if math.isfinite(at.val_loss) and at.val_loss < (at.best_val_loss or math.inf):
-        at.best_val_loss, at.best_step = at.val_loss, at.step
+    at.note(scores['val_loss'])
     scores.pop('losses', None)
     log.write('eval', step=at.step, seconds=at.seconds, **scores)
     print_above(ranks, f'step {at.step}: {shown(scores)}, {at.seconds:.0f} s of training')
@@ -320,22 +327,25 @@ def take_stock(at, log, model, tokenizer, data, conversations, rows, dev, ranks,
     return False
 
 
-def evaluate_only(source, tokenizer, state, dev, ranks) -> dict:
+def evaluate_only(source, tokenizer, state, size: int, dev, ranks) -> dict:
     """--eval_only: a run, and what it differs by from another one, on records that it has not
     learnt from; writes nothing."""
-    size = block_size or source.config.block_size
     if task == 'chat':
         data = chat_data(tokenizer, size)[1]
     else:
-        data = class_data(tokenizer, size, state.get('labels', []))[0][2]
+        (_, _, data), _, facts = class_data(tokenizer, size, state['labels'])
+        known = state['identity']['data'].get('test_sha256')
+        if known != facts['test_sha256']:
+            stop(f'dataset={dataset}: gives another test part than {run_dir} had, which may have '
+                 'learnt from it; give the dataset, seed and fractions of that run')
     rows = micro_batch_size or hardware.fit_micro_batch(dev, 64, size, 1, source.config.n_embd,
                                                         ranks.local_world)
     scores = evaluate(source.to(dev.name), data, rows, dev, ranks)
     print0(f'{run_dir}, step {state["step"]}: {shown(scores)}')
     if against:
         other, known, found = checkpoint.load_run(against, device=dev.name, data_dir=data_dir)
-        if known.hash() != tokenizer.hash() or task != 'chat':
-            stop(f'against={against}: only chat models with the same tokenizer can be compared')
+        if known.hash() != tokenizer.hash() or size > other.config.block_size:
+            stop(f'against={against}: has another tokenizer, or knows fewer than {size} positions')
         losses = metrics.sequence_losses(other, data, rows, dev, ranks)
         scores['difference'] = metrics.paired_interval(scores['losses'], losses)
         print0(f'{against}, step {found["step"]}: loss {metrics.mean_interval(losses)[0]:.4f}; '
@@ -357,23 +367,29 @@ def main() -> dict:
     if ranks.rank == 0:     # downloaded before all ranks ask for it
         checkpoint.find_model(run_dir, data_dir)
     processes.broadcast(None, patient=True)
-    source, tokenizer, begun = checkpoint.load_run(run_dir, step, data_dir=data_dir)
-    if task == 'chat' and not tokenizer.knows_chat() and not eval_only:
-        tokenizer = tokenizer.with_chat()
-    if eval_only:
-        scores = evaluate_only(source, tokenizer, begun, dev, ranks)
-        processes.finish()
-        return scores
+    source, tokenizer, begun = checkpoint.load_run(
+        run_dir, step, data_dir=data_dir, classifier=eval_only and task == 'classify')
     size = block_size or source.config.block_size
     if size > source.config.block_size:
         stop(f'block_size={size}: the model knows only {source.config.block_size} positions')
+    if pack and source.config.arch == 'lstm':
+        stop('pack=True: an LSTM cannot keep apart records in one row; add --pack=False')
+    if eval_only:
+        scores = evaluate_only(source, tokenizer, begun, size, dev, ranks)
+        processes.finish()
+        return scores
+    if save_adapters:
+        hf.architecture(source.config)      # stops if PEFT could not have it
+    n_known = len(tokenizer)
+    if task == 'chat' and not tokenizer.knows_chat():
+        tokenizer = tokenizer.with_chat()
     conversations, names = [], []
     if task == 'chat':
         train_rows, val_rows, found, facts = chat_data(tokenizer, size)
         conversations = found[:answers]
     else:
         (train_rows, val_rows, test_rows), names, facts = class_data(tokenizer, size, [])
-    model = initial_model(source, tokenizer, len(names), dev)
+    model = initial_model(source, tokenizer, n_known, len(names), dev)
     identity = run_identity(facts, tokenizer, source, model.config)
     del source
     at.max_steps = max_steps or math.ceil(epochs * len(train_rows) / batch_size)
@@ -454,7 +470,8 @@ def main() -> dict:
     result = {'run_dir': str(run), 'step': at.step, 'stopped': stopping, 'val_loss': at.val_loss,
               'best_val_loss': at.best_val_loss, 'seconds': at.seconds}
     if stopping:
-        print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on')
+        print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on'
+               if at.step else 'stopped before the first step')
     else:
         result |= end_run(run, at, log, None if task == 'chat' else test_rows, names,
                           rows, dev, ranks, model)
@@ -468,7 +485,7 @@ def end_run(run, at, log, test_rows, names, rows, dev, ranks, model) -> dict:
     """Test a classifier's best step, once; log the end; say what to do next."""
     scores = {}
     if test_rows:
-        best, _, _ = checkpoint.load_run(str(run), device=dev.name)
+        best, _, _ = checkpoint.load_run(str(run), device=dev.name, classifier=True)
         scores = evaluate(best, test_rows, rows, dev, ranks)
         print0(f'on the test records: {shown(scores)}')
         width = max(map(len, names)) + 2
@@ -483,8 +500,8 @@ def end_run(run, at, log, test_rows, names, rows, dev, ranks, model) -> dict:
     if ranks.rank == 0:
         rundir.plot_losses(run)
     use = f'python sample.py {run}' + (' --classify="some text"' if names else '')
-    print0(f'best validation loss {at.best_val_loss:.4f} at step {at.best_step}; {run}/ has the '
-           f'checkpoints, log.jsonl and loss.png\n\nnext:\n  {use}')
+    print0(f'best validation loss {at.best_val_loss or math.nan:.4f} at step {at.best_step}; '
+           f'{run}/ has the checkpoints, log.jsonl and loss.png\n\nnext:\n  {use}')
     return scores
 
 

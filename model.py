@@ -516,7 +516,8 @@ class LSTM(nn.Module):
             if bool((doc.clamp(min=0) != doc[:, :1]).logical_and(doc >= 0).any()):
                 raise ValueError('an LSTM cannot keep apart documents packed in one row')
             n_real = (doc >= 0).sum(dim=1)
-            packed = nn.utils.rnn.pack_padded_sequence(x, n_real.cpu(), True, enforce_sorted=False)
+            packed = nn.utils.rnn.pack_padded_sequence(     # a row of padding has a token, too
+                x, n_real.clamp(min=1).cpu(), True, enforce_sorted=False)
             x, state = self.lstm(packed, state)
             x, _ = nn.utils.rnn.pad_packed_sequence(x, True, total_length=idx.size(1))
         if cache is not None:
@@ -610,13 +611,13 @@ def copy_weights(source: nn.Module, target: nn.Module, put=torch.Tensor.copy_) -
 
 @torch.no_grad()
 def spread_new_rows(model: nn.Module, known: int, seed: int) -> None:
-    """Move the rows of tokens from number `known` on, which copy_weights made equal, apart by as
-    much as the others differ: where embeddings are frozen, they could not be told apart."""
+    """Make the rows of tokens from number `known` on like the others: their mean, with noise of
+    their deviation. Equal ones could not be told apart where embeddings are frozen."""
     for name, p in named_weights(model).items():
         if name in ('wte.weight', 'lm_head.weight') and len(p) > known:
             generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} new'.encode()))
             noise = torch.randn(len(p) - known, p.size(1), generator=generator)
-            p[known:] += noise.to(p.device) * p[:known].std(dim=0)
+            p[known:] = p[:known].mean(dim=0) + noise.to(p.device) * p[:known].std(dim=0)
 
 
 def padded(n_tokens: int, known: int = 0) -> int:

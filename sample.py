@@ -19,6 +19,7 @@ from core import checkpoint, records
 from core import device as hardware
 from core.documents import Bad
 from core.settings import Stop, check_bounds, configure, stop, warn
+from core.tokenizer import CHAT
 from model import generate, pad_rows
 
 POSITIONAL = ('run_dir',)
@@ -98,7 +99,7 @@ def read_prompt() -> str | None:
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
               chatting: bool = False) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
-    ends = {tokenizer.eos, *([tokenizer.special['<|end|>']] if chatting else [])}
+    ends = {tokenizer.eos, *(tokenizer.special[name] for name in CHAT if chatting)}
     stops = StopStrings([s.replace('\\n', '\n') for s in stop_strings.split(',') if s])
     to_text, written, n = tokenizer.stream(), [], 0
 
@@ -162,17 +163,18 @@ class Chat:
         answer of a quarter of the window."""
         size = self.model.config.block_size
         room = size - min(max_new_tokens, size // 4)
-        ids, n_dropped = self.tokenizer.encode_chat(self.messages, reply=True), 0
-        first = int(bool(self.messages) and self.messages[0]['role'] == 'system')
-        while len(ids) > room and len(self.messages) > first + 2:
-            del self.messages[first:first + 2]
+        seen, n_dropped = list(self.messages), 0
+        ids = self.tokenizer.encode_chat(seen, reply=True)
+        first = int(seen[0]['role'] == 'system')
+        while len(ids) > room and len(seen) > first + 2:
+            del seen[first:first + 2]
             n_dropped += 1
-            ids = self.tokenizer.encode_chat(self.messages, reply=True)
+            ids = self.tokenizer.encode_chat(seen, reply=True)
         if n_dropped:
-            warn(f'the conversation is longer than the window of {size} tokens: the oldest '
-                 f'{n_dropped} questions with their answers are forgotten')
+            warn(f'the conversation is longer than the window of {size} tokens: the model does not '
+                 f'see the first {n_dropped} questions with their answers any more')
         if len(ids) > room:
-            warn(f'the message has {len(ids):,} tokens: its beginning is cut off')
+            warn(f'what is left has {len(ids):,} tokens: the model sees the last {room:,}')
             ids = ids[-room:]
         return ids
 
@@ -198,6 +200,8 @@ class Chat:
             self.reset(kept[0]['content'] if kept and kept[0]['role'] == 'system' else '')
         elif word == '/system':
             self.reset(rest)
+        elif word == '/save' and rest and len(self.messages) < 2:
+            warn('there is nothing to save yet')
         elif word == '/save' and rest:
             try:
                 with open(rest, 'a', encoding='utf-8') as f:
@@ -225,7 +229,7 @@ class Chat:
 
 
 def texts_to_classify() -> list[str]:
-    """The text of --classify, or those of a file."""
+    """The text of --classify, or those of a file. Stops if there is none."""
     if classify and classify_file:
         stop('classify and classify_file: both are given; leave one of them out')
     if not classify_file:
@@ -233,11 +237,13 @@ def texts_to_classify() -> list[str]:
     path = Path(classify_file)
     try:
         if path.suffix == '.txt':
-            return [line for line in records.read_text(path).splitlines() if line.strip()]
-        return [records.text_of(where, row, 'text') for where, row in
-                records.rows_of(path, ('text',))]
+            texts = [line for line in records.read_text(path).splitlines() if line.strip()]
+        else:
+            texts = [records.text_of(where, row, 'text') for where, row in
+                     records.rows_of(path, ('text',))]
     except Bad as e:
         stop(str(e))
+    return texts or stop(f'classify_file={path}: holds no text; give at least one')
 
 
 @torch.no_grad()
@@ -265,18 +271,15 @@ def main() -> dict:
     asked = bool(classify or classify_file)
     text = None if asked else read_prompt()
     dev = hardware.choose(device, dtype, False, threads, training=False)
-    model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name)
+    model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name, classifier=asked)
     print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:2])}', file=sys.stderr)
-    if asked != bool(model.config.n_classes):
-        stop(f'run_dir={run_dir}: ' + ('is no classifier; leave out classify' if asked else
-             'is a classifier; give it a --classify="text" or a --classify_file'))
     try:
         if asked:
             return {'classes': write_classes(model, tokenizer, state['labels'], dev)}
         if chat and state.get('task') == 'chat':
             talk = Chat(model, tokenizer, dev)
             if text is not None:
-                return {'texts': [talk.say(text)]}
+                return {'texts': [talk.say(text.strip('\n'))]}
             talk.run()
         if text is not None:
             return {'texts': write_samples(model, tokenizer, text, dev)}

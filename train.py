@@ -386,9 +386,8 @@ def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked, p
         log.write('sample', step=at.step, text=text)
         print_above(ranks, f'--- sample at step {at.step}\n{text}\n---')
     if scores:
-        at.val_loss, at.bits_per_byte = scores
-        if math.isfinite(at.val_loss) and at.val_loss < (at.best_val_loss or math.inf):
-            at.best_val_loss, at.best_step = at.val_loss, at.step
+        val_loss, at.bits_per_byte = scores
+        at.note(val_loss)
         log.write('eval', step=at.step, tokens=at.step * batch_size * windows.block_size,
                   seconds=at.seconds, val_loss=at.val_loss, bits_per_byte=at.bits_per_byte)
         print_above(ranks, f'step {at.step}: validation loss {at.val_loss:.4f} nats per token, '

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -48,6 +49,14 @@ class Progress:
     skipped: int = 0                    # steps whose loss or gradient was no good
     skipped_in_a_row: int = 0           # of them, those since the last good one
     grad_norms: list = field(default_factory=list)  # of the last 100 steps, with spike_sigma
+
+    def note(self, val_loss: float) -> None:
+        """Take down the loss of an evaluation; the best one is among those of steps that are saved,
+        which step 0 is not."""
+        self.evaluated, self.val_loss = self.step, val_loss
+        best = math.inf if self.best_val_loss is None else self.best_val_loss
+        if self.step and math.isfinite(val_loss) and val_loss < best:
+            self.best_val_loss, self.best_step = val_loss, self.step
 
     def restore(self, state: dict) -> 'Progress':
         """Take everything from the state.json of a checkpoint."""
@@ -212,7 +221,7 @@ class Saver:
         self.wait()
         self.saved = 0      # until this one is complete
         files = {'model': self.copies(model_tensors(model)),
-                 'adapters': self.copies(lora.split(model)[1]),
+                 'adapters': self.copies(lora.learnt(model)),
                  'optimizer': self.copies(optimizer_tensors(model, optimizers))}
         bad = [name for tensors in files.values() for name, tensor in tensors.items()
                if not torch.stack(torch.aminmax(tensor)).isfinite().all()]
@@ -373,7 +382,7 @@ def merged(tmp: Path, files: dict) -> dict:
 
 def model_tensors(model) -> dict[str, torch.Tensor]:
     """The model's weights by name, with adapters merged into them; a shared one once."""
-    return {name: p for name, p in lora.split(model)[0].items() if not elsewhere(model, name)}
+    return {name: p for name, p in lora.merged(model).items() if not elsewhere(model, name)}
 
 
 def elsewhere(model, name: str) -> bool:
@@ -420,7 +429,7 @@ def load_weights(model, folder, step: int, put=torch.Tensor.copy_) -> None:
     """
     params, known = named_weights(model), all_names(model)
     kind = 'model'
-    if own := lora.split(model)[1]:
+    if own := lora.learnt(model):
         kind, params, known = 'adapters', {name: params[name] for name in own}, set(own)
     missing = set(params)
     for path, name, tensor in read_tensors(step_folder(folder, step), kind):
@@ -435,7 +444,7 @@ def load_weights(model, folder, step: int, put=torch.Tensor.copy_) -> None:
 
 def all_names(model) -> set[str]:
     """Names of the parameters of the whole model of which this may be a pipeline stage."""
-    return {*named_weights(build_model(model.config, None, 'meta')), *lora.split(model)[1]}
+    return {*named_weights(build_model(model.config, None, 'meta')), *lora.learnt(model)}
 
 
 def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_) -> None:
@@ -499,18 +508,21 @@ def load_tokenizer(name: str, data_dir: str = 'data'):
     return hf_tokenizer.read_tokenizer(folder / 'tokenizer.json')
 
 
-def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = 'data'):
+def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = 'data',
+             classifier: bool = False):
     """Model (in eval mode), tokenizer and state.json of a run: of its best step, or of `step`.
 
     It may also be a Hugging Face model (see hf.find), whose step is 0. If the best one is damaged,
     warns and takes the newest one that is not. Stops if there is no undamaged checkpoint, or none
-    of that step.
+    of that step, or it is a classifier where none is asked for, or the other way round.
     """
     folder = find_model(run_dir, data_dir)
     found, unread = steps(folder), ('optimizer', 'adapters')
     if not found:
         if step:
             stop(f'step={step}: {folder} is a Hugging Face model, which has no steps')
+        if classifier:
+            stop(f'run_dir={run_dir}: is no classifier; make one with finetune.py --task=classify')
         model, tokenizer = hf.load(folder, device)
         return model, tokenizer, {'step': 0, 'config': asdict(model.config), 'identity': {}}
     if step and step not in found:
@@ -527,6 +539,10 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
         config = GPTConfig(**state['config'])
     except (TypeError, ValueError) as e:
         stop(f'{step_folder(folder, step)}/state.json: {e}')
+    if bool(config.n_classes) != classifier:
+        stop(f'{folder}: ' + ('is no classifier; make one with finetune.py --task=classify'
+             if classifier else f'is a classifier of {config.n_classes} classes, not a language '
+             'model; it can be asked: python sample.py <run> --classify="text"'))
     if config.vocab_size < len(tokenizer):
         stop(f'{folder}: its model has vocab_size={config.vocab_size}, its tokenizer.json '
              f'{len(tokenizer)} tokens; they do not belong together')

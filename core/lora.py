@@ -68,8 +68,9 @@ def add(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float,
     wanted = targets.split(',') if targets else known
     for name in wanted or [targets]:
         if name not in known:
-            stop(f'lora_targets={targets}: this model has no layers {name!r} for adapters, only '
-                 f'{", ".join(known) or "layers of another kind"}')
+            stop(f'lora_targets={targets}: this model has ' + (
+                f'no layers {name!r}, only {", ".join(known)}' if known else
+                'no layers that can have adapters; leave out lora_rank'))
     for name, layer in layers.items():
         parent, _, last = name.rpartition('.')
         if last not in wanted:
@@ -95,19 +96,19 @@ def off(model: nn.Module):
             layer.on = True
 
 
+def learnt(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Of a model with adapters what is not frozen, by name: these, and a new head. Else nothing."""
+    return {name: p.detach() for name, p in named_weights(model).items()
+            if p.requires_grad} if adapters(model) else {}
+
+
 @torch.no_grad()
-def split(model: nn.Module) -> tuple[dict, dict]:
-    """(weights with the adapters merged into them; what learns beside the frozen weights, if there
-    are adapters: these, and a new head), by name."""
-    layers, weights, own = adapters(model), {}, {}
-    for name, p in named_weights(model).items():
-        layer, _, last = name.rpartition('.')
-        if layers and p.requires_grad:
-            own[name] = p.detach()
-        if last not in ('lora_A', 'lora_B'):
-            merge = last == 'weight' and layer in layers
-            weights[name] = layers[layer].merged() if merge else p.detach()
-    return weights, own
+def merged(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights by name, with the adapters merged into them."""
+    layers = adapters(model)
+    weights = {name: p.detach() for name, p in named_weights(model).items()
+               if not name.endswith(('lora_A', 'lora_B'))}
+    return weights | {f'{name}.weight': layer.merged() for name, layer in layers.items()}
 
 
 def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:

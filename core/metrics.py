@@ -19,7 +19,7 @@ def sequence_losses(model, data, rows: int, device, ranks, asked=lambda: False):
     """
     def losses(batch):
         x, y, doc, _ = batch
-        return torch.stack([model(x, y, doc=doc, reduction='none').double(), y != IGNORE], dim=-1)
+        return torch.stack([model(x, y, doc=doc, reduction='none').float(), y != IGNORE], dim=-1)
     return summed(model, data, rows, device, ranks, asked, 2, losses)
 
 
@@ -28,7 +28,7 @@ def class_probabilities(model, data, rows: int, device, ranks, asked=lambda: Fal
     """(n, n_classes): what a classifier says of each sequence of Rows. None as above."""
     def probabilities(batch):
         x, y, doc, _ = batch
-        return model(x, doc=doc).double().softmax(dim=-1) * (y != IGNORE)[..., None]
+        return model(x, doc=doc).float().softmax(dim=-1) * (y != IGNORE)[..., None]
     return summed(model, data, rows, device, ranks, asked, model.config.n_classes, probabilities)
 
 
@@ -40,7 +40,7 @@ def summed(model, data, rows: int, device, ranks, asked, k: int, values):
             if asked():
                 return None
             with device.autocast():
-                sums = values(to_device(data.batch(samples), device)).cpu()
+                sums = values(to_device(data.batch(samples), device)).cpu().double()
             owners = data.owners(samples)
             found.index_add_(0, owners[owners >= 0], sums[owners >= 0])
     return processes.all_sum(found, device).cpu().numpy()

@@ -166,8 +166,9 @@ def raise_bad(record) -> None:
         raise record
 
 
-def text_of(where: str, record: dict, name: str, empty: bool = False) -> str:
+def text_of(where: str, record: dict | Bad, name: str, empty: bool = False) -> str:
     """A field that must be there, and text; not empty unless it may be. Raises Bad."""
+    raise_bad(record)
     if name not in record:
         raise Bad(f'{where}: has no {name!r}, only {", ".join(map(repr, record))[:100]}; add it')
     value = record[name]

@@ -195,7 +195,7 @@ def cut_log(folder: Path, step: int, evaluated: int) -> None:
 
     `evaluated` is the last step whose evaluation and sample its checkpoint knows to be done.
     """
-    last = {'eval': evaluated, 'sample': evaluated, 'end': -1}
+    last = {'eval': evaluated, 'sample': evaluated, 'answer': evaluated, 'end': -1}
     kept = [json.dumps(e) + '\n' for e in events(folder)
             if e.get('step', 0) <= last.get(e['event'], step)]
     tmp = folder / '.tmp-log.jsonl'

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import stopped_at_last
 
+import dpo
 import finetune
 import sample
+import train
 from core import checkpoint, lora, rundir
 from core.learner import Learner
 from core.settings import Stop
@@ -132,7 +134,7 @@ def test_only_some_layers_learn(run_stage, base, texts):
     before = dict(checkpoint.load_run(base)[0].named_parameters())
     for layers, expected in (('head', {'ln_f', 'lm_head'}), ('1', {'h.1', 'ln_f', 'lm_head'})):
         run = classes(run_stage, texts, out_dir=f'out/{layers}', layers=layers)['run_dir']
-        after = checkpoint.load_run(run)[0].named_parameters()
+        after = checkpoint.load_run(run, classifier=True)[0].named_parameters()
         changed = {'.'.join(name.split('.')[:2 if name.startswith('h.') else 1])
                    for name, p in after
                    if name == 'lm_head.weight' or not torch.equal(p, before[name])}
@@ -177,6 +179,39 @@ def test_records_that_are_no_good_together(run_stage, tmp_path, task, lines, mes
 def test_label_that_is_no_class(run_stage, texts):
     message = message_of(lambda: classes(run_stage, texts, labels='up,sideways'))
     assert f"{texts}:1: label 'down' is none of sideways, up" in message
+
+
+def test_another_test_part_is_refused(run_stage, texts):
+    """What a classifier is tested on is never what it has learnt from."""
+    run = classes(run_stage, texts, out_dir='out/a')['run_dir']
+    again = dict(run_dir=run, eval_only=True)
+    assert 'accuracy' in classes(run_stage, texts, **again)
+    for other in (dict(seed=7), dict(test_fraction=0.5)):
+        assert 'gives another test part' in message_of(
+            lambda other=other: classes(run_stage, texts, **again, **other))
+    assert classes(run_stage, texts, out_dir='out/a', test_fraction=0.5)['run_dir'] == 'out/a-2'
+
+
+@pytest.mark.parametrize('script', [train, finetune, dpo])
+def test_a_classifier_is_no_base(run_stage, texts, chats, preferences, run_train, script):
+    run = classes(run_stage, texts, out_dir='out/a')['run_dir']
+    if script is train:
+        assert 'is a classifier' in message_of(lambda: run_train(
+            init_from=run, block_size=96, tokenizer='byte', n_layer=12))
+        return
+    data = preferences if script is dpo else chats
+    assert 'is a classifier of 2 classes' in message_of(
+        lambda: run_stage(script, run_dir=run, dataset=str(data)))
+
+
+def test_lstm(run_stage, run_train, chats):
+    """The other architecture: one conversation in a row."""
+    run = run_train(tokenizer='byte', block_size=96, arch='lstm', out_dir='out/lstm',
+                    max_steps=2, eval_interval=2)['run_dir']
+    assert 'add --pack=False' in message_of(lambda: chat(run_stage, chats, run_dir=run))
+    assert chat(run_stage, chats, run_dir=run, pack=False, micro_batch_size=3)['step'] == 6
+    assert 'leave out lora_rank' in message_of(
+        lambda: chat(run_stage, chats, run_dir=run, pack=False, lora_rank=2))
 
 
 @pytest.mark.parametrize('settings, message', [

@@ -161,7 +161,7 @@ def test_adapters_alone_learn(monkeypatch, name, n_classes):
     monkeypatch.setattr(finetune, 'lora_rank', 4)
     monkeypatch.setattr(finetune, 'lora_targets', ALL[name])
     base = tiny(name)
-    model = finetune.initial_model(base, ByteTokenizer(), n_classes, CPU)
+    model = finetune.initial_model(base, ByteTokenizer(), len(ByteTokenizer()), n_classes, CPU)
     learns = {key for key, p in named_weights(model).items() if p.requires_grad}
     head = {'lm_head.weight'} if n_classes else set()
     assert learns - head == {f'{layer}.{part}' for layer in lora.adapters(model)
@@ -230,7 +230,7 @@ def test_checkpoint(tmp_path, capsys, n_classes):
     own = set(load_file(tmp_path / 'step-00000002' / 'adapters.safetensors'))
     assert own == {key for key, p in named_weights(model).items() if p.requires_grad}
 
-    plain, _, _ = checkpoint.load_run(str(tmp_path))
+    plain, _, _ = checkpoint.load_run(str(tmp_path), classifier=bool(n_classes))
     assert capsys.readouterr().err == '' and not lora.adapters(plain)
     assert difference(plain, model.eval()) <= 1e-5
     assert difference(plain, tiny('qwen3', n_classes=n_classes)) > 0.01

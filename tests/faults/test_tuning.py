@@ -13,13 +13,17 @@ SETTINGS = {'chat': ('finetune', dict(answers=1, answer_tokens=4)),
             'dpo': ('dpo', dict(learning_rate=1e-3))}
 
 
+KINDS = ['chat', 'dpo', *(pytest.param(kind, marks=pytest.mark.slow)
+                          for kind in ('classify', 'adapters'))]
+
+
 def settings_of(kind, chats, texts, preferences, base):
     stage, settings = SETTINGS[kind]
     data = preferences if stage == 'dpo' else texts if kind == 'classify' else chats
     return dict(stage=stage, dataset=str(data), run_dir=base, **{**TUNED, **settings})
 
 
-@pytest.mark.parametrize('kind', SETTINGS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_two_ranks_are_one(tmp_path, chats, texts, preferences, base, kind):
     """With answers of unequal length, and a batch that does not divide by two."""
     settings = settings_of(kind, chats, texts, preferences, base) | {'batch_size': 5}
@@ -35,7 +39,7 @@ def test_two_ranks_are_one(tmp_path, chats, texts, preferences, base, kind):
                 assert two[name] == pytest.approx(one[name], rel=2e-5, abs=2e-6), (name, one, two)
 
 
-@pytest.mark.parametrize('kind', SETTINGS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_killed_and_resumed(tmp_path, chats, texts, preferences, base, kind):
     """Bitwise what an uninterrupted run has."""
     settings = settings_of(kind, chats, texts, preferences, base) | {
