@@ -43,7 +43,7 @@ val_fraction = 0.1          # of the questions, to validate on
 max_records = 0             # only so many records; 0: all
 skip_bad = False            # leave out bad records and count them, instead of stopping
 data_dir = 'data'           # where downloads live
-block_size = 0              # most tokens of question and answer; 0: the model's
+block_size = 0              # most tokens of question and answer; 0: what the model knows, or 2,048
 # loss
 loss = 'dpo'                # dpo or ipo
 beta = 0.1                  # how dear it is to leave the reference
@@ -337,7 +337,7 @@ def main() -> dict:
     if save_adapters:
         hf.architecture(source.config)      # stops if PEFT could not have it
     config, weights = replace(source.config, dropout=dropout), checkpoint.weights_hash(source)
-    size = block_size or config.block_size
+    size = block_size or min(2048, config.block_size)
     if size > config.block_size:
         stop(f'block_size={size}: the model knows only {config.block_size} positions')
     train_pairs, val_pairs, facts = load_pairs(tokenizer, size)

@@ -48,7 +48,7 @@ labels = ''                 # classify: the classes with commas; '': those that 
 max_records = 0             # chat: only so many records; 0: all
 skip_bad = False            # leave out bad records and count them, instead of stopping
 data_dir = 'data'           # where downloads live
-block_size = 0              # tokens in a row; 0: the model's
+block_size = 0              # tokens in a row; 0: as many as the model knows, at most 2,048
 pack = True                 # several records in a row
 prompt_loss_weight = 0.0    # chat: of the tokens that the assistant does not say
 balance = False             # classify: all classes weigh the same, however many records they have
@@ -369,7 +369,7 @@ def main() -> dict:
     processes.broadcast(None, patient=True)
     source, tokenizer, begun = checkpoint.load_run(
         run_dir, step, data_dir=data_dir, classifier=eval_only and task == 'classify')
-    size = block_size or source.config.block_size
+    size = block_size or min(2048, source.config.block_size)
     if size > source.config.block_size:
         stop(f'block_size={size}: the model knows only {source.config.block_size} positions')
     if pack and source.config.arch == 'lstm':

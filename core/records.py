@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import NamedTuple
 from core import stdlib
 from core.documents import LONGEST_LINE, Bad, read, suffix
 from core.download import NoNetwork, fetch
-from core.settings import stop, warn
+from core.processes import print0
+from core.settings import stop
 from core.tokenizer import ROLES
 
 SUFFIXES = ('.jsonl', '.json', '.csv', '.tsv')
@@ -330,8 +332,8 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
     except NoNetwork as e:
         stop(f'{setting}={name}: {e}; put the file into a folder, and set DATA_MIRROR to it')
     if bad:
-        warn(f'{setting}={name}: {len(bad):,} of {len(bad) + len(records):,} records are left out, '
-             f'the first for: {bad[0]}')
+        print0(f'warning: {setting}={name}: {len(bad):,} of {len(bad) + len(records):,} records '
+               f'are left out, the first for: {bad[0]}', file=sys.stderr)
     if not records:
         stop(f'{setting}={name}: holds no record; give a file with at least one')
     return records
@@ -381,8 +383,9 @@ def check_left_out(left_out: list, n: int, size: int) -> None:
         stop(f'{left_out[0].where}: has no answer within block_size={size} tokens, and so have '
              f'{len(left_out):,} of {n:,} records; shorten them, or use a longer context')
     if left_out:
-        warn(f'{len(left_out):,} of {n:,} records have no answer within block_size={size} tokens '
-             f'and are left out, the first of them {left_out[0].where}')
+        print0(f'warning: {len(left_out):,} of {n:,} records have no answer within '
+               f'block_size={size} tokens and are left out, the first of them '
+               f'{left_out[0].where}', file=sys.stderr)
 
 
 def sha256_of(records: list) -> str:
