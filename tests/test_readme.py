@@ -37,7 +37,7 @@ SHORT = {
     'prepare.py': '', 'plan.py': '', 'export.py': '',   # short as they are
 }
 
-
+SECOND = re.compile(r'laptop.py --dataset=austen|tune/(sft|dpo|spam)\.py|out/(spam|sft) ')
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +52,8 @@ def folder(tmp_path_factory):
     (folder / 'data' / 'downloads').mkdir(parents=True)
     (folder / 'shakespeare.txt').write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        for name, file in (('shakespeare', folder / 'shakespeare.txt'), ('python', re.__file__)):
+        for name, file in (('shakespeare', folder / 'shakespeare.txt'),
+                           ('python', Path(re.__file__))):
             patch.setitem(prepare.RECIPES, name, prepare.RECIPES[name]._replace(
                 files=lambda downloads, max_files, file=file: ([file], [])))
             prepare.build(name, str(folder / 'data'))
@@ -81,11 +82,15 @@ def run(command: str, folder) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_commands(folder):
-    """In their order, since each may use what those before it made; none with a placeholder."""
+@pytest.mark.parametrize('second', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_commands(folder, second):
+    """In their order, since each may use what those before it made; none with a placeholder. The
+    second chain from a base model to an assistant, in English, is slow."""
     assert len(COMMANDS) > 8
-    for command in ['python train.py config/shakespeare.py', *COMMANDS]:  # the quick start's end
-        run(command, folder)
+    commands = ['python train.py config/shakespeare.py', *COMMANDS]     # the quick start's end
+    for command in commands:
+        if bool(SECOND.search(command)) == second:
+            run(command, folder)
 
 
 @pytest.mark.parametrize('diff', [block for block in BLOCKS if block.startswith('--- a/')])
