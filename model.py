@@ -334,7 +334,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, chunk):
         dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight, dtype=at_least_float32(weight.dtype))
+        learns = ctx.needs_input_grad[1]    # with adapters it does not
+        dweight = torch.zeros_like(weight, dtype=at_least_float32(weight.dtype)) if learns else None
         total = 0.0
         for i in range(0, len(x), chunk):
             rows, target = x[i:i + chunk], targets[i:i + chunk]
@@ -346,14 +347,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(counts))
             grad = (grad * counts).type_as(raw)
             dx[i:i + chunk] = grad @ weight
-            dweight += grad.T @ rows
-        ctx.save_for_backward(dx, dweight.to(weight.dtype))
+            if learns:
+                dweight += grad.T @ rows
+        ctx.save_for_backward(dx, dweight.to(weight.dtype) if learns else None)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
+        dweight = dweight if dweight is None else dweight * grad.to(dweight.dtype)
+        return dx * grad.to(dx.dtype), dweight, None, None
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
