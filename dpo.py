@@ -1,4 +1,4 @@
-"""Preferences: python dpo.py out/chat config/dpo.py.
+"""Preferences: python dpo.py config/tune/dpo.py.
 
 Direct preference optimization (Rafailov et al. 2023): of two answers to the same question the
 chosen one becomes more probable than the rejected one, compared with what the model thought of them
@@ -6,6 +6,7 @@ before: then it was the reference. Its log-probabilities are computed once, and 
 directory. The first word is a chat model: a run, or a Hugging Face folder.
 """
 import copy
+import functools
 import math
 import sys
 import time
@@ -22,10 +23,18 @@ from tqdm import tqdm
 import model as model_module
 from core import checkpoint, hf, lora, metrics, optim, parallel, processes, records, rundir
 from core import device as hardware
-from core.dataset import IGNORE, PADDING, Rows, share, shuffled
+from core.dataset import IGNORE, PADDING, Order, Rows, share
 from core.learner import Learner, print_above
 from core.processes import print0
-from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
+from core.settings import (
+    check_bounds,
+    check_choice,
+    configure,
+    pick,
+    settings_of,
+    stop,
+    warn,
+)
 from model import build_model, copy_weights, count_parameters
 
 POSITIONAL = ('run_dir',)
@@ -100,7 +109,7 @@ def check_settings() -> None:
     if save_adapters and not lora_rank:
         stop('save_adapters=True: needs a lora_rank')
     if not run_dir:
-        stop('no model given: python dpo.py out/chat config/dpo.py')
+        stop('no model given: python dpo.py out/sft --dataset=preference')
     if not dataset:
         stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
 
@@ -159,35 +168,27 @@ NAMES = ('train_loss', 'chosen_reward', 'rejected_reward', 'reward_accuracy')   
 # Data
 
 
-class Pairs:
+class Pairs(Order):
     """Preferences as rows: those of pair i are 2 i, the chosen answer, and 2 i + 1, the rejected.
 
     `reference` (n, 2) are the log-probabilities that the reference gives the answers.
     """
 
     def __init__(self, ids: list, weights: list, size: int):
+        super().__init__(seed)
         self.rows = Rows(ids, weights, size, shuffle=False, packed=False)
-        self.reference, self.epoch, self.order = np.zeros((len(self), 2)), None, None
+        self.reference = np.zeros((len(self), 2))
 
     def __len__(self) -> int:
         return len(self.rows) // 2
 
     def batch(self, samples) -> tuple:
         """x, y, doc (2 B, T), log-probabilities of the reference (2 B,) of a list of samples."""
-        pairs = [self.place(int(sample)) for sample in samples]
+        pairs = [PADDING if s == PADDING else self.place(int(s)) for s in samples]
         rows = [PADDING if p == PADDING else 2 * p + i for p in pairs for i in range(2)]
         x, y, doc, _ = self.rows.batch(rows)
         reference = [0.0 if p == PADDING else log_p for p in pairs for log_p in self.reference[p]]
         return x, y, doc, torch.tensor(reference, dtype=torch.float32)
-
-    def place(self, sample: int) -> int:
-        """The pair that a sample is; PADDING stays."""
-        if sample == PADDING:
-            return PADDING
-        epoch, i = divmod(sample, len(self))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, shuffled(seed, epoch, len(self))[0]
-        return int(self.order[i])
 
 
 def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
@@ -305,8 +306,7 @@ def take_stock(at, log, model, before, pairs, rows, dev, ranks, asked) -> bool:
 
 def run_identity(facts: dict, tokenizer, weights: str, config) -> dict:
     """All that must be unchanged for a run to be the same run, by topic."""
-    def chosen(*names):
-        return {name: globals()[name] for name in names}
+    chosen = functools.partial(pick, globals())
     return {'architecture': asdict(config), 'tokenizer': tokenizer.hash(),
             'data': facts | chosen('dataset', 'block_size'),
             'loss': chosen('loss', 'beta', 'label_smoothing', 'chosen_weight'),
@@ -329,17 +329,11 @@ def main() -> dict:
     print0(*dev.why, *why, sep='\n')
 
     # Model, data, reference
-    if ranks.rank == 0:     # downloaded before all ranks ask for it
-        checkpoint.find_model(run_dir, data_dir)
-    processes.broadcast(None, patient=True)
-    source, tokenizer, begun = checkpoint.load_run(run_dir, step, data_dir=data_dir)
+    source, tokenizer, begun, size = rundir.load_base(run_dir, step, data_dir, block_size, ranks)
     tokenizer.check_chat()
     if save_adapters:
         hf.architecture(source.config)      # stops if PEFT could not have it
     config, weights = replace(source.config, dropout=dropout), checkpoint.weights_hash(source)
-    size = block_size or min(2048, config.block_size)
-    if size > config.block_size:
-        stop(f'block_size={size}: the model knows only {config.block_size} positions')
     train_pairs, val_pairs, facts = load_pairs(tokenizer, size)
     model = build_model(config, None, dev.name)
     copy_weights(source, model)
@@ -373,7 +367,8 @@ def main() -> dict:
     trained, n_micro = parallel.wrap(model, ranks, dev, per_rank, rows)
     learner = Learner(model, trained, optim.make_optimizers(
         model, 'adamw', learning_rate, weight_decay, beta1, beta2),
-        optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip, seed)
+        optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
+        seed if dropout or lora_dropout else None)
     facts = {'config': asdict(config), 'identity': identity, 'task': begun.get('task', 'chat')}
 
     def do_step(step, factor, *rest):

@@ -1,4 +1,4 @@
-"""A base model becomes an assistant, or a classifier: python finetune.py out/base config/chat.py.
+"""A base model becomes an assistant, or a classifier: python finetune.py config/tune/sft.py.
 
 The first word is a run, a Hugging Face folder (GPT-2, Llama, Qwen3) or a name on its hub.
 task='chat' learns to answer from conversations: loss on the assistant's tokens only, several
@@ -6,6 +6,7 @@ conversations in a row, with no attention between them. task='classify' gives th
 head, read at the last token of a text. Either in full, in some layers, or with low-rank adapters.
 What comes out is a run directory like any other: out/<config>/.
 """
+import functools
 import math
 import sys
 import time
@@ -23,8 +24,7 @@ from core import device as hardware
 from core.dataset import Rows, share
 from core.learner import Learner, print_above
 from core.processes import print0
-from core.settings import check_bounds, check_choice, configure, settings_of, stop
-from core.tokenizer import CHAT
+from core.settings import check_bounds, check_choice, configure, pick, settings_of, stop
 from model import build_model, copy_weights, count_parameters, generate, init_weights, padded
 
 POSITIONAL = ('run_dir',)
@@ -116,7 +116,7 @@ def check_settings() -> None:
     if against and not eval_only:
         stop(f'against={against}: is for --eval_only')
     if not run_dir:
-        stop('no model given: python finetune.py out/shakespeare config/chat.py')
+        stop('no model given: python finetune.py out/python --dataset=my_chats.jsonl')
     if not dataset:
         stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
 
@@ -238,8 +238,7 @@ def initial_model(source, tokenizer, n_known: int, n_classes: int, dev):
 
 def run_identity(facts: dict, tokenizer, source, config) -> dict:
     """All that must be unchanged for a run to be the same run, by topic."""
-    def chosen(*names):
-        return {name: globals()[name] for name in names}
+    chosen = functools.partial(pick, globals())
     return {'architecture': asdict(config), 'tokenizer': tokenizer.hash(),
             'data': facts | chosen('dataset', 'task', 'prompt_loss_weight', 'balance', 'pack',
                                    'block_size'),
@@ -295,7 +294,7 @@ def answer(model, tokenizer, found: list, asked=lambda: False) -> list[str]:
     if not found:
         return []
     prompts = [tokenizer.encode_chat(record.messages[:-1], reply=True) for record in found]
-    end = {tokenizer.eos, *(tokenizer.special[name] for name in CHAT)}
+    end = tokenizer.turn_ends()
     said = [[] for _ in prompts]
     with parallel.looking_on(model):
         for new in generate(model, prompts, answer_tokens, temperature=0, stop_tokens=end,
@@ -364,14 +363,8 @@ def main() -> dict:
     print0(*dev.why, *why, sep='\n')
 
     # Model and data
-    if ranks.rank == 0:     # downloaded before all ranks ask for it
-        checkpoint.find_model(run_dir, data_dir)
-    processes.broadcast(None, patient=True)
-    source, tokenizer, begun = checkpoint.load_run(
-        run_dir, step, data_dir=data_dir, classifier=eval_only and task == 'classify')
-    size = block_size or min(2048, source.config.block_size)
-    if size > source.config.block_size:
-        stop(f'block_size={size}: the model knows only {source.config.block_size} positions')
+    source, tokenizer, begun, size = rundir.load_base(
+        run_dir, step, data_dir, block_size, ranks, classifier=eval_only and task == 'classify')
     if pack and source.config.arch == 'lstm':
         stop('pack=True: an LSTM cannot keep apart records in one row; add --pack=False')
     if eval_only:
@@ -383,7 +376,7 @@ def main() -> dict:
     n_known = len(tokenizer)
     if task == 'chat' and not tokenizer.knows_chat():
         tokenizer = tokenizer.with_chat()
-    conversations, names = [], []
+    conversations, names, test_rows = [], [], None
     if task == 'chat':
         train_rows, val_rows, found, facts = chat_data(tokenizer, size)
         conversations = found[:answers]
@@ -410,7 +403,8 @@ def main() -> dict:
     trained, n_micro = parallel.wrap(model, ranks, dev, per_rank, rows)
     learner = Learner(model, trained, optim.make_optimizers(
         model, 'adamw', learning_rate, weight_decay, beta1, beta2),
-        optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip, seed)
+        optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
+        seed if dropout or lora_dropout else None)
     facts = {'config': asdict(model.config), 'identity': identity, 'task': task, 'labels': names}
 
     def do_step(step, factor, *rest):
@@ -473,8 +467,7 @@ def main() -> dict:
         print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on'
                if at.step else 'stopped before the first step')
     else:
-        result |= end_run(run, at, log, None if task == 'chat' else test_rows, names,
-                          rows, dev, ranks, model)
+        result |= end_run(run, at, log, test_rows, names, rows, dev, ranks, model)
     if ranks.rank == 0:
         saver.lock.close()
     processes.finish()

@@ -19,7 +19,6 @@ from core import checkpoint, records
 from core import device as hardware
 from core.documents import Bad
 from core.settings import Stop, check_bounds, configure, stop, warn
-from core.tokenizer import CHAT
 from model import generate, pad_rows
 
 POSITIONAL = ('run_dir',)
@@ -99,7 +98,7 @@ def read_prompt() -> str | None:
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
               chatting: bool = False) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
-    ends = {tokenizer.eos, *(tokenizer.special[name] for name in CHAT if chatting)}
+    ends = tokenizer.turn_ends() if chatting else {tokenizer.eos}
     stops = StopStrings([s.replace('\\n', '\n') for s in stop_strings.split(',') if s])
     to_text, written, n = tokenizer.stream(), [], 0
 

@@ -6,6 +6,7 @@ Bare `python train.py` is GPT-2 small on OpenWebText: 12 blocks of 12 x 768^2 we
 A run directory out/<config>/ gets log.jsonl, loss.png and checkpoints; the same command again
 resumes an unfinished run.
 """
+import functools
 import importlib.util
 import math
 import statistics
@@ -26,7 +27,15 @@ from core.dataset import IGNORE, load_split, share
 from core.download import NoNetwork
 from core.learner import Learner, count_targets, lm_loss_sums, print_above, to_device
 from core.processes import print0
-from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
+from core.settings import (
+    check_bounds,
+    check_choice,
+    configure,
+    pick,
+    settings_of,
+    stop,
+    warn,
+)
 from model import (
     GPTConfig,
     allocate,
@@ -293,8 +302,7 @@ def default_out_dir(data: Path, fell_back: bool) -> Path:
 def run_identity(meta: dict, tokenizer, config: GPTConfig, origin: str = '') -> dict:
     """All that must be unchanged for a run to be the same run, by topic; `origin` is the model that
     a run which is resumed began with."""
-    def chosen(*names):
-        return {name: globals()[name] for name in names}
+    chosen = functools.partial(pick, globals())
     return {'architecture': asdict(config),
             'data': {name: meta[name] for name in ('name', 'sha256', 'train_tokens', 'val_tokens')}
                     | ({'pack_documents': True} if pack_documents else {}),
@@ -495,7 +503,8 @@ def main() -> dict:
     pipe = trained if ranks.pp > 1 else None
 
     learner = Learner(model, trained, build_optimizers(model, dev, ranks),
-                      optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip, seed)
+                      optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
+                      seed if dropout else None)
 
     def do_step(step, factor, *rest):
         shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)

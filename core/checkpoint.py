@@ -146,7 +146,8 @@ def weights_hash(model) -> str:
     """First 16 hex digits of the SHA-256 of a model's weights on the CPU."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        digest.update(name.encode() + p.detach().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(p.detach().numpy())
     return digest.hexdigest()[:16]
 
 

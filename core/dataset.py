@@ -132,40 +132,54 @@ PADDING = -1      # the sample number of a padding row
 IGNORE = -100     # the target of a position that does not count
 
 
-class Windows:
-    """Cuts a split into windows of `block_size` inputs with their next tokens as targets.
+class Order:
+    """The order in which len(self) samples are read, epoch by epoch: sample number g lies in epoch
+    g // len(self). It is a pure function of (seed, epoch); with shuffle=False there is one."""
+    epoch = order = None
 
-    Sample number g lies in epoch g // len(self). Every epoch covers each target exactly once: the
-    split is read as a ring, cut from a random position on, and its windows are shuffled. Both are
-    pure functions of (seed, epoch). With shuffle=False there is one order, from the beginning: for
-    evaluation. With `eos`, the id that ends a text, a window comes with the numbers of its
-    documents, for the model to keep apart.
-    """
+    def __init__(self, seed: int, shuffle: bool = True):
+        self.seed, self.shuffle = seed, shuffle
 
-    def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True,
-                 eos: int | None = None):
-        self.tokens, self.block_size, self.seed, self.shuffle = tokens, block_size, seed, shuffle
-        self.eos = eos
-        self.n_targets = len(tokens) - 1
-        self.epoch, self.offset, self.order = None, 0, None
-
-    def __len__(self) -> int:
-        return (self.n_targets + self.block_size - 1) // self.block_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Work out where epoch number `epoch` starts and the order of its windows."""
-        self.epoch = epoch
-        self.order, word = shuffled(self.seed, epoch, len(self))
-        self.offset = word % self.n_targets
+    def set_epoch(self, epoch: int) -> int:
+        """Work out the order of epoch number `epoch`; returns a random number of 64 bits of it."""
+        # Philox's raw words, unlike numpy's shuffles, are the same in every version of numpy.
+        words = np.random.Philox(key=[self.seed, epoch]).random_raw(len(self) + 1)
+        self.epoch, self.order = epoch, np.argsort(words[:-1], kind='stable')
+        return int(words[-1])
 
     def place(self, sample: int) -> int:
-        """Which window of its epoch, before they were shuffled, a sample is."""
+        """Which one of its epoch, before they were shuffled, a sample is."""
         epoch, i = divmod(sample, len(self))
         if not self.shuffle:
             return i
         if epoch != self.epoch:
             self.set_epoch(epoch)
         return int(self.order[i])
+
+
+class Windows(Order):
+    """Cuts a split into windows of `block_size` inputs with their next tokens as targets.
+
+    Every epoch covers each target exactly once: the split is read as a ring, cut from a random
+    position on, and its windows are shuffled. Both are pure functions of (seed, epoch). With
+    shuffle=False it is read from the beginning: for evaluation. With `eos`, the id that ends a
+    text, a window comes with the numbers of its documents, for the model to keep apart.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True,
+                 eos: int | None = None):
+        super().__init__(seed, shuffle)
+        self.tokens, self.block_size, self.eos = tokens, block_size, eos
+        self.n_targets, self.offset = len(tokens) - 1, 0
+
+    def __len__(self) -> int:
+        return (self.n_targets + self.block_size - 1) // self.block_size
+
+    def set_epoch(self, epoch: int) -> int:
+        """Work out also where the epoch starts."""
+        word = super().set_epoch(epoch)
+        self.offset = word % self.n_targets
+        return word
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """(start, length) in the split of each stretch of inputs in window i of an epoch."""
@@ -200,13 +214,6 @@ class Windows:
         """
         rows = zip(*(self.window(int(sample)) for sample in samples))
         return tuple(None if row[0] is None else torch.from_numpy(np.stack(row)) for row in rows)
-
-
-def shuffled(seed: int, epoch: int, n: int) -> tuple[np.ndarray, int]:
-    """An order of 0 .. n - 1, and a random number of 64 bits: pure functions of (seed, epoch)."""
-    # Philox's raw words, unlike numpy's shuffles, are the same in every version of numpy.
-    words = np.random.Philox(key=[seed, epoch]).random_raw(n + 1)
-    return np.argsort(words[:-1], kind='stable'), int(words[-1])
 
 
 class PackedWindows(Windows):
@@ -291,18 +298,17 @@ def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
     return row
 
 
-class Rows:
+class Rows(Order):
     """Sequences of ids that come with a weight for each id as a target, in rows of block_size.
 
     Several in a row, packed by best fit and kept apart by document numbers, or, if not `packed`,
-    one in each; row sample % len(self) of epoch sample // len(self), whose order is a pure function
-    of (seed, epoch). A sequence may have block_size + 1 ids.
+    one in each. A sequence may have block_size + 1 ids.
     """
 
     def __init__(self, ids: list, weights: list, block_size: int, seed: int = 0,
                  shuffle: bool = True, packed: bool = True):
+        super().__init__(seed, shuffle)
         self.ids, self.weights, self.block_size = ids, weights, block_size
-        self.seed, self.shuffle, self.epoch, self.order = seed, shuffle, None, None
         lengths = np.array([len(row) - 1 for row in ids], np.int64)
         row = best_fit_decreasing(lengths, block_size) if packed else np.arange(len(ids))
         self.members = [part.tolist() for part in np.split(
@@ -313,12 +319,7 @@ class Rows:
 
     def sequences(self, sample: int) -> list[int]:
         """The numbers of the sequences in the row of a sample; PADDING has none."""
-        if sample == PADDING:
-            return []
-        epoch, i = divmod(sample, len(self))
-        if self.shuffle and epoch != self.epoch:
-            self.epoch, self.order = epoch, shuffled(self.seed, epoch, len(self))[0]
-        return self.members[self.order[i] if self.shuffle else i]
+        return [] if sample == PADDING else self.members[self.place(sample)]
 
     def owners(self, samples) -> torch.Tensor:
         """(B, T) the number of the sequence that each position belongs to; -1 is padding."""

@@ -32,15 +32,15 @@ class Learner:
     device: Device
     ranks: Ranks
     grad_clip: float            # largest gradient norm; 0: no clipping
-    seed: int                   # of dropout
+    seed: int | None            # of dropout; None: there is none
 
     def step(self, batches, loss_sums, n_targets, step: int, factor: float, limit=math.inf,
              request=None) -> tuple[list[float], float, str, bool]:
         """One optimizer step over this rank's micro-batches, unless its gradient is no good.
 
         loss_sums(trained, batch) gives (k,) sums over a micro-batch: of the losses, then of what
-        else is to be reported. The gradient is that of the sum of losses over n_targets, which is
-        this rank's share, of all ranks. `factor` scales the learning rates. If loss or gradient
+        else is to be reported. The gradient is that of the sum of all ranks' losses over the sum of
+        their n_targets. `factor` scales the learning rates. If loss or gradient
         are not finite on any rank, or the gradient's norm is above `limit`, weights and optimizer
         state stay as they are. Returns the k means, the gradient norm, why the step was skipped
         ('' if it was not), and whether a `request` to stop has come to any rank: the same on all.
@@ -86,6 +86,8 @@ class Learner:
         the same ones on ranks that only share matrices, which must drop the same of the residual
         stream.
         """
+        if self.seed is None:
+            return
         ranks = self.ranks
         more = () if ranks.pp == ranks.tp == 1 else (
             ranks.pp_rank, ranks.tp_rank if ranks.sequence_parallel else 0)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from core import hf
+from core import hf, stdlib
 from core.documents import read
 from core.download import fetch
 
@@ -40,10 +40,7 @@ def python_char(downloads: str, max_files: int) -> tuple[list, list]:
 
 def python(downloads: str, max_files: int) -> tuple[list, list]:
     """All of the running Python's standard library but its tests."""
-    library = Path(sysconfig.get_paths()['stdlib'])
-    apart = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'lib2to3'}
-    return [path for path in sorted(library.rglob('*.py'))
-            if not apart & set(path.relative_to(library).parts) and path.stat().st_size], []
+    return stdlib.modules(), []
 
 
 AUSTEN = {  # name -> repository of GITenberg, file, commit, SHA-256

@@ -65,6 +65,22 @@ def open_run(base: Path, identity: dict, ranks, insist: bool = False):
     return Path(run), saver, state
 
 
+def load_base(run_dir: str, step: int, data_dir: str, block_size: int, ranks,
+              classifier: bool = False):
+    """The model that a stage goes on with, as load_run gives it, and how many tokens a row has:
+    block_size, or if that is 0 as many as the model knows, at most 2,048. Stops if it knows fewer.
+    """
+    if ranks.rank == 0:     # downloaded before all ranks ask for it
+        checkpoint.find_model(run_dir, data_dir)
+    processes.broadcast(None, patient=True)
+    model, tokenizer, state = checkpoint.load_run(run_dir, step, data_dir=data_dir,
+                                                  classifier=classifier)
+    known = model.config.block_size
+    if block_size > known:
+        stop(f'block_size={block_size}: the model knows only {known} positions')
+    return model, tokenizer, state, block_size or min(2048, known)
+
+
 def read_newest(saver: Saver) -> dict:
     """The state of the newest undamaged checkpoint. Stops if there is none."""
     saver.saved = checkpoint.newest(saver.run)

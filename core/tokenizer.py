@@ -123,6 +123,10 @@ class Tokenizer:
         """Whether it has the tokens of chats; one that was not made here may lack them."""
         return self.special.keys() >= set(CHAT)
 
+    def turn_ends(self) -> set[int]:
+        """The ids at which an answer ends: <|end|>, and what can only come after it."""
+        return {self.eos, *(self.special[name] for name in CHAT)}
+
     def check_chat(self) -> None:
         """Stop if the tokens of chats are missing."""
         missing = [name for name in CHAT if name not in self.special]
