@@ -52,7 +52,7 @@ val_fraction = 0.1          # of the questions, to validate on
 max_records = 0             # only so many records; 0: all
 skip_bad = False            # leave out bad records and count them, instead of stopping
 data_dir = 'data'           # where downloads live
-block_size = 0              # most tokens of question and answer; 0: what the model knows, or 2,048
+block_size = 0              # most tokens of question and answer; 0: as run_dir learnt, or 2,048
 # loss
 loss = 'dpo'                # dpo or ipo
 beta = 0.1                  # how dear it is to leave the reference
@@ -197,7 +197,6 @@ def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
                                     data_dir, skip_bad, max_records)
     parts = [encode(part, tokenizer, size) for part in (train, val)]
     longest = max(len(ids) for ids, _ in parts for ids in ids) - 1
-    size = min(size, 8 * math.ceil(longest / 8))
     print0(f'{dataset}: {len(parts[0][0]) // 2:,} pairs to train on, {len(parts[1][0]) // 2:,} to '
            f'validate on, of at most {longest} tokens')
     return *(Pairs(*part, size) for part in parts), {
@@ -210,8 +209,8 @@ def encode(found: list, tokenizer, size: int) -> tuple[list, list]:
     ids, weights, left_out = [], [], []
     for record in found:
         answers = ({'role': 'assistant', 'content': text} for text in record[2:])
-        pair = [records.encode(tokenizer, [*record.messages, answer], size, last_only=True)
-                for answer in answers]
+        pair = [records.encode(tokenizer, record.where, [*record.messages, answer], size,
+                               last_only=True) for answer in answers]
         if all(fits for *_, fits in pair):
             ids += [row for row, *_ in pair]
             weights += [weight for _, weight, _ in pair]
@@ -350,7 +349,8 @@ def main() -> dict:
         ranks.local_world) // 2)
     rows = min(processes.exchange(rows))    # machines may have more memory or less
     identity = run_identity(facts, tokenizer, weights, config)
-    base = Path(out_dir or f'out/{CONFIG or f"{Path(run_dir).name}-dpo"}')
+    base = Path(out_dir) if out_dir else rundir.named(
+        CONFIG or f'{Path(run_dir).name}-dpo', Path(dataset).stem if 'dataset' in FLAGS else '')
     run, saver, state = rundir.open_run(base, identity, ranks)
     key = '-'.join([weights, dev.dtype, facts['sha256'][:16], facts['val_sha256'][:16],
                     str(train_pairs.rows.block_size)])
@@ -369,7 +369,8 @@ def main() -> dict:
         model, 'adamw', learning_rate, weight_decay, beta1, beta2),
         optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
         seed if dropout or lora_dropout else None)
-    facts = {'config': asdict(config), 'identity': identity, 'task': begun.get('task', 'chat')}
+    facts = {'config': asdict(config), 'identity': identity, 'task': begun.get('task', 'chat'),
+             'block_size': size}
 
     def do_step(step, factor, *rest):
         shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)

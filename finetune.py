@@ -48,7 +48,7 @@ labels = ''                 # classify: the classes with commas; '': those that 
 max_records = 0             # chat: only so many records; 0: all
 skip_bad = False            # leave out bad records and count them, instead of stopping
 data_dir = 'data'           # where downloads live
-block_size = 0              # tokens in a row; 0: as many as the model knows, at most 2,048
+block_size = 0              # tokens in a row; 0: as run_dir learnt, or knows, at most 2,048
 pack = True                 # several records in a row
 prompt_loss_weight = 0.0    # chat: of the tokens that the assistant does not say
 balance = False             # classify: all classes weigh the same, however many records they have
@@ -139,7 +139,7 @@ def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
 
 def encode_chats(found: list, tokenizer, size: int, prompt_weight: float) -> tuple[Rows, list]:
     """Rows of conversations, and those that are in them: some may have no answer that fits."""
-    encoded = [records.encode(tokenizer, r.messages, size, prompt_weight) for r in found]
+    encoded = [records.encode(tokenizer, r.where, r.messages, size, prompt_weight) for r in found]
     fits = [fit for *_, fit in encoded]
     records.check_left_out([r for r, fit in zip(found, fits) if not fit], len(found), size)
     ids, weights, _ = zip(*filter(lambda row: row[2], encoded))
@@ -181,12 +181,15 @@ def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str]
     for part in parts:
         ids, weights = [], []
         for record in part:
+            records.check_known(tokenizer, record.where, [record.text])
             text = tokenizer.prompt(record.text)
             n_cut += len(text) > size
             # the target at the last token is the class
-            ids.append([*text[:size], names.index(record.label)])
-            weight = len(parts[0]) / len(names) / counts[record.label] if balance else 1.0
-            weights.append([0.0] * (len(ids[-1]) - 1) + [weight if part is parts[0] else 1.0])
+            ids.append(np.array([*text[:size], names.index(record.label)], np.int32))
+            weights.append(np.zeros(len(ids[-1]), np.float32))
+            weights[-1][-1] = 1.0
+            if balance and part is parts[0]:
+                weights[-1][-1] = len(parts[0]) / len(names) / counts[record.label]
         rows.append(Rows(ids, weights, size, seed, packed=pack))
     if n_cut:
         print0(f'{n_cut:,} texts have more than {size} tokens: only their beginning is read')
@@ -387,7 +390,8 @@ def main() -> dict:
     del source
     at.max_steps = max_steps or math.ceil(epochs * len(train_rows) / batch_size)
     between = eval_interval or math.ceil(at.max_steps / 5)
-    base = Path(out_dir or f'out/{CONFIG or f"{Path(run_dir).name}-{task}"}')
+    base = Path(out_dir) if out_dir else rundir.named(
+        CONFIG or f'{Path(run_dir).name}-{task}', Path(dataset).stem if 'dataset' in FLAGS else '')
     run, saver, state = rundir.open_run(base, identity, ranks)
 
     # Optimizer, what a checkpoint says
@@ -405,7 +409,8 @@ def main() -> dict:
         model, 'adamw', learning_rate, weight_decay, beta1, beta2),
         optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
         seed if dropout or lora_dropout else None)
-    facts = {'config': asdict(model.config), 'identity': identity, 'task': task, 'labels': names}
+    facts = {'config': asdict(model.config), 'identity': identity, 'task': task, 'labels': names,
+             'block_size': size}
 
     def do_step(step, factor, *rest):
         shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)

@@ -22,6 +22,7 @@ from core.settings import Stop, check_bounds, configure, stop, warn
 from model import generate, pad_rows
 
 POSITIONAL = ('run_dir',)
+FLAGS = ()                  # filled by configure
 
 run_dir = ''                # a run such as out/shakespeare, a Hugging Face folder, or a name: gpt2
 step = 0                    # which checkpoint; 0: the best one
@@ -246,11 +247,12 @@ def texts_to_classify() -> list[str]:
 
 
 @torch.no_grad()
-def write_classes(model, tokenizer, labels: list[str], dev) -> list[dict]:
+def write_classes(model, tokenizer, state: dict, dev) -> list[dict]:
     """Print the class of each text, its probability and, of several, the text."""
-    texts, found = texts_to_classify(), []
+    texts, found, labels = texts_to_classify(), [], state['labels']
+    size = state.get('block_size', model.config.block_size)     # what it learnt to read
     for i in range(0, len(texts), 32):
-        rows = [tokenizer.prompt(text)[:model.config.block_size] for text in texts[i:i + 32]]
+        rows = [tokenizer.prompt(text)[:size] for text in texts[i:i + 32]]
         idx, doc = pad_rows(rows, dev.name)
         with dev.autocast():
             said = model(idx, doc=doc, n_logits=1)[:, -1].float().softmax(dim=-1)
@@ -274,8 +276,14 @@ def main() -> dict:
     print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:2])}', file=sys.stderr)
     try:
         if asked:
-            return {'classes': write_classes(model, tokenizer, state['labels'], dev)}
-        if chat and state.get('task') == 'chat':
+            return {'classes': write_classes(model, tokenizer, state, dev)}
+        chats = chat and state.get('task') == 'chat'
+        for name in ('num_samples',) if chats else ('system',):
+            if name in FLAGS:
+                stop(f'{name}={globals()[name]}: does nothing ' + (
+                    'in a chat; add --chat=False' if chats else
+                    'without a chat; leave it out, or give a run of finetune.py'))
+        if chats:
             talk = Chat(model, tokenizer, dev)
             if text is not None:
                 return {'texts': [talk.say(text.strip('\n'))]}

@@ -291,12 +291,10 @@ def adapted(config: GPTConfig, n_tokens: int) -> GPTConfig:
 
 def default_out_dir(data: Path, fell_back: bool) -> Path:
     """out/<config>, with the dataset in its name where it is not the config's own."""
-    name = CONFIG or (Path(init_from).name if from_model() else 'gpt2')
     if fell_back:
-        name = data.name
-    elif 'dataset' in FLAGS and data.name != name:
-        name = f'{name}-{data.name}'
-    return Path('out') / name
+        return rundir.named(data.name, '')
+    return rundir.named(CONFIG or (Path(init_from).name if from_model() else 'gpt2'),
+                        data.name if 'dataset' in FLAGS else '')
 
 
 def run_identity(meta: dict, tokenizer, config: GPTConfig, origin: str = '') -> dict:

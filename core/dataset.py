@@ -302,14 +302,16 @@ class Rows(Order):
     """Sequences of ids that come with a weight for each id as a target, in rows of block_size.
 
     Several in a row, packed by best fit and kept apart by document numbers, or, if not `packed`,
-    one in each. A sequence may have block_size + 1 ids.
+    one in each, and then no row is longer than the longest needs (to a multiple of 8). A sequence
+    may have block_size + 1 ids.
     """
 
     def __init__(self, ids: list, weights: list, block_size: int, seed: int = 0,
                  shuffle: bool = True, packed: bool = True):
         super().__init__(seed, shuffle)
-        self.ids, self.weights, self.block_size = ids, weights, block_size
+        self.ids, self.weights = ids, weights
         lengths = np.array([len(row) - 1 for row in ids], np.int64)
+        self.block_size = block_size if packed else min(block_size, -(-lengths.max() // 8) * 8)
         row = best_fit_decreasing(lengths, block_size) if packed else np.arange(len(ids))
         self.members = [part.tolist() for part in np.split(
             np.argsort(row, kind='stable'), np.cumsum(np.bincount(row))[:-1])]

@@ -393,7 +393,8 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
             'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': names.get(bos),
             'eos_token': names[eos], 'pad_token': names[eos], 'add_bos_token': tokenizer.add_bos,
             'model_max_length': config.block_size, 'clean_up_tokenization_spaces': False,
-            **({'chat_template': CHAT_TEMPLATE} if ends else {})}}
+            **({'chat_template': '{{- bos_token -}}' * tokenizer.add_bos + CHAT_TEMPLATE}
+               if ends else {})}}
     if len(groups) > 1:
         files[INDEX] = {'metadata': {'total_size': sum(p.nbytes for p in tensors.values())},
                         'weight_map': index}

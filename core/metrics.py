@@ -51,12 +51,12 @@ def mean_interval(losses: np.ndarray) -> tuple[float, float]:
 
     A ratio of two sums over records that are independent while tokens of one are not: its standard
     error is sqrt(sum (nats - mean targets)^2) / sum targets (the delta method, or Cochran 1977,
-    "Sampling Techniques", section 6.5).
+    "Sampling Techniques", section 6.5). Of a single record nothing is known: NaN.
     """
     nats, targets = losses.T
     mean = nats.sum() / targets.sum()
     error = math.sqrt(((nats - mean * targets) ** 2).sum()) / targets.sum()
-    return float(mean), float(Z95 * error)
+    return float(mean), float(Z95 * error) if len(losses) > 1 else math.nan
 
 
 def paired_interval(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from core import stdlib
 from core.documents import LONGEST_LINE, Bad, read, suffix
 from core.download import NoNetwork, fetch
@@ -325,7 +327,7 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
                 records.append(kind(where, row))
             except Bad as e:
                 if not (skip_bad or found):
-                    raise
+                    stop(f'{e}; --skip_bad leaves such records out')
                 bad.append(str(e))
     except Bad as e:
         stop(str(e))
@@ -365,16 +367,25 @@ def question(record) -> str:
     return next(m['content'] for m in record.messages if m['role'] == 'user')
 
 
-def encode(tokenizer, messages: list[dict], size: int, prompt_weight: float = 0.0,
-           last_only: bool = False) -> tuple[list[int], list[float], bool]:
+def check_known(tokenizer, where: str, texts: list[str]) -> None:
+    """Stop if the tokenizer does not know a character of the texts of a record."""
+    for text in texts:
+        if what := tokenizer.unknown(text):
+            stop(f'{where}: {what}')
+
+
+def encode(tokenizer, where: str, messages: list[dict], size: int, prompt_weight: float = 0.0,
+           last_only: bool = False) -> tuple[np.ndarray, np.ndarray, bool]:
     """The first size + 1 ids of a conversation, their weights as targets, and whether anything that
     is to be learnt is among them: what the assistant says (last_only: in the last message), its end
     tokens included, has weight 1, the rest prompt_weight."""
+    check_known(tokenizer, where, [message['content'] for message in messages])
     turns = list(tokenizer.encode_turns(messages))
     ids = sum((turn for turn, _ in turns), [])
     learnt = [mine and (i == len(turns) - 1 or not last_only)
               for i, (_, said) in enumerate(turns) for mine in said][:size + 1]
-    return ids[:size + 1], [1.0 if it else prompt_weight for it in learnt], any(learnt)
+    weights = [1.0 if it else prompt_weight for it in learnt]
+    return np.array(ids[:size + 1], np.int32), np.array(weights, np.float32), any(learnt)
 
 
 def check_left_out(left_out: list, n: int, size: int) -> None:

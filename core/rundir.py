@@ -68,7 +68,8 @@ def open_run(base: Path, identity: dict, ranks, insist: bool = False):
 def load_base(run_dir: str, step: int, data_dir: str, block_size: int, ranks,
               classifier: bool = False):
     """The model that a stage goes on with, as load_run gives it, and how many tokens a row has:
-    block_size, or if that is 0 as many as the model knows, at most 2,048. Stops if it knows fewer.
+    block_size, or if that is 0 as many as the stage before had, or as the model knows, at most
+    2,048. Stops if it knows fewer.
     """
     if ranks.rank == 0:     # downloaded before all ranks ask for it
         checkpoint.find_model(run_dir, data_dir)
@@ -78,7 +79,12 @@ def load_base(run_dir: str, step: int, data_dir: str, block_size: int, ranks,
     known = model.config.block_size
     if block_size > known:
         stop(f'block_size={block_size}: the model knows only {known} positions')
-    return model, tokenizer, state, block_size or min(2048, known)
+    return model, tokenizer, state, block_size or state.get('block_size') or min(2048, known)
+
+
+def named(name: str, data: str) -> Path:
+    """Where a run goes: out/<name>, with the dataset if that is another than the config's own."""
+    return Path('out') / (f'{name}-{data}' if data not in ('', name) else name)
 
 
 def read_newest(saver: Saver) -> dict:

@@ -38,7 +38,7 @@ from core.workers import ordered_map
 ROLES = ('system', 'user', 'assistant')
 CHAT = (*(f'<|{role}|>' for role in ROLES), '<|end|>')
 SPECIAL = ('<|endoftext|>', *CHAT)
-# The same as encode_chat, for other programs.
+# The same as encode_chat, for other programs; without bos.
 CHAT_TEMPLATE = ("{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + "
                  "message['content'] + '<|end|>' -}}{%- endfor -%}"
                  "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}")
@@ -127,6 +127,10 @@ class Tokenizer:
         """The ids at which an answer ends: <|end|>, and what can only come after it."""
         return {self.eos, *(self.special[name] for name in CHAT)}
 
+    def unknown(self, text: str) -> str:
+        """What of a text cannot be encoded, and what to do; '' if all can."""
+        return ''
+
     def check_chat(self) -> None:
         """Stop if the tokens of chats are missing."""
         missing = [name for name in CHAT if name not in self.special]
@@ -135,7 +139,8 @@ class Tokenizer:
                  f'{", ".join(list(self.special)[:8])}')
 
     def encode_chat(self, messages: list[dict], reply: bool = False) -> list[int]:
-        """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML).
+        """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML); bos before
+        them where the model is used to it.
 
         messages are {'role': 'system', 'user' or 'assistant', 'content': text}. With `reply` the
         ids end where the assistant begins to answer. What looks like a special token in a content
@@ -149,13 +154,14 @@ class Tokenizer:
         content and the end token, not the token of its role.
         """
         self.check_chat()
+        start = [self.bos] if self.add_bos else []
         for message in messages:
             if message['role'] not in ROLES:
                 raise ValueError(f'role {message["role"]!r}: must be one of {", ".join(ROLES)}')
-            ids = [self.special[f'<|{message["role"]}|>'], *self.encode(message['content']),
-                   self.special['<|end|>']]
-            said = message['role'] == 'assistant'
-            yield ids, [False] + [said] * (len(ids) - 1)
+            ids = [*self.encode(message['content']), self.special['<|end|>']]
+            before = [*start, self.special[f'<|{message["role"]}|>']]
+            said, start = message['role'] == 'assistant', []
+            yield before + ids, [False] * len(before) + [said] * len(ids)
 
     def decode_chat(self, ids) -> list[dict]:
         """The messages of a conversation's ids: the inverse of encode_chat.
@@ -164,8 +170,8 @@ class Tokenizer:
         """
         self.check_chat()
         role_of = {self.special[f'<|{role}|>']: role for role in ROLES}
-        messages, turn, closed = [], [], True
-        for i in [*ids, None]:
+        messages, turn, closed, ids = [], [], True, list(ids)
+        for i in [*ids[self.add_bos and ids[:1] == [self.bos]:], None]:
             if i in role_of and closed:
                 messages.append({'role': role_of[i]})
                 turn, closed = [], False
@@ -213,11 +219,15 @@ class CharTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         try:
             return [self._id[c] for c in text]
-        except KeyError as e:
-            c = e.args[0]
-            stop(f'character {c!r} (U+{ord(c):04X}) at offset {text.index(c)} is not among the '
-                 f"{len(self.chars)} characters that the tokenizer knows; remove it, or use "
-                 f"tokenizer 'byte', which knows all text")
+        except KeyError:
+            stop(self.unknown(text))
+
+    def unknown(self, text: str) -> str:
+        at = next((i for i, c in enumerate(text) if c not in self._id), None)
+        return '' if at is None else (
+            f'character {text[at]!r} (U+{ord(text[at]):04X}) at offset {at} is not among the '
+            f"{len(self.chars)} characters that the tokenizer knows; remove it, or use tokenizer "
+            "'byte', which knows all text")
 
     def state(self) -> dict:
         return {'chars': self.chars}

@@ -57,6 +57,11 @@ def test_chat(run_stage, chats, capsys, monkeypatch):
         monkeypatch.setattr(sample, name, value)
     capsys.readouterr()
     assert sample.main()['texts'][0] and '<|' not in capsys.readouterr().out
+    monkeypatch.setattr(sample, 'FLAGS', ('num_samples',))
+    assert 'does nothing in a chat' in stopped_at_last(capsys, sample.main)
+    monkeypatch.setattr(sample, 'FLAGS', ('system',))
+    monkeypatch.setattr(sample, 'chat', False)
+    assert 'does nothing without a chat' in stopped_at_last(capsys, sample.main)
 
 
 def test_split_is_by_question(chats, monkeypatch):
@@ -93,6 +98,18 @@ def test_classify(run_stage, texts, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sample, 'classify_file', '')
     monkeypatch.setattr(sample, 'prompt', 'rise')
     assert 'is a classifier' in stopped_at_last(capsys, sample.main)
+
+
+def test_a_classifier_reads_as_much_as_it_learnt_to(run_stage, texts, monkeypatch):
+    """Not as much as the model has room for: so sample.py says what the test said."""
+    run = classes(run_stage, texts, block_size=40, max_steps=2)['run_dir']
+    said = []
+    for end in ('', 'fall ' * 5):
+        for name, value in dict(run_dir=run, classify='rise number 500 '.ljust(40) + end,
+                                device='cpu').items():
+            monkeypatch.setattr(sample, name, value)
+        said.append(sample.main()['classes'])
+    assert said[0] == said[1]
 
 
 def test_duplicates_go_and_classes_are_shared_out(texts, tmp_path, monkeypatch, capsys):

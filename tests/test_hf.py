@@ -367,6 +367,14 @@ def test_bos_in_front(tokenizer, tmp_path):
     hf.save(our_model('llama'), ours, tmp_path / 'bos')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'bos')
     assert theirs('x').input_ids == ours.prompt('x') and theirs.bos_token_id == 700
+    chats = ours.with_chat()
+    hf.save(our_model('llama', vocab_size=len(chats)), chats, tmp_path / 'chat')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'chat')
+    chat = [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]
+    found = theirs.apply_chat_template(chat)
+    ids = chats.encode_chat(chat)
+    assert getattr(found, 'input_ids', found) == ids and ids.count(700) == 1 and ids[0] == 700
+    assert chats.decode_chat(ids) == chat
     assert read_tokenizer(tmp_path / 'bos' / 'tokenizer.json').to_json() == ours.to_json()
 
 

@@ -17,7 +17,7 @@ from conftest import stopped, stopped_at_last
 from core import records, stdlib
 from core.download import NoNetwork
 from core.records import SETS, conversation, fraction_of, labelled, load, preference, sha256_of
-from core.tokenizer import ByteTokenizer
+from core.tokenizer import ByteTokenizer, CharTokenizer
 
 MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRROR'])
 needs_mirror = pytest.mark.skipif(not MIRROR, reason='needs DATA_MIRROR')
@@ -131,6 +131,9 @@ BAD = [     # kind, record, part of the message
 ]
 
 
+HINT = '; --skip_bad leaves such records out'
+
+
 @pytest.mark.parametrize('kind,record,part', BAD)
 def test_bad_records(tmp_path, capsys, kind, record, part):
     """One line says where it is, what is wrong and what to do; skip_bad leaves out it alone."""
@@ -139,11 +142,11 @@ def test_bad_records(tmp_path, capsys, kind, record, part):
                               ('a.json', array(good, record, good), 3)):
         path = put(tmp_path, name, text)
         message = refused(capsys, path, kind)
-        assert message.startswith(f'{path}:{place}: ') and part in message
+        assert message.startswith(f'{path}:{place}: ') and part in message and HINT in message
         assert [found.where for found in read(path, kind, skip_bad=True)] == [
             f'{path}:{place - 1}', f'{path}:{place + 1}']
         assert capsys.readouterr().err == (f'warning: dataset={path}: 1 of 3 records are left out, '
-                                           f'the first for: {message}\n')
+                                           f'the first for: {message.removesuffix(HINT)}\n')
 
 
 HAM, SPAM = lines(GOOD[labelled]), '{"text": "Buy!", "label": "spam"}\n'
@@ -247,7 +250,8 @@ def test_skip_bad(tmp_path, capsys, name, packed):
     assert [record.where for record in found] == [f'{path}:{i}' for i in places]
     assert Counter(record[1:] for record in found) == {('Hi', 'ham'): 2, ('Buy!', 'spam'): 1}
     assert capsys.readouterr().err == (f'warning: dataset={path}: {n_bad} of {n_bad + 3} records '
-                                       f'are left out, the first for: {first}\n')
+                                       f'are left out, the first for: {first.removesuffix(HINT)}'
+                                       '\n')
 
 
 def test_skip_bad_says_nothing_of_good_records(tmp_path, capsys):
@@ -441,9 +445,16 @@ SAID = '---' '---' '-bc|' '---' '-e|'
     (14, 0.0, False, SAID[:15]), (8, 0.0, False, SAID[:9]), (6, 0.0, False, SAID[:7]),
     (100, 0.0, True, '-' * 14 + 'e|'), (14, 0.0, True, '-' * 14 + 'e'), (13, 0.0, True, '-' * 14)])
 def test_encode(size, prompt_weight, last_only, expected):
-    ids, weights, _ = records.encode(TOKENIZER, TURNS, size, prompt_weight, last_only)
-    assert ids == TOKENIZER.encode_chat(TURNS)[:size + 1] and len(ids) == len(weights)
-    assert weights == [prompt_weight if sign == '-' else 1.0 for sign in expected]
+    ids, weights, _ = records.encode(TOKENIZER, 'f:1', TURNS, size, prompt_weight, last_only)
+    assert ids.tolist() == TOKENIZER.encode_chat(TURNS)[:size + 1] and len(ids) == len(weights)
+    assert weights.tolist() == [prompt_weight if sign == '-' else 1.0 for sign in expected]
+
+
+def test_a_character_that_the_tokenizer_does_not_know(capsys):
+    tokenizer = CharTokenizer.train('abc')
+    turns = [{'role': 'user', 'content': 'ab'}, {'role': 'assistant', 'content': 'cé'}]
+    message = stopped(capsys, lambda: records.encode(tokenizer, 'chats.jsonl:7', turns, 64))
+    assert message.startswith("chats.jsonl:7: character 'é' (U+00E9) at offset 1 is not among the 3")
 
 
 def test_records_that_have_no_answer_left(capsys):

@@ -99,6 +99,13 @@ def test_a_sequence_of_one_id_more_than_a_row(packed):
     assert (doc[:2] == 0).all() and len(data) == 3
 
 
+def test_rows_of_one_are_no_longer_than_needed():
+    ids, weights = numbered([4, 12, 7])
+    assert Rows(ids, weights, 64, packed=False).batch([0, 1, 2])[0].shape == (3, 16)
+    assert Rows(ids, weights, 11, packed=False).batch([0, 1, 2])[0].shape == (3, 11)
+    assert Rows(ids, weights, 64).batch([0])[0].shape == (1, 64)
+
+
 @ways
 def test_owners_agree_with_batches(options):
     """An id is its own position in the whole, which says whose it is."""
@@ -170,7 +177,7 @@ def test_the_mask_token_by_token(make):
 def test_targets_of_a_conversation():
     """A row's targets are the assistant's words, each read at the token before it."""
     tokenizer = ByteTokenizer()
-    ids, weights, _ = records.encode(tokenizer, TURNS, 64)
+    ids, weights, _ = records.encode(tokenizer, 'f:1', TURNS, 64)
     x, y, _, weight = Rows([ids], [weights], 64).batch([0])
     at = (y[0] != IGNORE).nonzero()[:, 0].tolist()
     assert at == [i - 1 for i, (_, said) in enumerate(MASK) if said]
