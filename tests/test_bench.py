@@ -103,7 +103,7 @@ def test_a_peer_of_another_size_is_refused(run_bench, capsys, tmp_path):
 def test_tokenizer(monkeypatch, capsys):
     """Both trainers on a megabyte, each in its process; encoding beside tiktoken."""
     pytest.importorskip('tokenizers')
-    for name, value in dict(what='tokenizer', corpus_mb=1, n_tokens=400, rounds=2).items():
+    for name, value in dict(what='tokenizer', corpus_mb=1, n_tokens=400, rounds=1).items():
         monkeypatch.setattr(bench, name, value)
     result = bench.main()
     printed = capsys.readouterr().out.splitlines()

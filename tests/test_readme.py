@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,13 +85,15 @@ def run(command: str, folder) -> None:
 
 @pytest.mark.parametrize('second', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_commands(folder, second):
-    """In their order, since each may use what those before it made; none with a placeholder. The
-    second chain from a base model to an assistant, in English, is slow."""
+    """In their order, since each may use what those before it made; those that use nothing beside
+    them. None has a placeholder. The second chain from a base model to an assistant is slow."""
     assert len(COMMANDS) > 8
     commands = ['python train.py config/shakespeare.py', *COMMANDS]     # the quick start's end
-    for command in commands:
-        if bool(SECOND.search(command)) == second:
-            run(command, folder)
+    commands = [command for command in commands if bool(SECOND.search(command)) == second]
+    lanes = [[c for c in commands if bool(re.search(r'(prepare|bench|plan)\.py', c)) == alone]
+             for alone in (False, True)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda lane: [run(command, folder) for command in lane], lanes))
 
 
 @pytest.mark.parametrize('diff', [block for block in BLOCKS if block.startswith('--- a/')])

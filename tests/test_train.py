@@ -503,7 +503,8 @@ def torchrun(tmp_path, n, name, **settings):
     return losses(run), [e['val_loss'] for e in rundir.read_log(run, 'eval')]
 
 
-@pytest.mark.parametrize('optimizer, tolerance', [('adamw', 1e-5), ('muon', 2e-4)])
+@pytest.mark.parametrize('optimizer, tolerance', [
+    pytest.param('adamw', 1e-5, marks=pytest.mark.slow), ('muon', 2e-4)])
 def test_ranks_compute_what_one_process_computes(tmp_path, text_file, optimizer, tolerance):
     """20 steps; a batch of 8 on 3 ranks is 3 + 3 + 2, and micro-batches of 2 leave padding rows."""
     settings = dict(dataset=text_file, batch_size=8, micro_batch_size=2, max_steps=20,

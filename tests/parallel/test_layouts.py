@@ -128,7 +128,8 @@ def test_scale_is_the_same_on_all_ranks(layout):
     assert third != pytest.approx(expected[2], abs=1e-6)    # there the second step was made
 
 
-@pytest.mark.parametrize('layout', [dict(tp=2), SP, dict(pp=2), dict(zero=3)], ids=str)
+@pytest.mark.parametrize('layout', [pytest.param(dict(tp=2), marks=pytest.mark.slow), SP,
+                                    dict(pp=2), dict(zero=3)], ids=str)
 def test_logits_in_chunks(layout):
     """Where all logits of a micro-batch would be too many."""
     case = Case(layout, chunk=100)
