@@ -1,163 +1,561 @@
-"""Speed, measured: python bench.py train config/shakespeare.py [--vs=<checkout of nanoGPT>].
+"""Speed and memory, measured: python bench.py train [config] [--vs=<checkout of nanoGPT>].
 
-train: whole training steps (forward, backward, clipping, optimizer) of a preset on ready-made
-random batches, after warm-up. With --vs nanoGPT trains its own model of the same shape on the same
-batches, in turn with ours, round by round. Presets and flags may set whatever train.py knows.
+train      whole training steps (forward, backward, clipping, optimizer) of a preset on ready-made
+           random batches. --vs: nanoGPT trains its own model of the same shape on the same batches
+memory     the most that tensors take in such a step, weights, gradients and optimizer included;
+           --vs as above
+decode     new tokens after a prompt, one by one, with the KV cache. --vs=transformers: its generate
+           with the same weights
+race       from random weights to the loss that nanoGPT's recipe ends with: seconds, tokens, FLOPs;
+           --vs: its checkout
+runs       python bench.py runs out/*: draws the losses of runs over steps, tokens, seconds, FLOPs
+tokenizer  training a BPE on Python sources, beside Hugging Face's trainer (Rust), each time in a
+           process of its own; then encoding, beside tiktoken. --vs=<checkout of minbpe>, on a slice
+data       prepare.py on a made-up corpus with planted duplicates, repeated passages and benchmark
+           items: what it finds of them, how fast each step is, the most memory of all processes
 
-tokenizer: training a BPE on Python sources, beside Hugging Face's trainer (Rust), each time in a
-process of its own; then encoding, beside tiktoken itself. With --vs minbpe joins in on a slice.
-
-data: prepare.py on a made-up corpus with planted duplicates, repeated passages and benchmark items:
-what it finds of them, how fast each step is, and the most memory all processes take together.
-
-Prints median and spread over rounds, and one JSON line last.
+What a machine can do is measured first, by one large product of matrices and by reading memory, and
+speeds come as fractions of it, too (MFU, MBU). Sides take turns, round by round, after warm-up:
+median and spread. Presets and flags may set whatever train.py knows. The last line is JSON.
 """
-import argparse
 import contextlib
+import functools
+import gc
 import hashlib
-import importlib
 import importlib.util
 import json
+import math
 import multiprocessing
-import random
 import re
 import resource
 import statistics
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import train
-from core import clean, parallel
 from core import device as hardware
+from core import optim, parallel, peers, planted, rundir
 from core import tokenizer as tokenizers
-from core.dataset import open_shard, share
-from core.learner import Learner, count_targets, lm_loss_sums
-from core.optim import LossScale
+from core.dataset import IGNORE, Tokens, Windows, load_split, share
+from core.learner import Learner, count_targets, lm_loss_sums, to_device
 from core.processes import Ranks
 from core.settings import check_bounds, check_choice, configure, stop
-from model import build_model, count_parameters, flops_per_token
+from model import build_model, count_parameters, flops_per_token, generate
 
-POSITIONAL = ('what',)
+POSITIONAL = ('what', 'folders')
 
-what = 'train'              # what is measured: train, tokenizer or data
-vs = ''                     # a checkout of nanoGPT or minbpe, to be measured beside ours
+what = 'train'              # train, memory, decode, race, runs, tokenizer or data
+folders = ''                # runs: the run directories
+vs = ''                     # the peer: a checkout of nanoGPT or minbpe, or transformers
 rounds = 5                  # times that each side is measured
-steps = 20                  # training steps in a round
-warmup = 5                  # steps before the first round
+steps = 20                  # train: training steps in a round
+warmup = 5                  # train: steps before the first round
+profile = False             # train, decode: a trace for chrome://tracing, and the costliest lines
+plot = False                # draw what was measured: out/bench-<what>.png
+prompt_tokens = 64          # decode: tokens in a prompt
+new_tokens = 128            # decode: tokens that are generated
+rows = 1                    # decode: prompts at a time
+recipe = 'cpu'              # race: nanoGPT's for tiny Shakespeare on a cpu or gpu, or the preset's
+                            # own sizes: same
+seeds = 3                   # race: times that each side runs
+peer_learning_rates = '2e-3,4e-3,8e-3'  # race: of which the best is its tuned one; '': only stock
+stock_steps = 0             # race: our max_steps against nanoGPT's recipe; 0: the preset's
+tuned_steps = 0             # race: ... against its tuned learning rate; 0: the preset's
+eval_every = 10             # race: steps of ours between two looks at the loss
 corpus_mb = 60              # tokenizer and data: megabytes of text
 line_mb = 0                 # data: and one more file of a single line of so many
 n_tokens = 32_768           # tokenizer: size of the vocabulary, without special tokens
 
 
-def our_step(config, dev):
-    """A function that does one training step of ours on a list of micro-batches, and its model."""
-    model = build_model(config, train.seed, dev.name)
-    ranks = Ranks()
+# ---------------------------------------------------------------------------------------------
+# What they share
+
+
+def choose_device(training: bool = True) -> hardware.Device:
+    """The device as train.py chooses it, its limits measured; prints all."""
+    dev = hardware.choose(train.device, train.dtype, train.compile, train.threads,
+                          training=training)
+    dev.peak_flops = hardware.matmul_rate(dev.name, dev.dtype, 2048 if dev.kind == 'cpu' else 8192)
+    print(*dev.why[:3], f'matrix products {dev.peak_flops / 1e12:.3g} TFLOP/s (measured, the limit '
+          'of MFU)', sep='\n')
+    return dev
+
+
+def our_config():
+    """The architecture that the settings describe, and how many tokens it is for."""
+    known = train.vocab_size or len(tokenizers.load(
+        train.get_data(Ranks())[0] / 'tokenizer.json'))
+    return train.model_config(known), known
+
+
+def our_learner(config, dev, seed: int) -> Learner:
+    """Our model with all that trains it, as train.py puts it together."""
+    model, ranks = build_model(config, seed, dev.name), Ranks()
     trained, _ = parallel.wrap(model, ranks, dev, 1, 1)
-    learner = Learner(model, trained, train.build_optimizers(model, dev, ranks),
-                      LossScale(dev.dtype == 'float16'), dev, ranks, train.grad_clip, train.seed)
-    return lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0,
-                                        1.0), model
+    return Learner(model, trained, train.build_optimizers(model, dev, ranks),
+                   optim.LossScale(dev.dtype == 'float16'), dev, ranks, train.grad_clip,
+                   seed if train.dropout else None)
 
 
-def nanogpt_step(config, dev):
-    """The same for the nanoGPT in the folder `vs`, written as its train.py does it."""
-    path = Path(vs) / 'model.py'
-    if not path.is_file():
-        stop(f'vs={vs}: there is no model.py in it; give a checkout of nanoGPT')
-    spec = importlib.util.spec_from_file_location('nanogpt', path)
-    nanogpt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
-    model = nanogpt.GPT(nanogpt.GPTConfig(
-        block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
-        n_head=config.n_head, n_embd=config.n_embd, dropout=config.dropout, bias=config.bias))
-    model.to(dev.name)
-    optimizer = model.configure_optimizers(train.weight_decay, train.learning_rate,
-                                           (train.beta1, train.beta2), dev.kind)
-    scaler = torch.amp.GradScaler(dev.kind, enabled=dev.dtype == 'float16')
-    compiled = torch.compile(model) if dev.compile else model
-
-    def step(batches):
-        for x, y, _ in batches:
-            with dev.autocast():
-                _, loss = compiled(x.to(dev.name), y.to(dev.name))
-                loss = loss / len(batches)
-            scaler.scale(loss).backward()
-        if train.grad_clip:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-    return step, model
+def our_step(learner: Learner):
+    """A function that does one training step on a list of micro-batches."""
+    return lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0, 1.0)
 
 
-def time_steps(step, batches, dev, n: int) -> float:
-    """Seconds a step, over n steps."""
+def nanogpt_like(config, dev) -> peers.NanoGPT:
+    """nanoGPT's model of the same shape, trained with the same settings."""
+    return peers.NanoGPT(vs, peers.NanoRecipe(
+        config.n_layer, config.n_head, config.n_embd, config.block_size, train.batch_size,
+        train.max_steps, config.dropout, config.bias, train.learning_rate, train.warmup_steps,
+        train.weight_decay, train.beta2, train.grad_clip, dev.compile, True), config.vocab_size,
+        dev)
+
+
+def random_batches(config, known: int, dev) -> list[tuple]:
+    """Micro-batches of one step: random ids, which cost as much as any."""
+    at_once = train.micro_batch_size or hardware.fit_micro_batch(
+        dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)
+    generator = torch.Generator().manual_seed(train.seed)
+    shapes = [(len(samples), config.block_size)
+              for samples in share(0, train.batch_size, 0, 1, at_once)]
+    documents = train.respects_documents(config)    # one in each row: the most work
+    return [(torch.randint(known, shape, generator=generator),
+             torch.randint(known, shape, generator=generator),
+             torch.zeros(shape, dtype=torch.long) if documents else None) for shape in shapes]
+
+
+def seconds_of(run, dev) -> float:
+    """Wall time of run(), the device's work included."""
     dev.synchronize()
     began = time.perf_counter()
-    for _ in range(n):
-        step(batches)
+    run()
     dev.synchronize()
-    return (time.perf_counter() - began) / n
+    return time.perf_counter() - began
+
+
+def in_turn(sides: dict, dev) -> dict[str, list[float]]:
+    """Seconds of each of the functions in `sides`, so many rounds, one after the other in each."""
+    times = {name: [] for name in sides}
+    for _ in tqdm(range(rounds), unit='round', leave=False, disable=rounds < 3):
+        for name, run in sides.items():
+            times[name].append(seconds_of(run, dev))
+    return times
+
+
+def spread(found: list[float], digits: int = 0) -> str:
+    """Median and range."""
+    return (f'{statistics.median(found):,.{digits}f} (median of {len(found)}; '
+            f'{min(found):,.{digits}f} to {max(found):,.{digits}f})')
+
+
+def ratio_of(times: dict, peer: str) -> dict:
+    """How many times as fast as the peer ours is, from rounds in turn; prints it."""
+    ratios = [theirs / ours for ours, theirs in zip(times['ours'], times[peer])]
+    print(f'ours is {spread(ratios, 2)} times as fast')
+    return {'ratio': round(statistics.median(ratios), 3)}
+
+
+def write_profile(run) -> None:
+    """Run once under torch.profiler: the trace goes to a file, the ten costliest lines to the
+    screen."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        run()
+    path = output(f'{what}-trace.json')
+    found.export_chrome_trace(str(path))
+    by = 'self_cuda_time_total' if torch.cuda.is_available() else 'self_cpu_time_total'
+    print(found.key_averages().table(sort_by=by, row_limit=10, max_name_column_width=60))
+    print(f'the trace is in {path}')
+
+
+def output(name: str) -> Path:
+    """The place of a file that is written beside the runs."""
+    Path('out').mkdir(exist_ok=True)
+    return Path('out') / f'bench-{name}'
+
+
+def draw(name: str, panels: list[tuple[str, str, dict]]) -> None:
+    """Write a picture with a panel for each (label of x, label of y, {name of a line: (x, y)})."""
+    if not importlib.util.find_spec('matplotlib'):
+        stop('plot=True: matplotlib is not installed: pip install matplotlib')
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout='constrained')
+    for axes, (x_label, y_label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
+                                               panels):
+        for label, (x, y) in lines.items():
+            axes.plot(x, y, '.-', label=label, markersize=4)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path = output(name + '.png')
+    figure.savefig(path, dpi=120)
+    print(f'drawn in {path}')
+
+
+# ---------------------------------------------------------------------------------------------
+# Training steps
 
 
 def bench_train() -> dict:
     """Tokens per second and MFU of training steps; of nanoGPT's too, and the ratio."""
-    dev = hardware.choose(train.device, train.dtype, train.compile, train.threads)
-    print(*dev.why, sep='\n')
-    known = train.vocab_size or len(tokenizers.load(
-        train.get_data(Ranks())[0] / 'tokenizer.json'))
-    config = train.model_config(known)
-    rows = train.micro_batch_size or hardware.fit_micro_batch(
-        dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)
-    generator = torch.Generator().manual_seed(train.seed)
-    shapes = [(len(samples), config.block_size)
-              for samples in share(0, train.batch_size, 0, 1, rows)]
-    documents = train.respects_documents(config)    # one in each row: the most work
-    batches = [(torch.randint(known, shape, generator=generator),
-                torch.randint(known, shape, generator=generator),
-                torch.zeros(shape, dtype=torch.long) if documents else None) for shape in shapes]
-    step, model = our_step(config, dev)
-    sides = {'ours': step}
+    dev = choose_device()
+    config, known = our_config()
+    batches = random_batches(config, known, dev)
+    learner = our_learner(config, dev, train.seed)
+    sides, flops = {'ours': our_step(learner)}, {'ours': flops_per_token(learner.model)}
+    n_parameters = count_parameters(learner.model)
     if vs:
-        sides['nanogpt'], peer = nanogpt_step(config, dev)
-        if count_parameters(peer) != count_parameters(model):
-            stop(f'vs={vs}: its model has {count_parameters(peer):,} parameters, ours '
-                 f'{count_parameters(model):,}; compare at the GPT-2 architecture (no preset)')
+        peer = nanogpt_like(config, dev)
+        check_size(peer.model, n_parameters)
+        sides['nanogpt'], flops['nanogpt'] = peer.step, peer.flops_per_token()
     tokens = train.batch_size * config.block_size
-    print(f'{count_parameters(model):,} parameters, {tokens:,} tokens a step in '
-          f'{len(batches)} micro-batches; {rounds} rounds of {steps} steps')
-    for side in sides.values():
-        time_steps(side, batches, dev, warmup)
-    times = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            times[name].append(time_steps(side, batches, dev, steps))
-    result = {'what': 'train', 'device': dev.why, 'parameters': count_parameters(model),
-              'tokens_per_step': tokens, 'torch': torch.__version__}
+    print(f'{n_parameters:,} parameters, {tokens:,} tokens a step in {len(batches)} micro-batches; '
+          f'{rounds} rounds of {steps} steps')
+    several = lambda step, n: lambda: [step(batches) for _ in range(n)]
+    compiling = {name: seconds_of(several(step, 1), dev) for name, step in sides.items()}
+    for step in sides.values():
+        several(step, warmup)()
+    times = in_turn({name: several(step, steps) for name, step in sides.items()}, dev)
+    result = {'what': 'train', 'device': dev.why, 'parameters': n_parameters,
+              'tokens_per_step': tokens, 'torch': torch.__version__,
+              'matmul_tflops': round(dev.peak_flops / 1e12, 3)}
     for name, found in times.items():
-        speed = tokens / statistics.median(found)
-        mfu = speed * flops_per_token(model) / dev.peak_flops
-        result |= {f'{name}_tokens_per_second': round(speed), f'{name}_mfu': round(mfu, 4)}
-        print(f'{name:8} {speed:,.0f} tokens/s (median; {tokens / max(found):,.0f} to '
-              f'{tokens / min(found):,.0f}), MFU {mfu:.1%}')
+        speeds = [tokens * steps / seconds for seconds in found]
+        mfu = statistics.median(speeds) * flops[name] / dev.peak_flops
+        result |= {f'{name}_tokens_per_second': round(statistics.median(speeds)),
+                   f'{name}_mfu': round(mfu, 4),
+                   f'{name}_first_step_seconds': round(compiling[name], 2)}
+        print(f'{name:8} {spread(speeds)} tokens/s, MFU {mfu:.1%}; first step '
+              f'{compiling[name]:.1f} s')
     if vs:
-        ratios = [theirs / ours for ours, theirs in zip(times['ours'], times['nanogpt'])]
-        result['ratio'] = round(statistics.median(ratios), 3)
-        print(f'ours is {result["ratio"]:.2f} times as fast (median; {min(ratios):.2f} to '
-              f'{max(ratios):.2f})')
+        result |= ratio_of(times, 'nanogpt')
+    if profile:
+        write_profile(several(sides['ours'], 3))
+    if plot:
+        draw('train', [('round', 'tokens per second', {
+            name: (range(rounds), [tokens * steps / t for t in found])
+            for name, found in times.items()})])
     return result
+
+
+def check_size(peer, n_parameters: int) -> None:
+    """Stop if the peer's model is another than ours."""
+    if count_parameters(peer) != n_parameters:
+        stop(f'vs={vs}: its model has {count_parameters(peer):,} parameters, ours '
+             f'{n_parameters:,}; compare at the GPT-2 architecture (no preset)')
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+
+def tensor_bytes(tensors) -> int:
+    """Bytes of the memory behind tensors, what they share counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                for t in tensors}.values())
+
+
+def peak_memory(model, optimizers, step, dev) -> tuple[int, list[tuple[float, int]]]:
+    """The most bytes that tensors take in the second step; and on a CPU (seconds, bytes) of it.
+
+    On a GPU as its allocator counts. On a CPU: weights and optimizer state, and on top of them
+    whatever the step allocates and frees, as torch's profiler sees it.
+    """
+    step()
+    gc.collect()
+    if dev.kind == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated(), []
+    states = [t for o in optimizers for state in o.state.values() for t in state.values()
+              if isinstance(t, torch.Tensor)]
+    lasting = tensor_bytes([*model.parameters(), *model.buffers(), *states])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as found:
+        step()
+    events = sorted((e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events()
+                    if e.name() == '[memory]')
+    curve, now = [(0.0, lasting)], lasting
+    for when, n_bytes in events:
+        now += n_bytes
+        curve.append(((when - events[0][0]) / 1e9, now))
+    return max(n for _, n in curve), curve
+
+
+def bench_memory() -> dict:
+    """Peak memory of a training step; of nanoGPT's too, and the ratio."""
+    dev = choose_device()
+    config, known = our_config()
+    batches = random_batches(config, known, dev)
+    result, curves, n_parameters = {'what': 'memory', 'device': dev.why}, {}, 0
+    for name in ('ours', 'nanogpt')[:1 + bool(vs)]:
+        if name == 'ours':
+            learner = our_learner(config, dev, train.seed)
+            model, optimizers, step = learner.model, learner.optimizers, our_step(learner)
+            n_parameters = count_parameters(model)
+            print(f'{n_parameters:,} parameters, {len(batches)} micro-batches of '
+                  f'{len(batches[0][0])} x {config.block_size} tokens')
+        else:
+            peer = nanogpt_like(config, dev)
+            model, optimizers, step = peer.model, [peer.optimizer], peer.step
+            check_size(model, n_parameters)
+        peak, curve = peak_memory(model, optimizers, functools.partial(step, batches), dev)
+        curves[name] = [t for t, _ in curve], [n / 2 ** 20 for _, n in curve]
+        print(f'{name:8} {peak / 2 ** 20:,.0f} MiB at most, of which '
+              f'{tensor_bytes(model.parameters()) / 2 ** 20:,.0f} are weights')
+        result[f'{name}_peak_mib'] = round(peak / 2 ** 20, 1)
+        model = optimizers = step = learner = peer = None   # the other side must not find it
+        gc.collect()
+    if vs:
+        result['ratio'] = round(result['ours_peak_mib'] / result['nanogpt_peak_mib'], 3)
+        print(f'ours takes {result["ratio"]:.2f} times as much')
+    if plot:
+        draw('memory', [('seconds', 'MiB of tensors', curves)])
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoding
+
+
+def bench_decode() -> dict:
+    """New tokens per second of a preset's model with random weights, and the fraction of memory
+    bandwidth; of transformers' generate too, and the ratio."""
+    dev = hardware.choose(train.device, train.dtype, False, train.threads, training=False)
+    limit = hardware.bandwidth(dev.name)
+    print(*dev.why[:2], f'reading memory {limit / 1e9:,.1f} GB/s (measured, the limit of MBU)',
+          sep='\n')
+    config, known = our_config()
+    model = build_model(config, train.seed, dev.name).eval()
+    for p in model.parameters():    # zero matrices would make all tokens alike
+        torch.nn.init.normal_(p, 1.0 if p.ndim < 2 else 0.0, 0.02)
+    generator = torch.Generator().manual_seed(train.seed)
+    prompts = torch.randint(known, (rows, prompt_tokens), generator=generator).tolist()
+
+    def ours():
+        with dev.autocast():
+            return [new for new in generate(model, prompts, new_tokens, temperature=0)]
+    sides = {'ours': ours}
+    if vs:
+        if vs != 'transformers':
+            stop(f'vs={vs}: decode is compared with transformers')
+        theirs = peers.transformers_generate(model, dev)
+        sides['transformers'] = lambda: theirs(prompts, new_tokens)
+    first = {name: run() for name, run in sides.items()}
+    same = None
+    if vs:
+        found = [list(row) for row in zip(*first['ours'])]
+        same = sum(a == b for row, other in zip(found, first['transformers'].tolist())
+                   for a, b in zip(row, other[prompt_tokens:]))
+        print(f'{same} of {rows * new_tokens} greedy tokens are the same')
+    times = in_turn(sides, dev)
+    weights = sum(p.numel() for name, p in model.named_parameters()
+                  if config.tied or name != 'wte.weight')
+    size = torch.finfo(hardware.DTYPES[dev.dtype]).bits // 8
+    cached = (prompt_tokens + new_tokens / 2) * 2 * config.n_kv_head * config.head_dim
+    each = size * (weights + rows * config.n_layer * cached)
+    print(f'{rows} x {prompt_tokens} prompt tokens, {new_tokens} new ones; a step reads '
+          f'{each / 2 ** 20:,.0f} MiB')
+    result = {'what': 'decode', 'device': dev.why[:2], 'parameters': count_parameters(model),
+              'rows': rows, 'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens,
+              'bandwidth_gb_per_second': round(limit / 1e9, 2), 'same_tokens': same}
+    for name, found in times.items():
+        speeds = [rows * new_tokens / seconds for seconds in found]
+        mbu = each * new_tokens / statistics.median(found) / limit
+        result |= {f'{name}_tokens_per_second': round(statistics.median(speeds), 2),
+                   f'{name}_mbu': round(mbu, 4)}
+        print(f'{name:12} {spread(speeds, 1)} tokens/s with the prompt, MBU {mbu:.1%}')
+    if vs:
+        result |= ratio_of(times, 'transformers')
+    if profile:
+        write_profile(ours)
+    if plot:
+        draw('decode', [('round', 'tokens per second', {
+            name: (range(rounds), [rows * new_tokens / t for t in found])
+            for name, found in times.items()})])
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Races
+
+
+@torch.no_grad()
+def whole_loss(loss_sum, windows: Windows, dev) -> float:
+    """Nats per token over all windows of a split, each target once; loss_sum(x, y)."""
+    nats, n = 0.0, 0
+    for i in range(0, len(windows), 64):
+        x, y, _ = to_device(windows.batch(range(i, min(i + 64, len(windows)))), dev)
+        nats += float(loss_sum(x, y))
+        n += int((y != IGNORE).sum())
+    return nats / n
+
+
+def clocked(do_step, look, n_steps: int, every: int, dev, target: float = -math.inf) -> dict:
+    """Steps until look(), the loss, is not above the target, or the last one. The clock stands
+    still while it looks: after every so many steps, and at the end."""
+    curve, seconds, first, done = [], 0.0, 0.0, 0
+    bar = tqdm(total=n_steps, unit='step', leave=False)
+    for end in sorted({1, *range(every, n_steps, every), n_steps}):
+        todo = range(done, end)
+        seconds += seconds_of(lambda todo=todo: [do_step(i) for i in todo], dev)
+        first, done = first or seconds, end
+        bar.update(len(todo))
+        if end % every == 0 or end == n_steps:
+            curve.append((end, seconds, look()))
+            if curve[-1][-1] <= target:
+                break
+    bar.close()
+    return {'loss': curve[-1][-1], 'seconds': seconds, 'first_step_seconds': first, 'steps': done,
+            'curve': curve}
+
+
+def run_peer(setting: peers.NanoRecipe, data: Path, windows: Windows, dev, seed: int) -> dict:
+    """nanoGPT's recipe to its end."""
+    tokens = Tokens(data, 'train')
+    ids = tokens.shards[0] if len(tokens.shards) == 1 else tokens.read(0, len(tokens))
+    known = len(tokenizers.load(data / 'tokenizer.json').ordinary)
+    peer = peers.NanoGPT(vs, setting, known, dev, seed)
+
+    def do_step(i):
+        peer.step([peer.batch(ids)], setting.factor(i))
+
+    def look():
+        peer.model.eval()
+        try:
+            return whole_loss(peer.loss_sum, windows, peer.dev)
+        finally:
+            peer.model.train()
+    found = clocked(do_step, look, setting.max_iters, max(1, setting.max_iters // 10), peer.dev)
+    return counted(found, setting.batch_size * setting.block_size, peer.flops_per_token())
+
+
+def run_ours(data: Path, windows: Windows, dev, seed: int, max_steps: int, target: float) -> dict:
+    """Our preset, up to the first look at which its loss is not above the target."""
+    config, _ = our_config()
+    max_steps = max_steps or train.max_steps
+    learner = our_learner(config, dev, seed)
+    train_windows = load_split(data, 'train', train.block_size, seed)
+    at_once = train.micro_batch_size or hardware.fit_micro_batch(
+        dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)
+
+    def do_step(i):
+        factor = optim.schedule(i, max_steps, train.schedule, train.warmup_steps,
+                                train.decay_fraction, train.min_lr_fraction)
+        batches = [train_windows.batch(samples) for samples in share(
+            i * train.batch_size, train.batch_size, 0, 1, at_once)]
+        learner.step(batches, lm_loss_sums, count_targets(batches), i, factor)
+
+    def look():
+        with parallel.looking_on(learner.model), dev.autocast():
+            return whole_loss(lambda x, y: learner.model(x, y, reduction='sum'), windows, dev)
+    found = clocked(do_step, look, max_steps, eval_every, dev, target)
+    return counted(found, train.batch_size * config.block_size, flops_per_token(learner.model))
+
+
+def counted(found: dict, tokens_per_step: int, flops: int) -> dict:
+    """With tokens and FLOPs."""
+    tokens = found['steps'] * tokens_per_step
+    return found | {'tokens': tokens, 'flops': tokens * flops}
+
+
+def tell(name: str, found: dict) -> None:
+    print(f'{name:24} loss {found["loss"]:.4f} after {found["seconds"]:.1f} s of training (first '
+          f'step {found["first_step_seconds"]:.1f}), {found["steps"]:,} steps, '
+          f'{found["tokens"]:,} tokens, {found["flops"] / 1e12:.2f} TFLOP')
+
+
+def peer_recipe(config, dev) -> peers.NanoRecipe:
+    """What nanoGPT does in the race."""
+    if recipe != 'same':
+        return peers.NANO_RECIPES[recipe]
+    return peers.NanoRecipe(
+        config.n_layer, config.n_head, config.n_embd, config.block_size, train.batch_size,
+        train.max_steps, warmup_iters=train.max_steps // 20, compile=dev.compile, autocast=True)
+
+
+def bench_race() -> dict:
+    """How soon ours has the loss with which nanoGPT ends: with its own settings, and with the best
+    of some learning rates."""
+    if not vs:
+        stop('race: needs a peer: --vs=<checkout of nanoGPT>')
+    dev = choose_device()
+    data = train.get_data(Ranks())[0]
+    config, _ = our_config()
+    stock = peer_recipe(config, dev)
+    windows = Windows(Tokens(data, 'val'), stock.block_size, shuffle=False)
+    print(f'{data}: validation on all {windows.n_targets:,} targets in windows of '
+          f'{stock.block_size}; evaluation stops the clock, compilation does not')
+    settings = {'stock': (stock, stock_steps)}
+    if rates := list(map(float, filter(None, peer_learning_rates.split(',')))):
+        tried = {}
+        for rate in (stock.learning_rate, *rates):
+            tried[rate] = run_peer(peers.replace(stock, learning_rate=rate), data, windows, dev, 0)
+            tell(f'nanogpt at {rate:g}', tried[rate])
+        best = min(tried, key=lambda rate: tried[rate]['loss'])
+        settings['tuned'] = peers.replace(stock, learning_rate=best), tuned_steps
+    result = {'what': 'race', 'device': dev.why, 'torch': torch.__version__, 'recipe': recipe}
+    curves = {}
+    for kind, (setting, max_steps) in settings.items():
+        found = []
+        for seed in range(1, seeds + 1):
+            theirs = run_peer(setting, data, windows, dev, seed)
+            tell(f'nanogpt, {kind}, seed {seed}', theirs)
+            ours = run_ours(data, windows, dev, seed, max_steps, theirs['loss'])
+            tell(f'ours, seed {seed}', ours)
+            found.append((theirs, ours))
+            curves |= {f'nanoGPT, {kind}': theirs['curve'], f'ours, to {kind}': ours['curve']}
+        there = [ours['loss'] <= theirs['loss'] for theirs, ours in found]
+        result[kind] = {'learning_rate': setting.learning_rate, 'reached': sum(there)}
+        for what in ('seconds', 'tokens', 'flops'):
+            ratios = [theirs[what] / ours[what] for theirs, ours in found]
+            result[kind][f'{what}_ratio'] = round(statistics.median(ratios), 2)
+            print(f'{kind} (learning rate {setting.learning_rate:g}): {what} of nanoGPT over ours '
+                  f'{spread(ratios, 2)}')
+        if not all(there):
+            print(f'*** ours came to that loss in {sum(there)} of {seeds} races only ***')
+        for side, i in (('nanogpt', 0), ('ours', 1)):
+            result[kind][side] = {name: statistics.median(pair[i][name] for pair in found) for name
+                                  in ('loss', 'seconds', 'first_step_seconds', 'tokens', 'flops')}
+    if plot:
+        draw('race', [('seconds of training', 'validation loss', {
+            name: ([s for _, s, _ in curve], [loss for *_, loss in curve])
+            for name, curve in curves.items()})])
+    return result
+
+
+def bench_runs() -> dict:
+    """Draw the validation losses of runs over steps, tokens, seconds and FLOPs."""
+    paths = [Path(name) for name in folders.split(',') if name]
+    lines, best = {}, {}
+    for path in paths:
+        evals, starts = rundir.read_log(path, 'eval'), rundir.read_log(path, 'start')
+        if not evals or not starts:
+            print(f'{path}: has no evaluation in its log, left out')
+            continue
+        flops = starts[0].get('flops_per_token', math.nan)
+        lines[path.name] = evals, flops
+        best[str(path)] = min(e['val_loss'] for e in evals)
+        print(f'{path}: best validation loss {best[str(path)]:.4f}')
+    if not lines:
+        stop(f'folders={folders}: no run with an evaluation; python bench.py runs out/*')
+    ways = {'steps': lambda e, _: e['step'], 'tokens': lambda e, _: e.get('tokens', math.nan),
+            'seconds of training': lambda e, _: e['seconds'],
+            'TFLOP': lambda e, flops: e.get('tokens', math.nan) * flops / 1e12}
+    draw('runs', [(label, 'validation loss', {
+        name: ([way(e, flops) for e in evals], [e['val_loss'] for e in evals])
+        for name, (evals, flops) in lines.items()}) for label, way in ways.items()])
+    return {'what': 'runs', 'best_val_loss': best}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -182,33 +580,14 @@ def python_sources(megabytes: float) -> tuple[list[str], list[str]]:
     return parts
 
 
-def train_ours(texts: list[str], n: int):
+def train_ours(texts: list[str], n: int, folder: str):
     """A function text -> number of tokens, after training a BPE of n tokens with our trainer."""
     tok = tokenizers.BPETokenizer.train(texts, n + len(tokenizers.SPECIAL))
     return lambda text: len(tok.encode(text))
 
 
-def train_huggingface(texts: list[str], n: int):
-    """The same with the `tokenizers` library."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(tokenizers.PATTERNS['llama3']), 'isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=n, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return lambda text: len(tok.encode(text).ids)
-
-
-def train_minbpe(texts: list[str], n: int):
-    """The same with the minbpe in the folder `vs`."""
-    sys.path.insert(0, vs)
-    tok = importlib.import_module('minbpe').RegexTokenizer(tokenizers.PATTERNS['llama3'])
-    tok.train('\n'.join(texts), n)
-    return lambda text: len(tok.encode_ordinary(text))
-
-
-TRAINERS = {'ours': train_ours, 'huggingface': train_huggingface, 'minbpe': train_minbpe}
+TRAINERS = {'ours': train_ours, 'huggingface': peers.train_huggingface,
+            'minbpe': peers.train_minbpe}
 
 
 def time_training(side: str, megabytes: float, n: int, folder: str, sender) -> None:
@@ -216,11 +595,10 @@ def time_training(side: str, megabytes: float, n: int, folder: str, sender) -> N
 
     The peak is that of the process plus that of its largest child, so what they share counts twice.
     """
-    globals()['vs'] = folder
     texts, held_out = python_sources(megabytes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
-    count = TRAINERS[side](texts, n)
+    count = TRAINERS[side](texts, n, folder)
     seconds = time.perf_counter() - began
     peak = sum(resource.getrusage(who).ru_maxrss
                for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) - before
@@ -289,61 +667,6 @@ def bench_tokenizer() -> dict:
 # ---------------------------------------------------------------------------------------------
 # Data
 
-# what every hundred documents of the corpus have beside 90 that are new
-PLANTED = ('equal', 'Jaccard 0.80 to 0.82', '5% of words edited', 'Jaccard 0.50 to 0.60', 'passage',
-           'passage again', 'item', 'eight words of an item', 'new', 'new')
-
-
-def made_up(megabytes: float) -> Iterator[tuple[str, str, int]]:
-    """Documents of about 3,000 characters: what each is (see PLANTED), its text, and the number of
-    the one that it was made of. The benchmark items in some of them come as 'benchmark'. Words are
-    those of Python's sources."""
-    chance = random.Random(0)
-    text = Path(argparse.__file__).read_text('utf-8') + Path(tarfile.__file__).read_text('utf-8')
-    words = re.findall('[a-z]+', text)
-    sentence = lambda n=14: ' '.join(chance.choices(words, k=n)).capitalize() + '. '
-    pool = [sentence(chance.randrange(8, 20)) for _ in range(100_000)]
-    size, number, passage, original = 0, 0, [], ([], '', 0)
-    while size < megabytes * 1e6:
-        body, kind = chance.choices(pool, k=30), 'new'
-        if number % 10 == 9 and number > 100:
-            kind = PLANTED[number // 10 % 10]
-        name = f'Doc {number}. '
-        if kind == 'equal':
-            body, name, _ = original
-        elif kind.startswith(('Jaccard', '5%')):
-            body = edited(kind, original[0], words, chance)
-        elif kind == 'passage':
-            passage = [sentence(), sentence(), f'Passage {number}. ', sentence(), sentence()]
-            body[10:10] = passage
-        elif kind == 'passage again':
-            body[20:20] = passage
-        elif kind.endswith('item'):
-            item = f'{sentence(20)}Item {number}. {sentence(20)}'
-            body.insert(15, ' '.join(item.split()[:8]) + '. ' if kind.startswith('eight') else item)
-            yield 'benchmark', item, 0
-        elif number % 10 == 2:
-            original = body, name, number
-        text = ''.join(body) + name
-        size, number = size + len(text), number + 1
-        yield kind, text, original[2]
-
-
-def edited(kind: str, body: list[str], words: list[str], chance) -> list[str]:
-    """A document with words replaced: 5% of them, or until it is as similar as `kind` says."""
-    found = ''.join(body).split(' ')
-    shingles = lambda: clean.shingles(clean.word_hashes(' '.join(found))[0], 3)
-    before, low = shingles(), float(kind.split()[1]) if kind.startswith('Jaccard') else 0
-    places = chance.sample(range(len(found)), len(found))
-    for n, i in enumerate(places):
-        if not low and n >= 0.05 * len(found):
-            break
-        if low and n % 2 == 0 and clean.jaccard(before, shingles()) < low + (
-                0.1 if low == 0.5 else 0.02):
-            break
-        found[i] = chance.choice(words) + '.' * found[i].endswith('.')
-    return [' '.join(found)]
-
 
 def memory_of_all(pid: int) -> int:
     """Bytes of a process and all below it, what they share counted once (Linux)."""
@@ -360,7 +683,7 @@ def bench_data() -> dict:
     """Make a corpus, prepare it in a process of its own, and look what is left of it."""
     with tempfile.TemporaryDirectory(dir='.') as folder:
         folder = Path(folder)
-        kinds = write_corpus(folder)
+        kinds = planted.write_corpus(folder, corpus_mb, line_mb)
         began, peak, output = time.perf_counter(), 0, []
         process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name('prepare.py'), folder / 'corpus',
@@ -382,80 +705,26 @@ def bench_data() -> dict:
             r'^  ([a-z ]+): [\d,]+ MB in [\d,]+ s, ([\d.]+) MB/s', ''.join(output), re.MULTILINE)}
         result = {'what': 'data', 'corpus_mb': corpus_mb, 'line_mb': line_mb,
                   'seconds': round(seconds, 1), 'peak_mb': round(peak / 1e6), **speeds,
-                  'found': judge(folder / 'data' / 'bench', kinds)}
+                  'found': planted.judge(folder / 'data' / 'bench', kinds)}
     print(f'{seconds:,.0f} s in all, at most {peak / 1e6:,.0f} MB')
     return result
 
 
-def write_corpus(folder: Path) -> dict[int, tuple[str, int, int]]:
-    """Write corpus and benchmark into `folder`; of each document what it is, its hash, and the
-    number of the one that it was made of."""
-    (folder / 'corpus').mkdir()
-    kinds = {}
-    with (open(folder / 'corpus' / 'made_up.jsonl', 'w') as f,
-          open(folder / 'benchmark.txt', 'w') as benchmark):
-        for kind, text, like in made_up(corpus_mb):
-            if kind == 'benchmark':
-                benchmark.write(text + '\n')
-                continue
-            kinds[len(kinds)] = kind, clean.text_hash(text), like
-            f.write(json.dumps({'text': text}) + '\n')
-    if line_mb:
-        with open(folder / 'corpus' / 'one_line.txt', 'w') as f:
-            for i in range(int(line_mb * 10)):
-                f.write(' '.join(f'{i * 20_000 + j:x}' for j in range(20_000))[:100_000])
-    return kinds
-
-
-def judge(folder: Path, kinds: dict[int, tuple[str, int, int]]) -> dict:
-    """Compare the documents that are in the shards with what was planted; prints a table."""
-    tok = tokenizers.load(folder / 'tokenizer.json')
-    seen = {what: Counter() for what in (b'Doc', b'Passage', b'Item')}
-    left, hashes = b'', set()
-    for path in sorted(folder.glob('*.bin')):
-        ids = open_shard(path)
-        for i in range(0, len(ids), 1 << 22):
-            left += b''.join(map(tok.tokens.__getitem__, ids[i:i + (1 << 22)].tolist()))
-            last = i + (1 << 22) >= len(ids)
-            *whole, left = [*left.split(b'<|endoftext|>'), *[b''] * last]
-            for text in whole:
-                hashes.add(clean.text_hash(text.decode()))
-                for what, counts in seen.items():
-                    counts.update(map(int, re.findall(what + rb' (\d+)\.', text)))
-    of = lambda *names: {number for number, (kind, *_) in kinds.items() if kind in names}
-    gone = {number for number in kinds if not seen[b'Doc'][number]} - of('equal')
-    near, again = of(*PLANTED[1:3]), sum(n - 1 for n in seen[b'Doc'].values() if n)
-    # of two that are alike the one goes that is not for validation
-    gone = {next((i for i in near if kinds[i][2] == number and i not in gone), number)
-            for number in gone}
-    changed = {number for number in of('new', PLANTED[-3])
-               if kinds[number][1] not in hashes and (seen[b'Doc'][number] or number in gone)}
-    rows = [('equal documents', len(of('equal')), len(of('equal')) - again, 0)]
-    rows += [(f'near duplicates: {kind}', len(of(kind)), len(gone & of(kind)), len(gone - near))
-             for kind in PLANTED[1:3]]
-    rows += [('repeated passages', len(of('passage')),
-              sum(seen[b'Passage'][n] == 1 for n in of('passage')), len(changed)),
-             ('benchmark items', len(of('item')),
-              sum(not seen[b'Item'][n] for n in of('item')), len(changed))]
-    print('| planted | how many | removed | recall | precision |\n|---|---|---|---|---|')
-    for name, planted, removed, false in rows:
-        print(f'| {name} | {planted:,} | {removed:,} | {removed / max(1, planted):.4f} | '
-              f'{removed / max(1, removed + false):.4f} |')
-    print(f'{len(changed):,} of {len(of("new", PLANTED[-3])):,} other documents are changed or '
-          f'gone, and {len(gone & of(PLANTED[3])):,} of {len(of(PLANTED[3])):,} with {PLANTED[3]}')
-    return {name: [planted, removed, false] for name, planted, removed, false in rows}
-
-
 def main() -> dict:
     """Measure; returns what the last line prints."""
-    check_bounds(globals(), rounds=(1, None), steps=(1, None), warmup=(1, None))
-    check_choice(globals(), what=('train', 'tokenizer', 'data'))
-    check_bounds(globals(), corpus_mb=(1, None), n_tokens=(256, None), line_mb=(0, None))
+    ways = {'train': bench_train, 'memory': bench_memory, 'decode': bench_decode,
+            'race': bench_race, 'runs': bench_runs, 'tokenizer': bench_tokenizer,
+            'data': bench_data}
+    check_choice(globals(), what=tuple(ways), recipe=(*peers.NANO_RECIPES, 'same'))
+    check_bounds(globals(), rounds=(1, None), steps=(1, None), warmup=(1, None), rows=(1, None),
+                 prompt_tokens=(1, None), new_tokens=(1, None), seeds=(1, None),
+                 stock_steps=(0, None), tuned_steps=(0, None), eval_every=(1, None),
+                 corpus_mb=(1, None), n_tokens=(256, None), line_mb=(0, None))
     train.check_settings()
     if train.from_model():
         stop(f'init_from={train.init_from}: leave it out; what is measured is the model that the '
              'settings describe')
-    result = {'train': bench_train, 'tokenizer': bench_tokenizer, 'data': bench_data}[what]()
+    result = ways[what]()
     print(json.dumps(result))
     return result
 

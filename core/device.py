@@ -174,11 +174,26 @@ def peak_flops(kind: str, name: str, dtype: str) -> tuple[float, str]:
         for key, tflops in PEAK_TFLOPS.items():
             if f' {key} ' in words:
                 return tflops * 1e12, 'data sheet'
-    size = 1024 if kind == 'cpu' else 4096
+    return matmul_rate(name, dtype, 1024 if kind == 'cpu' else 4096), 'measured'
+
+
+def matmul_rate(name: str, dtype: str, size: int) -> float:
+    """FLOP/s of a product of two square matrices in dtype, the best of 20."""
     a = torch.ones(size, size, device=name, dtype=DTYPES[dtype])
-    best = float('inf')
+    return 2 * size ** 3 / best_time(lambda: (a @ a)[0, 0].item())
+
+
+def bandwidth(name: str) -> float:
+    """Bytes per second that are read from memory: the best of 20 sums of half a gigabyte."""
+    a = torch.ones(1 << 27, device=name)
+    return a.nbytes / best_time(lambda: a.sum().item())
+
+
+def best_time(run) -> float:
+    """The least seconds that run() takes, of 20 tries."""
+    best = math.inf
     for _ in range(20):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()
+        run()
         best = min(best, time.perf_counter() - start)
-    return 2 * size ** 3 / best, 'measured'
+    return best

@@ -1,0 +1,163 @@
+"""Other people's code, run beside ours on the same work in the same process by bench.py: nanoGPT,
+transformers, minbpe, Hugging Face's tokenizers. None of it is here: it is installed, or the folder
+of a checkout is given.
+"""
+import importlib
+import importlib.util
+import math
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from core import hf
+from core import tokenizer as tokenizers
+from core.settings import stop
+
+# ---------------------------------------------------------------------------------------------
+# nanoGPT
+
+
+@dataclass
+class NanoRecipe:
+    """Settings of nanoGPT's train.py, under its names."""
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    batch_size: int
+    max_iters: int
+    dropout: float = 0.0
+    bias: bool = False
+    learning_rate: float = 1e-3
+    warmup_iters: int = 100
+    weight_decay: float = 0.1
+    beta2: float = 0.99
+    grad_clip: float = 1.0
+    compile: bool = False
+    autocast: bool = False
+
+    def factor(self, step: int) -> float:
+        """get_lr of its train.py, over learning_rate: a warm-up, then half a cosine to a tenth."""
+        if step < self.warmup_iters:
+            return (step + 1) / (self.warmup_iters + 1)
+        progress = (step - self.warmup_iters) / (self.max_iters - self.warmup_iters)
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# What its README says for tiny Shakespeare, on a CPU and on a GPU.
+NANO_RECIPES = {
+    'cpu': NanoRecipe(4, 4, 128, 64, 12, 2000),
+    'gpu': NanoRecipe(6, 6, 384, 256, 64, 5000, dropout=0.2, compile=True, autocast=True)}
+
+
+class NanoGPT:
+    """nanoGPT's model and its training step, as its train.py writes it."""
+
+    def __init__(self, folder: str, recipe: NanoRecipe, vocab_size: int, dev, seed: int = 1337):
+        path = Path(folder) / 'model.py'
+        if not path.is_file():
+            stop(f'vs={folder}: there is no model.py in it; give a checkout of nanoGPT')
+        spec = importlib.util.spec_from_file_location('nanogpt', path)
+        nanogpt = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nanogpt)
+        torch.manual_seed(seed)
+        self.model = nanogpt.GPT(nanogpt.GPTConfig(
+            block_size=recipe.block_size, vocab_size=vocab_size, n_layer=recipe.n_layer,
+            n_head=recipe.n_head, n_embd=recipe.n_embd, dropout=recipe.dropout, bias=recipe.bias))
+        self.model.to(dev.name)
+        self.recipe = recipe
+        self.dev = dev if recipe.autocast else replace(dev, dtype='float32')
+        self.optimizer = self.model.configure_optimizers(
+            recipe.weight_decay, recipe.learning_rate, (0.9, recipe.beta2), dev.kind)
+        self.scaler = torch.amp.GradScaler(dev.kind, enabled=self.dev.dtype == 'float16')
+        self.trained = torch.compile(self.model) if recipe.compile else self.model
+
+    def step(self, batches, factor: float = 1.0) -> None:
+        """One optimizer step on micro-batches (x, y, ...)."""
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.recipe.learning_rate * factor
+        for x, y, *_ in batches:
+            with self.dev.autocast():
+                _, loss = self.trained(x.to(self.dev.name), y.to(self.dev.name))
+                loss = loss / len(batches)
+            self.scaler.scale(loss).backward()
+        if self.recipe.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def batch(self, ids) -> tuple:
+        """get_batch of its train.py, of a split's ids (n,), a memory map: random windows."""
+        n, size = self.recipe.batch_size, self.recipe.block_size
+        at = torch.randint(len(ids) - size, (n,)).tolist()
+        x = torch.stack([torch.from_numpy(ids[i:i + size].astype('int64')) for i in at])
+        y = torch.stack([torch.from_numpy(ids[i + 1:i + 1 + size].astype('int64')) for i in at])
+        return x, y
+
+    def loss_sum(self, x, y) -> torch.Tensor:
+        """The sum of the losses of targets (B, T), -100 where there is none."""
+        logits, _ = self.model(x, y)
+        return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100,
+                               reduction='sum')
+
+    def flops_per_token(self) -> int:
+        """As model.flops_per_token counts ours."""
+        n = sum(p.numel() for name, p in self.model.named_parameters()
+                if p.ndim > 1 and 'wpe' not in name)
+        recipe = self.recipe
+        return 6 * n + 12 * recipe.n_layer * recipe.n_embd * recipe.block_size
+
+
+# ---------------------------------------------------------------------------------------------
+# transformers
+
+
+def transformers_generate(model, dev):
+    """A function (prompts, n_new) -> ids (B, T + n_new): greedy decoding of a model of ours by
+    transformers, with its KV cache. Stops if it is not installed."""
+    if not importlib.util.find_spec('transformers'):
+        stop('vs=transformers: it is not installed: pip install transformers')
+    from transformers import AutoModelForCausalLM
+    tokenizer = tokenizers.ByteTokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save(model, tokenizer, Path(folder) / 'hf')
+        theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / 'hf').to(dev.name).eval()
+    theirs.generation_config.eos_token_id = None     # as many tokens as ours
+
+    @torch.no_grad()
+    def run(prompts, n_new):
+        idx = torch.tensor(prompts, device=dev.name)
+        with dev.autocast():
+            return theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
+                                   max_new_tokens=n_new, pad_token_id=0, use_cache=True)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------
+# Trainers of tokenizers: functions (texts, n) -> a function text -> number of tokens
+
+
+def train_huggingface(texts: list[str], n: int, folder: str):
+    """The `tokenizers` library."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(tokenizers.PATTERNS['llama3']), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=n, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return lambda text: len(tok.encode(text).ids)
+
+
+def train_minbpe(texts: list[str], n: int, folder: str):
+    """The minbpe in a folder."""
+    sys.path.insert(0, folder)
+    tok = importlib.import_module('minbpe').RegexTokenizer(tokenizers.PATTERNS['llama3'])
+    tok.train('\n'.join(texts), n)
+    return lambda text: len(tok.encode_ordinary(text))

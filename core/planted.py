@@ -1,0 +1,128 @@
+"""A made-up corpus of which all is known: equal and similar documents, repeated passages, benchmark
+items. bench.py looks how much of that prepare.py finds."""
+import argparse
+import json
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from core import clean
+from core import tokenizer as tokenizers
+from core.dataset import open_shard
+
+# what every hundred documents of the corpus have beside 90 that are new
+PLANTED = ('equal', 'Jaccard 0.80 to 0.82', '5% of words edited', 'Jaccard 0.50 to 0.60', 'passage',
+           'passage again', 'item', 'eight words of an item', 'new', 'new')
+
+
+def made_up(megabytes: float) -> Iterator[tuple[str, str, int]]:
+    """Documents of about 3,000 characters: what each is (see PLANTED), its text, and the number of
+    the one that it was made of. The benchmark items in some of them come as 'benchmark'. Words are
+    those of Python's sources."""
+    chance = random.Random(0)
+    text = Path(argparse.__file__).read_text('utf-8') + Path(tarfile.__file__).read_text('utf-8')
+    words = re.findall('[a-z]+', text)
+    sentence = lambda n=14: ' '.join(chance.choices(words, k=n)).capitalize() + '. '
+    pool = [sentence(chance.randrange(8, 20)) for _ in range(100_000)]
+    size, number, passage, original = 0, 0, [], ([], '', 0)
+    while size < megabytes * 1e6:
+        body, kind = chance.choices(pool, k=30), 'new'
+        if number % 10 == 9 and number > 100:
+            kind = PLANTED[number // 10 % 10]
+        name = f'Doc {number}. '
+        if kind == 'equal':
+            body, name, _ = original
+        elif kind.startswith(('Jaccard', '5%')):
+            body = edited(kind, original[0], words, chance)
+        elif kind == 'passage':
+            passage = [sentence(), sentence(), f'Passage {number}. ', sentence(), sentence()]
+            body[10:10] = passage
+        elif kind == 'passage again':
+            body[20:20] = passage
+        elif kind.endswith('item'):
+            item = f'{sentence(20)}Item {number}. {sentence(20)}'
+            body.insert(15, ' '.join(item.split()[:8]) + '. ' if kind.startswith('eight') else item)
+            yield 'benchmark', item, 0
+        elif number % 10 == 2:
+            original = body, name, number
+        text = ''.join(body) + name
+        size, number = size + len(text), number + 1
+        yield kind, text, original[2]
+
+
+def edited(kind: str, body: list[str], words: list[str], chance) -> list[str]:
+    """A document with words replaced: 5% of them, or until it is as similar as `kind` says."""
+    found = ''.join(body).split(' ')
+    shingles = lambda: clean.shingles(clean.word_hashes(' '.join(found))[0], 3)
+    before, low = shingles(), float(kind.split()[1]) if kind.startswith('Jaccard') else 0
+    places = chance.sample(range(len(found)), len(found))
+    for n, i in enumerate(places):
+        if not low and n >= 0.05 * len(found):
+            break
+        if low and n % 2 == 0 and clean.jaccard(before, shingles()) < low + (
+                0.1 if low == 0.5 else 0.02):
+            break
+        found[i] = chance.choice(words) + '.' * found[i].endswith('.')
+    return [' '.join(found)]
+
+
+def write_corpus(folder: Path, megabytes: float, line_mb: float) -> dict[int, tuple[str, int, int]]:
+    """Write corpus and benchmark into `folder`, and a file of one line; of each document what it
+    is, its hash, and the number of the one that it was made of."""
+    (folder / 'corpus').mkdir()
+    kinds = {}
+    with (open(folder / 'corpus' / 'made_up.jsonl', 'w') as f,
+          open(folder / 'benchmark.txt', 'w') as benchmark):
+        for kind, text, like in made_up(megabytes):
+            if kind == 'benchmark':
+                benchmark.write(text + '\n')
+                continue
+            kinds[len(kinds)] = kind, clean.text_hash(text), like
+            f.write(json.dumps({'text': text}) + '\n')
+    if line_mb:
+        with open(folder / 'corpus' / 'one_line.txt', 'w') as f:
+            for i in range(int(line_mb * 10)):
+                f.write(' '.join(f'{i * 20_000 + j:x}' for j in range(20_000))[:100_000])
+    return kinds
+
+
+def judge(folder: Path, kinds: dict[int, tuple[str, int, int]]) -> dict:
+    """Compare the documents that are in the shards with what was planted; prints a table."""
+    tok = tokenizers.load(folder / 'tokenizer.json')
+    seen = {what: Counter() for what in (b'Doc', b'Passage', b'Item')}
+    left, hashes = b'', set()
+    for path in sorted(folder.glob('*.bin')):
+        ids = open_shard(path)
+        for i in range(0, len(ids), 1 << 22):
+            left += b''.join(map(tok.tokens.__getitem__, ids[i:i + (1 << 22)].tolist()))
+            last = i + (1 << 22) >= len(ids)
+            *whole, left = [*left.split(b'<|endoftext|>'), *[b''] * last]
+            for text in whole:
+                hashes.add(clean.text_hash(text.decode()))
+                for what, counts in seen.items():
+                    counts.update(map(int, re.findall(what + rb' (\d+)\.', text)))
+    of = lambda *names: {number for number, (kind, *_) in kinds.items() if kind in names}
+    gone = {number for number in kinds if not seen[b'Doc'][number]} - of('equal')
+    near, again = of(*PLANTED[1:3]), sum(n - 1 for n in seen[b'Doc'].values() if n)
+    # of two that are alike the one goes that is not for validation
+    gone = {next((i for i in near if kinds[i][2] == number and i not in gone), number)
+            for number in gone}
+    changed = {number for number in of('new', PLANTED[-3])
+               if kinds[number][1] not in hashes and (seen[b'Doc'][number] or number in gone)}
+    rows = [('equal documents', len(of('equal')), len(of('equal')) - again, 0)]
+    rows += [(f'near duplicates: {kind}', len(of(kind)), len(gone & of(kind)), len(gone - near))
+             for kind in PLANTED[1:3]]
+    rows += [('repeated passages', len(of('passage')),
+              sum(seen[b'Passage'][n] == 1 for n in of('passage')), len(changed)),
+             ('benchmark items', len(of('item')),
+              sum(not seen[b'Item'][n] for n in of('item')), len(changed))]
+    print('| planted | how many | removed | recall | precision |\n|---|---|---|---|---|')
+    for name, planted, removed, false in rows:
+        print(f'| {name} | {planted:,} | {removed:,} | {removed / max(1, planted):.4f} | '
+              f'{removed / max(1, removed + false):.4f} |')
+    print(f'{len(changed):,} of {len(of("new", PLANTED[-3])):,} other documents are changed or '
+          f'gone, and {len(gone & of(PLANTED[3])):,} of {len(of(PLANTED[3])):,} with {PLANTED[3]}')
+    return {name: [planted, removed, false] for name, planted, removed, false in rows}
