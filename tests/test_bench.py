@@ -3,11 +3,13 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, quick_peak
 
 import bench
 import train
+from core import device as hardware
 from core.settings import Stop
+from model import build_model
 
 # A model with nanoGPT's interface, and as many parameters as it is told to have.
 PEER = '''
@@ -42,6 +44,9 @@ def run_bench(monkeypatch, tmp_path):
     """run_bench(**settings of bench): one short round at a tiny GPT-2."""
     for name, value in GPT2.items():
         monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(hardware, 'peak_flops', quick_peak)
+    real = hardware.matmul_rate
+    monkeypatch.setattr(hardware, 'matmul_rate', lambda name, dtype, size: real(name, dtype, 128))
     threads = torch.get_num_threads()
 
     def run(**settings):
@@ -98,6 +103,123 @@ def test_a_peer_of_another_size_is_refused(run_bench, capsys, tmp_path):
     with pytest.raises(Stop):
         run_bench(vs=str(tmp_path))
     assert 'no model.py' in capsys.readouterr().err
+
+
+def test_limits_are_measured():
+    """No product can be faster than the best one; both are there for what a step is compared with."""
+    rate, bytes_per_second = hardware.matmul_rate('cpu', 'float32', 256), hardware.bandwidth('cpu')
+    assert 1e9 < rate < 1e14 and 1e8 < bytes_per_second < 1e13
+
+
+def test_memory_counts_what_is_there(run_bench, capsys, monkeypatch):
+    """At least weights, gradients and AdamW's two moments; more with twice the rows."""
+    found = run_bench(what='memory')
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    weights = 4 * train_parameters()
+    assert found['ours_peak_mib'] * 2 ** 20 > 4 * weights
+    monkeypatch.setattr(train, 'batch_size', 2 * TINY['batch_size'])
+    monkeypatch.setattr(train, 'micro_batch_size', 2 * TINY['batch_size'])
+    assert run_bench(what='memory')['ours_peak_mib'] > found['ours_peak_mib']
+
+
+def train_parameters() -> int:
+    return sum(p.numel() for p in build_model(bench.our_config()[0], None, 'meta').parameters())
+
+
+def test_peak_memory_by_hand():
+    """A step that holds two tensors of a mebibyte at once, beside weights of half a mebibyte."""
+    model = torch.nn.Linear(256, 512, bias=False)
+
+    def step():
+        first = torch.ones(1 << 18)
+        second = first + 1
+        del first
+        return second.sum().item()
+    peak, curve = bench.peak_memory(model, [], step, hardware.choose('cpu', 'float32', False))
+    assert 2.5 * 2 ** 20 <= peak < 2.6 * 2 ** 20 and max(n for _, n in curve) == peak
+    assert curve[-1][1] == pytest.approx(2 ** 19, abs=1000)     # all is free again
+
+
+def test_decode_beside_transformers(run_bench, capsys):
+    pytest.importorskip('transformers')
+    found = run_bench(what='decode', vs='transformers', rows=2, prompt_tokens=4, new_tokens=5,
+                      rounds=2)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    assert found['same_tokens'] == 10 and found['ratio'] > 0 and 0 < found['ours_mbu'] < 1
+    assert 'no peer' in refused(capsys, run_bench, what='decode', vs='no peer')
+
+
+def refused(capsys, run_bench, **settings) -> str:
+    with pytest.raises(Stop) as e:
+        run_bench(**settings)
+    return e.value.message
+
+
+def test_race(run_bench, capsys, monkeypatch, tmp_path, text_file):
+    """Ours stops at the first look at which it is as good as the peer's end."""
+    monkeypatch.setattr(bench.peers, 'NANO_RECIPES', {'cpu': bench.peers.NanoRecipe(
+        1, 1, 8, 16, 4, max_iters=6, warmup_iters=2, learning_rate=1e-9)})
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(dataset=str(text_file), tokenizer='char', max_steps=40, learning_rate=1e-2, warmup_steps=0,
+                            vocab_size=0).items():
+        monkeypatch.setattr(train, name, value)
+    found = run_bench(what='race', vs=peer(tmp_path / 'peer', 1), seeds=2, eval_every=5,
+                      peer_learning_rates='1e-8', tuned_steps=30)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    for kind in ('stock', 'tuned'):
+        ours, theirs = found[kind]['ours'], found[kind]['nanogpt']
+        assert found[kind]['reached'] == 2 and ours['loss'] <= theirs['loss']
+        assert theirs['tokens'] == 6 * 4 * 16 and ours['tokens'] % (5 * ours_tokens()) == 0
+        assert 0 < ours['first_step_seconds'] < ours['seconds']
+    assert 'needs a peer' in refused(capsys, run_bench, what='race', vs='')
+
+
+def ours_tokens() -> int:
+    return train.batch_size * train.block_size
+
+
+def test_clock_stops_at_the_target():
+    losses = iter([3.0, 2.0, 1.9, 1.0])
+    steps, cpu = [], hardware.choose('cpu', 'float32', False)
+    found = bench.clocked(steps.append, lambda: next(losses), 8, 2, cpu, target=1.95)
+    assert steps == [*range(6)] and found['steps'] == 6 and found['loss'] == 1.9
+    assert [(n, loss) for n, _, loss in found['curve']] == [(2, 3.0), (4, 2.0), (6, 1.9)]
+    missed = bench.clocked(steps.append, lambda: 5.0, 5, 2, cpu, target=1.0)
+    assert missed['steps'] == 5 and [n for n, *_ in missed['curve']] == [2, 4, 5]
+
+
+def test_nanogpt_schedule():
+    """get_lr of its train.py by hand: 1e-3 x 51/101 in the warm-up, the middle, the end."""
+    recipe = bench.peers.NANO_RECIPES['cpu']
+    assert recipe.factor(50) == pytest.approx(51 / 101)
+    assert recipe.factor(100) == pytest.approx(1.0)
+    assert recipe.factor(1050) == pytest.approx(0.55) and recipe.factor(2000) == pytest.approx(0.1)
+
+
+def test_runs(run_bench, capsys, monkeypatch, tmp_path):
+    pytest.importorskip('matplotlib')
+    monkeypatch.chdir(tmp_path)
+    for name, loss in (('a', 2.5), ('b', 1.5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'log.jsonl').write_text('\n'.join(map(json.dumps, [
+            {'event': 'start', 'flops_per_token': 10},
+            {'event': 'eval', 'step': 1, 'tokens': 5, 'seconds': 0.5, 'val_loss': 3.0},
+            {'event': 'eval', 'step': 2, 'tokens': 10, 'seconds': 1.0, 'val_loss': loss}])))
+    (tmp_path / 'c').mkdir()
+    assert run_bench(what='runs', folders='a,b,c')['best_val_loss'] == {'a': 2.5, 'b': 1.5}
+    assert (tmp_path / 'out' / 'bench-runs.png').stat().st_size > 10_000
+    assert 'c: has no evaluation' in capsys.readouterr().out
+    assert 'no run' in refused(capsys, run_bench, what='runs', folders='c')
+
+
+def test_profile_and_plot(run_bench, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run_bench(profile=True, plot=True)
+    printed = capsys.readouterr().out
+    assert 'aten::mm' in printed and 'Self CPU' in printed
+    trace = json.loads((tmp_path / 'out' / 'bench-train-trace.json').read_text())
+    assert len(trace['traceEvents']) > 100
+    assert (tmp_path / 'out' / 'bench-train.png').stat().st_size > 5_000
 
 
 def test_tokenizer(monkeypatch, capsys):
