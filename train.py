@@ -23,7 +23,7 @@ import prepare
 from core import checkpoint, optim, parallel, processes, rundir
 from core import device as hardware
 from core import tokenizer as tokenizers
-from core.dataset import IGNORE, load_split, share
+from core.dataset import IGNORE, Ahead, load_split, share
 from core.download import NoNetwork
 from core.learner import Learner, count_targets, lm_loss_sums, print_above, to_device
 from core.processes import print0
@@ -504,9 +504,13 @@ def main() -> dict:
                       optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
                       seed if dropout else None)
 
-    def do_step(step, factor, *rest):
+    def make_batches(step):
         shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)
-        batches = [train_windows.batch(samples) for samples in shares]
+        return [train_windows.batch(samples) for samples in shares]
+    batches_of = Ahead(make_batches, dev.kind == 'cuda')
+
+    def do_step(step, factor, *rest):
+        batches = batches_of(step)
         return learner.step(batches, lm_loss_sums, count_targets(batches), step, factor, *rest)
 
     # A step to warm up. It compiles, and DDP arranges its buckets anew after it: without this, the

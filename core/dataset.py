@@ -6,6 +6,7 @@ A dataset is a folder: shards `train-00000.bin ...` and `val-00000.bin ...`, `to
 import bisect
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -362,6 +363,29 @@ def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
     mine = list(range(first + rank * per_rank, first + min(n, (rank + 1) * per_rank)))
     mine += [PADDING] * (padded - len(mine))
     return [mine[i:i + micro_batch_size] for i in range(0, padded, micro_batch_size)]
+
+
+class Ahead:
+    """make(step), one step after the other: micro-batches, tuples of tensors. Where a GPU computes, a
+    thread makes those of the next step meanwhile, in memory that it can fetch without waiting."""
+
+    def __init__(self, make, threaded: bool):
+        self.make, self.known, self.coming = make, -1, None
+        self.worker = ThreadPoolExecutor(1) if threaded else None
+
+    def pinned(self, step: int) -> list[tuple]:
+        """make(step) in page-locked memory."""
+        lock = lambda t: t.pin_memory() if t is not None and torch.cuda.is_available() else t
+        return [tuple(map(lock, batch)) for batch in self.make(step)]
+
+    def __call__(self, step: int) -> list[tuple]:
+        if not self.worker:
+            return self.make(step)
+        if self.known != step:
+            self.coming = self.worker.submit(self.pinned, step)
+        found = self.coming.result()
+        self.known, self.coming = step + 1, self.worker.submit(self.pinned, step + 1)
+        return found
 
 
 def load_split(folder, split: str, block_size: int, seed: int = 0, shuffle: bool = True,

@@ -13,6 +13,7 @@ from core.dataset import (
     HEADER,
     IGNORE,
     PADDING,
+    Ahead,
     PackedWindows,
     ShardWriter,
     Tokens,
@@ -506,3 +507,18 @@ def test_nothing_to_evaluate_on(capsys, tmp_path, n):
     message = stopped(capsys, lambda: load_split(tmp_path, 'val', 8))
     assert message.startswith(f'{tmp_path}: ') and f'val split has {n} tokens' in message
     assert 'val_fraction' in message
+
+
+@pytest.mark.parametrize('threaded', [False, True])
+def test_ahead(threaded):
+    """The batches of the step that is asked for, whatever was made ahead; in turn, each once."""
+    made = []
+
+    def make(step):
+        made.append(step)
+        return [(torch.tensor([step]), None)]
+    ahead = Ahead(make, threaded)
+    assert [int(ahead(step)[0][0]) for step in (3, 4, 5, 0, 1)] == [3, 4, 5, 0, 1]
+    if threaded:
+        ahead.worker.shutdown()
+    assert made == ([3, 4, 5, 6, 0, 1, 2] if threaded else [3, 4, 5, 0, 1])
