@@ -366,8 +366,8 @@ def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
 
 
 class Ahead:
-    """make(step), one step after the other: micro-batches, tuples of tensors. Where a GPU computes, a
-    thread makes those of the next step meanwhile, in memory that it can fetch without waiting."""
+    """make(step), one step after the other: micro-batches, tuples of tensors. Where a GPU computes,
+    a thread makes those of the next step meanwhile, in memory that it fetches without waiting."""
 
     def __init__(self, make, threaded: bool):
         self.make, self.known, self.coming = make, -1, None
