@@ -110,13 +110,12 @@ def our_step(learner: Learner):
     return lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0, 1.0)
 
 
-def nanogpt_like(config, dev) -> peers.NanoGPT:
-    """nanoGPT's model of the same shape, trained with the same settings."""
+def nanogpt_like(config, dev, compiled: bool) -> peers.NanoGPT:
+    """nanoGPT's model of the same shape, trained with the same settings in the same dtype."""
     return peers.NanoGPT(vs, peers.NanoRecipe(
         config.n_layer, config.n_head, config.n_embd, config.block_size, train.batch_size,
         train.max_steps, config.dropout, config.bias, train.learning_rate, train.warmup_steps,
-        train.weight_decay, train.beta2, train.grad_clip, dev.compile, True), config.vocab_size,
-        dev)
+        train.weight_decay, train.beta2, train.grad_clip, compiled, True), config.vocab_size, dev)
 
 
 def random_batches(config, known: int, dev) -> list[tuple]:
@@ -159,8 +158,8 @@ def spread(found: list[float], digits: int = 0) -> str:
 def ratio_of(times: dict, peer: str) -> dict:
     """How many times as fast as the peer ours is, from rounds in turn; prints it."""
     ratios = [theirs / ours for ours, theirs in zip(times['ours'], times[peer])]
-    print(f'ours is {spread(ratios, 2)} times as fast')
-    return {'ratio': round(statistics.median(ratios), 3)}
+    print(f'ours is {spread(ratios, 2)} times as fast as {peer}')
+    return {f'{peer}_ratio': round(statistics.median(ratios), 3)}
 
 
 def write_profile(run) -> None:
@@ -214,10 +213,11 @@ def bench_train() -> dict:
     learner = our_learner(config, dev, train.seed)
     sides, flops = {'ours': our_step(learner)}, {'ours': flops_per_token(learner.model)}
     n_parameters = count_parameters(learner.model)
-    if vs:
-        peer = nanogpt_like(config, dev)
-        check_size(peer.model, n_parameters)
-        sides['nanogpt'], flops['nanogpt'] = peer.step, peer.flops_per_token()
+    for name, compiled in (('nanogpt_eager', False), ('nanogpt_compiled', True)):
+        if vs and compiled <= dev.compile:
+            peer = nanogpt_like(config, dev, compiled)
+            check_size(peer.model, n_parameters)
+            sides[name], flops[name] = peer.step, peer.flops_per_token()
     tokens = train.batch_size * config.block_size
     print(f'{n_parameters:,} parameters, {tokens:,} tokens a step in {len(batches)} micro-batches; '
           f'{rounds} rounds of {steps} steps')
@@ -235,10 +235,10 @@ def bench_train() -> dict:
         result |= {f'{name}_tokens_per_second': round(statistics.median(speeds)),
                    f'{name}_mfu': round(mfu, 4),
                    f'{name}_first_step_seconds': round(compiling[name], 2)}
-        print(f'{name:8} {spread(speeds)} tokens/s, MFU {mfu:.1%}; first step '
+        print(f'{name:16} {spread(speeds)} tokens/s, MFU {mfu:.1%}; first step '
               f'{compiling[name]:.1f} s')
-    if vs:
-        result |= ratio_of(times, 'nanogpt')
+    for peer in [*times][1:]:
+        result |= ratio_of(times, peer)
     if profile:
         write_profile(several(sides['ours'], 3))
     if plot:
@@ -306,7 +306,7 @@ def bench_memory() -> dict:
             print(f'{n_parameters:,} parameters, {len(batches)} micro-batches of '
                   f'{len(batches[0][0])} x {config.block_size} tokens')
         else:
-            peer = nanogpt_like(config, dev)
+            peer = nanogpt_like(config, dev, dev.compile)
             model, optimizers, step = peer.model, [peer.optimizer], peer.step
             check_size(model, n_parameters)
         peak, curve = peak_memory(model, optimizers, functools.partial(step, batches), dev)
