@@ -102,7 +102,7 @@ class NanoGPT:
 
     def loss_sum(self, x, y) -> torch.Tensor:
         """The sum of the losses of targets (B, T), -100 where there is none."""
-        logits, _ = self.model(x, y)
+        logits, _ = self.model(x, y.clamp(min=-1))  # its number for no target
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-100,
                                reduction='sum')
 
