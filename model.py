@@ -187,32 +187,13 @@ def attend(q, k, v, mask, dropout: float):
     # is_causal aligns the first query with the first key: right only if both are equally many.
     causal = mask is None and q.size(2) == k.size(2)
     # For short windows the CPU's kernel is up to 4 times slower backward in bf16 than in fp32.
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(2) <= 4 * CAUSAL_BLOCK:
-        if causal and not (gqa or dropout) and torch.compiler.is_compiling():
-            return attend_in_blocks(q, k, v)
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(2) <= 512:
         with torch.autocast('cpu', enabled=False):
             return F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout,
                 is_causal=causal, enable_gqa=gqa).type_as(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                           is_causal=causal, enable_gqa=gqa)
-
-
-CAUSAL_BLOCK = 128
-
-
-def attend_in_blocks(q, k, v):
-    """Causal attention, all of (B, H, T, D), written out: each block of queries with the keys up to
-    its end. Compiled for a CPU this is up to twice as fast as its kernel, for short windows: all
-    probabilities are kept for the backward pass."""
-    parts = []
-    for start in range(0, q.size(2), CAUSAL_BLOCK):
-        end = min(start + CAUSAL_BLOCK, q.size(2))
-        scores = (q[:, :, start:end] @ k[:, :, :end].mT).float() / math.sqrt(q.size(-1))
-        place = torch.arange(end, device=q.device)
-        scores = scores.masked_fill(place > place[start:, None], -math.inf)
-        parts.append(scores.softmax(dim=-1).type_as(v) @ v[:, :, :end])
-    return torch.cat(parts, dim=2)
 
 
 class MLP(nn.Module):

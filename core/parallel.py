@@ -166,8 +166,7 @@ def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
     of `rows` sequences it takes for per_rank of them.
     """
     n_micro = math.ceil(per_rank / rows)
-    # On a CPU the whole is 5% faster, but takes half a minute to compile, more with more layers.
-    if device.compile and ranks.plain and (device.kind != 'cpu' or model.config.arch == 'lstm'):
+    if device.compile and ranks.plain:
         model = torch.compile(model, dynamic=False)
     elif device.compile:
         for block in model.h.values():

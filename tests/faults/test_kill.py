@@ -118,7 +118,8 @@ def test_killed_within_an_epoch_and_at_its_boundary(run_train, monkeypatch):
     note('killed 3 times within an epoch, 2 times at its boundary', 5, 'bitwise equal')
 
 
-@pytest.mark.parametrize('name', ['fsync', 'rename', 'mkdir'])
+@pytest.mark.parametrize('name', [
+    pytest.param('fsync', marks=pytest.mark.slow), 'rename', 'mkdir'])
 def test_killed_between_any_two_steps_of_a_save(run_train, monkeypatch, name):
     """Everything ends before or after each call of fsync, rename, ... in the second save."""
     settings = dict(max_steps=8, eval_interval=4, save_interval=2, dropout=0.1)
@@ -142,7 +143,8 @@ def test_killed_between_any_two_steps_of_a_save(run_train, monkeypatch, name):
 
 
 @pytest.mark.parametrize('target, name', [
-    (os, 'rename'), (shutil, 'rmtree'), pytest.param(os, 'fsync', marks=pytest.mark.slow)])
+    pytest.param(os, 'rename', marks=pytest.mark.slow), (shutil, 'rmtree'),
+    pytest.param(os, 'fsync', marks=pytest.mark.slow)])
 def test_killed_while_a_step_is_saved_again(run_train, monkeypatch, target, name):
     """A signal cut an evaluation short; resumed, its step is saved anew, with the evaluation."""
     settings = dict(max_steps=6, eval_interval=3, dropout=0.1)

@@ -79,6 +79,7 @@ def test_dead_or_hung_rank_under_torchrun(tmp_path, text_file, number):
          f'all have ended after {time.monotonic() - began:.0f} s')
 
 
+@pytest.mark.slow
 def test_three_ranks_killed(tmp_path, text_file):
     """Sums of three are not the same in any order; a resumed run must take the same one."""
     settings = dict(dataset=str(text_file), batch_size=6, max_steps=30, eval_interval=15,

@@ -115,7 +115,8 @@ def test_thirty_signals(tmp_path, long_text):
     check_signals(tmp_path, long_text, 30)
 
 
-@pytest.mark.parametrize('number', SIGNALS)
+@pytest.mark.parametrize('number', [
+    SIGNALS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS[1:])])
 def test_second_signal(tmp_path, long_text, number):
     """It ends the process at once, wherever it is; what was saved is there."""
     run = tmp_path / 'out/a'
