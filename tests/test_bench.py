@@ -224,6 +224,7 @@ def test_profile_and_plot(run_bench, capsys, monkeypatch, tmp_path):
     assert (tmp_path / 'out' / 'bench-train.png').stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_tokenizer(monkeypatch, capsys):
     """Both trainers on a megabyte, each in its process; encoding beside tiktoken."""
     pytest.importorskip('tokenizers')

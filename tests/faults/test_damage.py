@@ -268,15 +268,16 @@ def load_mutants(folder: str, n: int, output: str) -> None:
     Path(output).write_text(json.dumps(found))
 
 
-def test_hostile_safetensors(run, tmp_path):
+@pytest.mark.parametrize('n', [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_hostile_safetensors(run, tmp_path, n):
     output = tmp_path / 'found.json'
-    process = PROCESSES.Process(target=load_mutants, args=(str(run), 2000, str(output)))
+    process = PROCESSES.Process(target=load_mutants, args=(str(run), n, str(output)))
     process.start()
     process.join(100)
     assert process.exitcode == 0
     found = json.loads(output.read_text())
-    assert found['refused'] > 1800
-    note('a mutated safetensors header, 256 MiB of memory', 2000,
+    assert found['refused'] > 0.9 * n
+    note('a mutated safetensors header, 256 MiB of memory', n,
          f'{found["refused"]:,} refused by name, {found["loaded"]} harmless, no crash')
 
 
