@@ -79,10 +79,9 @@ n_tokens = 32_768           # tokenizer: size of the vocabulary, without special
 # What they share
 
 
-def choose_device(training: bool = True) -> hardware.Device:
+def choose_device() -> hardware.Device:
     """The device as train.py chooses it, its limits measured; prints all."""
-    dev = hardware.choose(train.device, train.dtype, train.compile, train.threads,
-                          training=training)
+    dev = hardware.choose(train.device, train.dtype, train.compile, train.threads)
     dev.peak_flops = hardware.matmul_rate(dev.name, dev.dtype, 2048 if dev.kind == 'cpu' else 8192)
     print(*dev.why[:3], f'matrix products {dev.peak_flops / 1e12:.3g} TFLOP/s (measured, the limit '
           'of MFU)', sep='\n')
@@ -118,10 +117,15 @@ def nanogpt_like(config, dev, compiled: bool) -> peers.NanoGPT:
         train.weight_decay, train.beta2, train.grad_clip, compiled, True), config.vocab_size, dev)
 
 
+def rows_at_once(config, dev) -> int:
+    """Sequences in a micro-batch, as train.py chooses it."""
+    return train.micro_batch_size or hardware.fit_micro_batch(
+        dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)
+
+
 def random_batches(config, known: int, dev) -> list[tuple]:
     """Micro-batches of one step: random ids, which cost as much as any."""
-    at_once = train.micro_batch_size or hardware.fit_micro_batch(
-        dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)
+    at_once = rows_at_once(config, dev)
     generator = torch.Generator().manual_seed(train.seed)
     shapes = [(len(samples), config.block_size)
               for samples in share(0, train.batch_size, 0, 1, at_once)]
@@ -446,8 +450,7 @@ def run_ours(data: Path, windows: Windows, dev, seed: int, max_steps: int, targe
     max_steps = max_steps or train.max_steps
     learner = our_learner(config, dev, seed)
     train_windows = load_split(data, 'train', train.block_size, seed)
-    at_once = train.micro_batch_size or hardware.fit_micro_batch(
-        dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)
+    at_once = rows_at_once(config, dev)
 
     def do_step(i):
         factor = optim.schedule(i, max_steps, train.schedule, train.warmup_steps,
@@ -517,10 +520,10 @@ def bench_race() -> dict:
             curves |= {f'nanoGPT, {kind}': theirs['curve'], f'ours, to {kind}': ours['curve']}
         there = [ours['loss'] <= theirs['loss'] for theirs, ours in found]
         result[kind] = {'learning_rate': setting.learning_rate, 'reached': sum(there)}
-        for what in ('seconds', 'tokens', 'flops'):
-            ratios = [theirs[what] / ours[what] for theirs, ours in found]
-            result[kind][f'{what}_ratio'] = round(statistics.median(ratios), 2)
-            print(f'{kind} (learning rate {setting.learning_rate:g}): {what} of nanoGPT over ours '
+        for spent in ('seconds', 'tokens', 'flops'):
+            ratios = [theirs[spent] / ours[spent] for theirs, ours in found]
+            result[kind][f'{spent}_ratio'] = round(statistics.median(ratios), 2)
+            print(f'{kind} (learning rate {setting.learning_rate:g}): {spent} of nanoGPT over ours '
                   f'{spread(ratios, 2)}')
         if not all(there):
             print(f'*** ours came to that loss in {sum(there)} of {seeds} races only ***')
