@@ -187,13 +187,32 @@ def attend(q, k, v, mask, dropout: float):
     # is_causal aligns the first query with the first key: right only if both are equally many.
     causal = mask is None and q.size(2) == k.size(2)
     # For short windows the CPU's kernel is up to 4 times slower backward in bf16 than in fp32.
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(2) <= 512:
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and q.size(2) <= 4 * CAUSAL_BLOCK:
+        if causal and not (gqa or dropout) and torch.compiler.is_compiling():
+            return attend_in_blocks(q, k, v)
         with torch.autocast('cpu', enabled=False):
             return F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout,
                 is_causal=causal, enable_gqa=gqa).type_as(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                           is_causal=causal, enable_gqa=gqa)
+
+
+CAUSAL_BLOCK = 128
+
+
+def attend_in_blocks(q, k, v):
+    """Causal attention, all of (B, H, T, D), written out: each block of queries with the keys up to
+    its end. Compiled for a CPU this is up to twice as fast as its kernel, for short windows: all
+    probabilities are kept for the backward pass."""
+    parts = []
+    for start in range(0, q.size(2), CAUSAL_BLOCK):
+        end = min(start + CAUSAL_BLOCK, q.size(2))
+        scores = (q[:, :, start:end] @ k[:, :, :end].mT).float() / math.sqrt(q.size(-1))
+        place = torch.arange(end, device=q.device)
+        scores = scores.masked_fill(place > place[start:, None], -math.inf)
+        parts.append(scores.softmax(dim=-1).type_as(v) @ v[:, :, :end])
+    return torch.cat(parts, dim=2)
 
 
 class MLP(nn.Module):
@@ -354,12 +373,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for i in range(0, len(x), chunk):
             rows, target = x[i:i + chunk], targets[i:i + chunk]
             raw = rows @ weight.T
-            logits = raw.to(at_least_float32(raw.dtype))
-            total = total + F.cross_entropy(logits, target, ignore_index=-100, reduction='sum')
-            counts = (target != -100).to(logits.dtype)[:, None]
-            grad = logits.softmax(dim=-1)
-            grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(counts))
-            grad = (grad * counts).type_as(raw)
+            grad = raw.to(at_least_float32(raw.dtype))      # logits, which become the gradient
+            counts, at = (target != -100).to(grad.dtype)[:, None], target.clamp(min=0)[:, None]
+            highest = grad.amax(dim=-1, keepdim=True)
+            right = grad.gather(1, at) - highest
+            mass = grad.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+            total = total + ((mass.log() - right) * counts).sum()
+            grad.div_(mass).scatter_add_(1, at, -torch.ones_like(counts)).mul_(counts)
+            grad = grad.type_as(raw)
             dx[i:i + chunk] = grad @ weight
             if learns:
                 dweight += grad.T @ rows

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as M
-from model import GPTConfig, build_model
+from model import GPTConfig, attend_in_blocks, build_model
 
 LLAMA = dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, tied=False)
 VARIANTS = {
@@ -508,3 +508,19 @@ def test_rope_scaling_that_cannot_be(scaling):
         GPTConfig(position='rope', rope_scaling=scaling)
     with pytest.raises(ValueError, match='rope_scaling='):
         GPTConfig(rope_scaling='8,1,4,32')
+
+
+@pytest.mark.parametrize('T', [64, 128, 200, 256])
+def test_attention_in_blocks(T):
+    """The same as torch's, forward and backward, in fp64; also where the last block is shorter."""
+    generator = torch.Generator().manual_seed(T)
+    ours, theirs = ([torch.randn(2, 3, T, 8, generator=generator.manual_seed(i),
+                                 dtype=torch.float64).requires_grad_() for i in range(3)]
+                    for _ in range(2))
+    y, expected = attend_in_blocks(*ours), F.scaled_dot_product_attention(*theirs, is_causal=True)
+    assert torch.allclose(y, expected, atol=1e-6)       # scores are in fp32
+    weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5)
