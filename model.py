@@ -247,8 +247,15 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        x = x + self.drop(self.attn(self.ln_1(x), rope, mask, cache, layer))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + self.drop(self.attn(autocast_once(self.ln_1(x)), rope, mask, cache, layer))
+        return x + self.drop(self.mlp(autocast_once(self.ln_2(x))))
+
+
+def autocast_once(x):
+    """x in the dtype of autocast's products, if that is on. Otherwise each product of q, k, v, or
+    of gate and up, would make a copy of its own, and keep it for the backward pass."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 # ---------------------------------------------------------------------------------------------
