@@ -35,11 +35,13 @@ import sysconfig
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import prepare
 import train
 from core import device as hardware
 from core import optim, parallel, peers, planted, rundir
@@ -428,8 +430,7 @@ def run_peer(setting: peers.NanoRecipe, data: Path, windows: Windows, dev, seed:
     """nanoGPT's recipe to its end."""
     tokens = Tokens(data, 'train')
     ids = tokens.shards[0] if len(tokens.shards) == 1 else tokens.read(0, len(tokens))
-    known = len(tokenizers.load(data / 'tokenizer.json').ordinary)
-    peer = peers.NanoGPT(vs, setting, known, dev, seed)
+    peer = peers.NanoGPT(vs, setting, prepare.read_meta(data)['max_id'] + 1, dev, seed)
 
     def do_step(i):
         peer.step([peer.batch(ids)], setting.factor(i))
@@ -499,31 +500,33 @@ def bench_race() -> dict:
     windows = Windows(Tokens(data, 'val'), stock.block_size, shuffle=False)
     print(f'{data}: validation on all {windows.n_targets:,} targets in windows of '
           f'{stock.block_size}; evaluation stops the clock, compilation does not')
-    settings = {'stock': (stock, stock_steps)}
-    if rates := list(map(float, filter(None, peer_learning_rates.split(',')))):
-        tried = {}
-        for rate in (stock.learning_rate, *rates):
-            tried[rate] = run_peer(peers.replace(stock, learning_rate=rate), data, windows, dev, 0)
-            tell(f'nanogpt at {rate:g}', tried[rate])
-        best = min(tried, key=lambda rate: tried[rate]['loss'])
-        settings['tuned'] = peers.replace(stock, learning_rate=best), tuned_steps
+
+    @functools.cache
+    def run_peer_at(rate, seed):
+        found = run_peer(replace(stock, learning_rate=rate), data, windows, dev, seed)
+        tell(f'nanogpt at {rate:g}, seed {seed}', found)
+        return found
+    rates = [stock.learning_rate, *map(float, filter(None, peer_learning_rates.split(',')))]
+    settings = {'stock': (stock.learning_rate, stock_steps)}
+    if len(rates) > 1:
+        best = min(rates, key=lambda rate: run_peer_at(rate, 1)['loss'])
+        settings['tuned'] = best, tuned_steps
     result = {'what': 'race', 'device': dev.why, 'torch': torch.__version__, 'recipe': recipe}
     curves = {}
-    for kind, (setting, max_steps) in settings.items():
+    for kind, (rate, max_steps) in settings.items():
         found = []
         for seed in range(1, seeds + 1):
-            theirs = run_peer(setting, data, windows, dev, seed)
-            tell(f'nanogpt, {kind}, seed {seed}', theirs)
+            theirs = run_peer_at(rate, seed)
             ours = run_ours(data, windows, dev, seed, max_steps, theirs['loss'])
-            tell(f'ours, seed {seed}', ours)
+            tell(f'ours, to {kind}, seed {seed}', ours)
             found.append((theirs, ours))
             curves |= {f'nanoGPT, {kind}': theirs['curve'], f'ours, to {kind}': ours['curve']}
         there = [ours['loss'] <= theirs['loss'] for theirs, ours in found]
-        result[kind] = {'learning_rate': setting.learning_rate, 'reached': sum(there)}
+        result[kind] = {'learning_rate': rate, 'reached': sum(there)}
         for spent in ('seconds', 'tokens', 'flops'):
             ratios = [theirs[spent] / ours[spent] for theirs, ours in found]
             result[kind][f'{spent}_ratio'] = round(statistics.median(ratios), 2)
-            print(f'{kind} (learning rate {setting.learning_rate:g}): {spent} of nanoGPT over ours '
+            print(f'{kind} (learning rate {rate:g}): {spent} of nanoGPT over ours '
                   f'{spread(ratios, 2)}')
         if not all(there):
             print(f'*** ours came to that loss in {sum(there)} of {seeds} races only ***')
