@@ -22,10 +22,10 @@ optimizer = 'adamw'
 learning_rate = 4e-3
 weight_decay = 0.0
 
-max_steps = 1450
+max_steps = 1900
 schedule = 'wsd'
 warmup_steps = 20
 decay_fraction = 0.7
 min_lr_fraction = 0.02
 
-eval_interval = 725
+eval_interval = 950
