@@ -85,8 +85,8 @@ def choose_device() -> hardware.Device:
     """The device as train.py chooses it, its limits measured; prints all."""
     dev = hardware.choose(train.device, train.dtype, train.compile, train.threads)
     dev.peak_flops = hardware.matmul_rate(dev.name, dev.dtype, 2048 if dev.kind == 'cpu' else 8192)
-    print(*dev.why[:3], f'matrix products {dev.peak_flops / 1e12:.3g} TFLOP/s (measured, the limit '
-          'of MFU)', sep='\n')
+    dev.why[3] = f'matrix products {dev.peak_flops / 1e12:.3g} TFLOP/s (measured, the limit of MFU)'
+    print(*dev.why, sep='\n')
     return dev
 
 
@@ -207,6 +207,13 @@ def draw(name: str, panels: list[tuple[str, str, dict]]) -> None:
     print(f'drawn in {path}')
 
 
+def draw_speeds(times: dict[str, list[float]], n_tokens: int) -> None:
+    """Draw the tokens per second of each side, from its seconds for so many in each round."""
+    draw(what, [('round', 'tokens per second', {
+        name: (range(rounds), [n_tokens / seconds for seconds in found])
+        for name, found in times.items()})])
+
+
 # ---------------------------------------------------------------------------------------------
 # Training steps
 
@@ -248,9 +255,7 @@ def bench_train() -> dict:
     if profile:
         write_profile(several(sides['ours'], 3))
     if plot:
-        draw('train', [('round', 'tokens per second', {
-            name: (range(rounds), [tokens * steps / t for t in found])
-            for name, found in times.items()})])
+        draw_speeds(times, tokens * steps)
     return result
 
 
@@ -386,9 +391,7 @@ def bench_decode() -> dict:
     if profile:
         write_profile(ours)
     if plot:
-        draw('decode', [('round', 'tokens per second', {
-            name: (range(rounds), [rows * new_tokens / t for t in found])
-            for name, found in times.items()})])
+        draw_speeds(times, rows * new_tokens)
     return result
 
 
