@@ -90,10 +90,13 @@ def choose_device() -> hardware.Device:
     return dev
 
 
-def our_config():
-    """The architecture that the settings describe, and how many tokens it is for."""
-    known = train.vocab_size or len(tokenizers.load(
-        train.get_data(Ranks())[0] / 'tokenizer.json'))
+def our_config(data: Path | None = None):
+    """The architecture that the settings describe, and how many tokens it is for: those of the
+    dataset in `data`; without it, as many as its tokenizer is known to have."""
+    known = train.vocab_size
+    if not (known or data):
+        known = prepare.count_tokens(train.dataset, train.tokenizer_wanted(), 0)
+    known = known or len(tokenizers.load((data or train.get_data(Ranks())[0]) / 'tokenizer.json'))
     return train.model_config(known), known
 
 
@@ -450,7 +453,7 @@ def run_peer(setting: peers.NanoRecipe, data: Path, windows: Windows, dev, seed:
 
 def run_ours(data: Path, windows: Windows, dev, seed: int, max_steps: int, target: float) -> dict:
     """Our preset, up to the first look at which its loss is not above the target."""
-    config, _ = our_config()
+    config, _ = our_config(data)
     max_steps = max_steps or train.max_steps
     learner = our_learner(config, dev, seed)
     train_windows = load_split(data, 'train', train.block_size, seed)
@@ -496,9 +499,14 @@ def bench_race() -> dict:
     of some learning rates."""
     if not vs:
         stop('race: needs a peer: --vs=<checkout of nanoGPT>')
+    try:
+        more_rates = [float(rate) for rate in filter(None, peer_learning_rates.split(','))]
+    except ValueError:
+        stop(f'peer_learning_rates={peer_learning_rates}: must be numbers with commas between '
+             'them, like 2e-3,4e-3')
     dev = choose_device()
     data = train.get_data(Ranks())[0]
-    config, _ = our_config()
+    config, _ = our_config(data)
     stock = peer_recipe(config, dev)
     windows = Windows(Tokens(data, 'val'), stock.block_size, shuffle=False)
     print(f'{data}: validation on all {windows.n_targets:,} targets in windows of '
@@ -509,7 +517,7 @@ def bench_race() -> dict:
         found = run_peer(replace(stock, learning_rate=rate), data, windows, dev, seed)
         tell(f'nanogpt at {rate:g}, seed {seed}', found)
         return found
-    rates = [stock.learning_rate, *map(float, filter(None, peer_learning_rates.split(',')))]
+    rates = [stock.learning_rate, *more_rates]
     settings = {'stock': (stock.learning_rate, stock_steps)}
     if len(rates) > 1:
         best = min(rates, key=lambda rate: run_peer_at(rate, 1)['loss'])

@@ -212,6 +212,16 @@ def test_runs(run_bench, capsys, monkeypatch, tmp_path):
     assert (tmp_path / 'out' / 'bench-runs.png').stat().st_size > 10_000
     assert 'c: has no evaluation' in capsys.readouterr().out
     assert 'no run' in refused(capsys, run_bench, what='runs', folders='c')
+    message = refused(capsys, run_bench, what='race', vs='c', peer_learning_rates='2e-3,fast')
+    assert 'peer_learning_rates=2e-3,fast: must be numbers' in message
+
+
+def test_size_without_data(monkeypatch):
+    """What a dataset's tokenizer is known to have is enough: nothing is downloaded for it."""
+    monkeypatch.setattr(train, 'vocab_size', 0)
+    monkeypatch.setattr(train, 'dataset', 'openwebtext')
+    monkeypatch.setattr(train, 'get_data', None)
+    assert bench.our_config()[1] == 50_261
 
 
 def test_profile_and_plot(run_bench, capsys, monkeypatch, tmp_path):
