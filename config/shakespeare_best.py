@@ -3,7 +3,7 @@
 python train.py config/shakespeare_best.py
 
 config/shakespeare.py with 6 blocks:
-1,206,144 parameters, 9.53 MFLOP per token, 2,048 tokens per step
+1,205,760 parameters, 9.53 MFLOP per token, 2,048 tokens per step
 3,400 steps are 6.9 epochs; so more weight decay.
 """
 from config.shakespeare import *  # noqa: F403

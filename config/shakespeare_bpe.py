@@ -6,7 +6,7 @@ python train.py config/shakespeare_bpe.py
 of them, as much text as 8 x 335 characters, and 1,125 steps are 3.0 epochs. Compare bits per byte:
 a token's loss is that of several characters.
 3 blocks of 4 x 128^2 (attention) + 3 x 128 x 344 (MLP), and two tables of 1,024 x 128:
-856,320 parameters, 4.93 MFLOP per token, 1,024 tokens per step
+856,128 parameters, 4.93 MFLOP per token, 1,024 tokens per step
 """
 from config.shakespeare import *  # noqa: F403
 
