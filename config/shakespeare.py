@@ -3,7 +3,7 @@
 python train.py config/shakespeare.py
 
 The text has 1,003,854 characters to train on. A step reads 8 x 256 = 2,048 of them, so an epoch
-is 490 steps and the 2,000 steps below are 4.1 epochs: too few to overfit.
+is 490 steps and the 1,800 steps below are 3.7 epochs: too few to overfit.
 3 blocks of 4 x 128 x 128 (attention) + 3 x 128 x 344 (MLP), and two tables of 70 x 128:
 611,904 parameters, 4.79 MFLOP per token, 2,048 tokens per step
 Of the FLOPs 6 x 0.60 million are those of the weights, 1.18 million attention over 256 characters.
@@ -36,7 +36,7 @@ weight_decay = 0.0
 muon_weight_decay = 0.05
 grad_clip = 0.0         # Muon's steps have a fixed size, whatever the gradient's
 
-max_steps = 2000
+max_steps = 1800
 schedule = 'wsd'
 warmup_steps = 20
 decay_fraction = 0.7    # falling for the last 70% of the steps
