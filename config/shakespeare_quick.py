@@ -13,6 +13,6 @@ compile = False
 
 n_layer = 2
 
-max_steps = 200
+max_steps = 230
 warmup_steps = 10
-eval_interval = 100
+eval_interval = 115
