@@ -451,9 +451,9 @@ def run_peer(setting: peers.NanoRecipe, data: Path, windows: Windows, dev, seed:
     return counted(found, setting.batch_size * setting.block_size, peer.flops_per_token())
 
 
-def run_ours(data: Path, windows: Windows, dev, seed: int, max_steps: int, target: float) -> dict:
+def run_ours(config, data: Path, windows: Windows, dev, seed: int, max_steps: int,
+             target: float) -> dict:
     """Our preset, up to the first look at which its loss is not above the target."""
-    config, _ = our_config(data)
     max_steps = max_steps or train.max_steps
     learner = our_learner(config, dev, seed)
     train_windows = load_split(data, 'train', train.block_size, seed)
@@ -528,7 +528,7 @@ def bench_race() -> dict:
         found = []
         for seed in range(1, seeds + 1):
             theirs = run_peer_at(rate, seed)
-            ours = run_ours(data, windows, dev, seed, max_steps, theirs['loss'])
+            ours = run_ours(config, data, windows, dev, seed, max_steps, theirs['loss'])
             tell(f'ours, to {kind}, seed {seed}', ours)
             found.append((theirs, ours))
             curves |= {f'nanoGPT, {kind}': theirs['curve'], f'ours, to {kind}': ours['curve']}
