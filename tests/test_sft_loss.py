@@ -45,7 +45,7 @@ def labelled(chat: list) -> tuple[list[int], list[int]]:
 def mean_loss(model, rows) -> torch.Tensor:
     """What a step over all rows reports, two rows at a time as micro-batches."""
     batches = [rows.batch(range(i, min(i + 2, len(rows)))) for i in range(0, len(rows), 2)]
-    n_targets = sum(weight.sum() for *_, weight in batches)     # as main counts them
+    n_targets = sum(weight.double().sum() for *_, weight in batches)
     return sum(finetune.loss_sums(model, batch)[0] for batch in batches) / n_targets
 
 
@@ -83,7 +83,7 @@ def test_transformers(monkeypatch, tmp_path, name, pack):
 @pytest.mark.parametrize('name', OURS)
 def test_packed_equals_unpacked(monkeypatch, name, prompt_weight):
     monkeypatch.setattr(finetune, 'prompt_loss_weight', prompt_weight)
-    model, found = tiny(name), []
+    model, found = tiny(name).double(), []
     for pack in (True, False):
         monkeypatch.setattr(finetune, 'pack', pack)
         rows = chat_rows(prompt_weight)
@@ -92,8 +92,8 @@ def test_packed_equals_unpacked(monkeypatch, name, prompt_weight):
         loss.backward()
         found.append((len(rows), loss.item(), [p.grad.clone() for p in model.parameters()]))
     (n, packed, grads), (n_unpacked, unpacked, its_grads) = found
-    assert n < n_unpacked and abs(packed - unpacked) <= 1e-6
-    assert max((a - b).abs().max() for a, b in zip(grads, its_grads)) <= 1e-6
+    assert n < n_unpacked and abs(packed - unpacked) <= 1e-12
+    assert max((a - b).abs().max() for a, b in zip(grads, its_grads)) <= 1e-12
 
 
 @pytest.mark.parametrize('weight', [0.0, 0.3, 1.0])
