@@ -307,6 +307,18 @@ def test_mlp_and_norms_by_hand():
     close(M.norm_layer(config, 2)(x), x / 5.5 ** 0.5, atol=1e-6)
 
 
+def test_gelu_as_compiled(monkeypatch):
+    """With a sigmoid it is what torch has with a tanh, forward and backward; also far out."""
+    x, y = (torch.linspace(-40, 40, 4001, dtype=torch.float64).requires_grad_() for _ in range(2))
+    expected = M.gelu(x)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    found = M.gelu(y)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    for value in (expected, found):
+        value.sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, atol=1e-12, rtol=1e-12)
+
+
 def test_tied_weights_are_one_tensor():
     for arch in ('gpt', 'lstm'):
         model = build_model(GPTConfig(arch=arch, n_layer=1, n_head=1, n_embd=8, vocab_size=11))
