@@ -28,7 +28,7 @@ bias = False
 
 # Muon for the matrices inside the blocks, AdamW with large rates for the rest.
 optimizer = 'muon'
-muon_learning_rate = 0.03
+muon_learning_rate = 0.04
 muon_momentum = 0.9
 learning_rate = 0.006
 embed_learning_rate = 0.03

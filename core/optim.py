@@ -3,6 +3,7 @@ import math
 import statistics
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model import named_weights
@@ -55,9 +56,11 @@ def newton_schulz(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: for the hidden matrices (Jordan et al. 2024).
 
-    The step of a matrix is its Nesterov momentum with all singular values set to about 1, times
-    lr * sqrt(max(1, rows / cols)); weight decay is decoupled. Matrices of one shape are stacked, so
-    that a step takes a few batched products. The iteration needs no precision: bfloat16 will do.
+    The step of a matrix is its Nesterov momentum with all singular values set to about 1 and then
+    each row, what one output learns, to length 1, times lr; weight decay is decoupled. (NorMuon, Li
+    et al. 2025, divides rows by a running mean of their lengths; today's alone do nearly as well.)
+    Matrices of one shape are stacked, so that a step takes a few batched products. The iteration
+    needs no precision: bfloat16 will do.
     `spread(iterate, matrices, dtype)` applies it to the whole of matrices of which this process may
     hold parts.
     """
@@ -75,10 +78,10 @@ class Muon(torch.optim.Optimizer):
             for p in group['params']:
                 if p.grad is not None:
                     alike.setdefault((p.shape, getattr(p, 'placements', ())), []).append(p)
-            for (shape, _), params in alike.items():
-                self.step_stacked(params, group, max(1, shape[0] / shape[1]) ** 0.5)
+            for params in alike.values():
+                self.step_stacked(params, group)
 
-    def step_stacked(self, params, group, scale: float) -> None:
+    def step_stacked(self, params, group) -> None:
         """One step for matrices of one shape."""
         for p in params:
             if 'momentum' not in self.state[p]:
@@ -88,11 +91,11 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
         ahead = [grad.clone() for grad in grads]
         torch._foreach_lerp_(ahead, momenta, group['momentum'])
-        update = self.spread(lambda stack: newton_schulz(stack, group['ns_steps']), ahead,
-                             self.dtype)
+        update = self.spread(lambda stack: F.normalize(
+            newton_schulz(stack, group['ns_steps']), dim=2), ahead, self.dtype)
         if group['weight_decay']:
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-        torch._foreach_add_(params, update, alpha=-group['lr'] * scale)
+        torch._foreach_add_(params, update, alpha=-group['lr'])
 
 
 def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weight_decay: float,
