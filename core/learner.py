@@ -68,15 +68,15 @@ class Learner:
         # agree on: were a single one to skip or to stop, the others would train another model, or
         # wait.
         asked = torch.tensor([bool(request and request.asked)], device=device.name)
-        squared_norm = parallel.squared_norm(self.model, ranks, device.sums)
+        gradients = parallel.local_gradients(self.model, ranks)
+        squared_norm = parallel.squared_norm(gradients, device.sums)
         report = torch.cat([sums * ranks.owns_loss / ranks.dp, squared_norm[None], asked])
         *means, squared_norm, asked = processes.all_sum(report, device).tolist()
         means = [mean / scaler.scale for mean in means]
         norm = math.sqrt(squared_norm) / scaler.scale
         skipped = optim.problem(means[0], norm, limit)
         if not skipped:
-            optim.clip_gradients(parallel.local_gradients(self.model), self.grad_clip, norm,
-                                 scaler.scale)
+            optim.clip_gradients(sum(gradients.values(), []), self.grad_clip, norm, scaler.scale)
         scaler.update(math.isfinite(norm))
         optim.apply_gradients(self.optimizers, factor, skip=bool(skipped))
         return means, norm, skipped, asked > 0

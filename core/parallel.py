@@ -263,25 +263,28 @@ def writers(ranks: Ranks) -> Writers:
                    f'-{ranks.rank:05d}', gathered, exchange)
 
 
-def local_gradients(model) -> list:
-    """What this rank holds of the gradients."""
-    return [local(p.grad) for p in model.parameters() if p.grad is not None]
-
-
-def squared_norm(model, ranks: Ranks, dtype: torch.dtype) -> torch.Tensor:
-    """This rank's share of the squared norm of all gradients: what several ranks hold, each of them
-    counts in part, so that the sum over all ranks is the whole.
+def local_gradients(model, ranks: Ranks) -> dict[float, list]:
+    """What this rank holds of the gradients, by the number of ranks that hold the same. Of the
+    matrix that a last stage shares with the first one, that counts for infinitely many.
     """
-    by_copies = {}
-    for name, p in model.named_parameters():
-        if p.grad is None or name == 'lm_head.weight' and model.config.tied:
-            continue    # a stage with only the head: the first stage counts their matrix
-        shards = math.prod(p.device_mesh.size(i) for i, where in enumerate(p.placements)
-                           if not where.is_replicate()) if isinstance(p, DTensor) else 1
-        by_copies.setdefault(ranks.dp * ranks.tp // shards, []).append(local(p.grad))
-    norms = [torch.nn.utils.get_total_norm(grads).to(dtype) ** 2 / copies
-             for copies, grads in by_copies.items()]
-    return torch.stack(norms).sum()
+    found = {}
+    shared = model.lm_head.weight if model.wte is None and model.config.tied and model.lm_head \
+        else None
+    for p in model.parameters():
+        if p.grad is not None:
+            shards = math.prod(p.device_mesh.size(i) for i, where in enumerate(p.placements)
+                               if not where.is_replicate()) if isinstance(p, DTensor) else 1
+            copies = math.inf if p is shared else ranks.dp * ranks.tp // shards
+            found.setdefault(copies, []).append(local(p.grad))
+    return found
+
+
+def squared_norm(gradients: dict, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's share of the squared norm of all gradients, of `local_gradients`: what several
+    ranks hold, each of them counts in part, so that the sum over all ranks is the whole.
+    """
+    return torch.stack([torch.nn.utils.get_total_norm(grads).to(dtype) ** 2 / copies
+                        for copies, grads in gradients.items()]).sum()
 
 
 def spreader(ranks: Ranks):
