@@ -164,11 +164,11 @@ def spread(found: list[float], digits: int = 0) -> str:
             f'{min(found):,.{digits}f} to {max(found):,.{digits}f})')
 
 
-def ratio_of(times: dict, peer: str) -> dict:
-    """How many times as fast as the peer ours is, from rounds in turn; prints it."""
-    ratios = [theirs / ours for ours, theirs in zip(times['ours'], times[peer])]
-    print(f'ours is {spread(ratios, 2)} times as fast as {peer}')
-    return {f'{peer}_ratio': round(statistics.median(ratios), 3)}
+def ratio_of(times: dict, peer: str, name: str = 'ours') -> dict:
+    """How many times as fast as the peer a side of ours is, from rounds in turn; prints it."""
+    ratios = [theirs / ours for ours, theirs in zip(times[name], times[peer])]
+    print(f'{name} is {spread(ratios, 2)} times as fast as {peer}')
+    return {f'{peer}_ratio{name.removeprefix("ours")}': round(statistics.median(ratios), 3)}
 
 
 def write_profile(run) -> None:
@@ -345,10 +345,9 @@ def bench_memory() -> dict:
 def bench_decode() -> dict:
     """New tokens per second of a preset's model with random weights, and the fraction of memory
     bandwidth; of transformers' generate too, and the ratio."""
-    dev = hardware.choose(train.device, train.dtype, False, train.threads, training=False)
+    dev = hardware.choose(train.device, train.dtype, train.compile, train.threads, training=False)
     limit = hardware.bandwidth(dev.name)
-    print(*dev.why[:2], f'reading memory {limit / 1e9:,.1f} GB/s (measured, the limit of MBU)',
-          sep='\n')
+    print(*dev.why[:3], sep='\n')
     config, known = our_config()
     model = build_model(config, train.seed, dev.name).eval()
     for p in model.parameters():    # zero matrices would make all tokens alike
@@ -356,23 +355,29 @@ def bench_decode() -> dict:
     generator = torch.Generator().manual_seed(train.seed)
     prompts = torch.randint(known, (rows, prompt_tokens), generator=generator).tolist()
 
-    def ours():
+    def ours(compiled=False):
         with dev.autocast():
-            return [new for new in generate(model, prompts, new_tokens, temperature=0)]
+            return list(generate(model, prompts, new_tokens, temperature=0, compiled=compiled))
     sides = {'ours': ours}
+    if dev.compile:
+        sides['ours_compiled'] = functools.partial(ours, compiled=True)
     if vs:
         if vs != 'transformers':
             stop(f'vs={vs}: decode is compared with transformers')
         theirs = peers.transformers_generate(model, dev)
         sides['transformers'] = lambda: theirs(prompts, new_tokens)
+    began = time.perf_counter()
     first = {name: run() for name, run in sides.items()}
+    print(f'{time.perf_counter() - began:.1f} s of warm-up, compilation included')
     same = None
     if vs:
-        found = [list(row) for row in zip(*first['ours'])]
-        same = sum(a == b for row, other in zip(found, first['transformers'].tolist())
-                   for a, b in zip(row, other[prompt_tokens:]))
+        wanted = first.pop('transformers')[:, prompt_tokens:]
+        same = min((torch.tensor(found, device=dev.name).T == wanted).sum().item()
+                   for found in first.values())
         print(f'{same} of {rows * new_tokens} greedy tokens are the same')
     times = in_turn(sides, dev)
+    limit = max(limit, hardware.bandwidth(dev.name))    # in case others took part of it
+    print(f'reading memory {limit / 1e9:,.1f} GB/s (measured before and after, the limit of MBU)')
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if config.tied or name != 'wte.weight')
     size = torch.finfo(hardware.DTYPES[dev.dtype]).bits // 8
@@ -380,7 +385,7 @@ def bench_decode() -> dict:
     each = size * (weights + rows * config.n_layer * cached)
     print(f'{rows} x {prompt_tokens} prompt tokens, {new_tokens} new ones; a step reads '
           f'{each / 2 ** 20:,.0f} MiB')
-    result = {'what': 'decode', 'device': dev.why[:2], 'parameters': count_parameters(model),
+    result = {'what': 'decode', 'device': dev.why[:3], 'parameters': count_parameters(model),
               'rows': rows, 'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens,
               'bandwidth_gb_per_second': round(limit / 1e9, 2), 'same_tokens': same}
     for name, found in times.items():
@@ -388,9 +393,10 @@ def bench_decode() -> dict:
         mbu = each * new_tokens / statistics.median(found) / limit
         result |= {f'{name}_tokens_per_second': round(statistics.median(speeds), 2),
                    f'{name}_mbu': round(mbu, 4)}
-        print(f'{name:12} {spread(speeds, 1)} tokens/s with the prompt, MBU {mbu:.1%}')
+        print(f'{name:13} {spread(speeds, 1)} tokens/s with the prompt, MBU {mbu:.1%}')
     if vs:
-        result |= ratio_of(times, 'transformers')
+        for name in list(sides)[:-1]:
+            result |= ratio_of(times, 'transformers', name)
     if profile:
         write_profile(ours)
     if plot:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from core.device import cpu_info
+
 CHOICES = {'arch': ('gpt', 'lstm'),
            'norm': ('rmsnorm', 'layernorm'),
            'position': ('rope', 'learned', 'sinusoidal', 'none'),
@@ -132,14 +134,18 @@ def sinusoid(position: torch.Tensor, n_embd: int) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear; but large matrices on a CPU, where no gradient is wanted, go through oneDNN: it
-    reads them with all cores where MKL, which torch takes, uses one for a single row."""
+    """nn.Linear; but large matrices on a CPU, where no gradient is wanted, go through oneDNN, which
+    is faster for a few rows than MKL, torch's choice. For a single row MKL is the faster one on
+    Intel's processors; on others it reads the matrix with one core only."""
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    fewest_rows = 2 if cpu_info('vendor_id') == 'GenuineIntel' else 1
 
     def forward(self, x):
         if self.onednn and self.weight.numel() >= 1 << 19 and type(x) is torch.Tensor \
+                and x.numel() >= self.fewest_rows * self.in_features \
                 and x.dtype == self.weight.dtype == torch.float32 and x.device.type == 'cpu' \
-                and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu'):
+                and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
+                         or torch.compiler.is_compiling()):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         return super().forward(x)
 
@@ -183,11 +189,10 @@ def attend(q, k, v, mask, dropout: float):
 
     mask: None (causal, or all of the cache for one query), boolean (.., T, S), or a BlockMask.
     """
-    gqa = q.size(1) != k.size(1)
+    gqa = {'enable_gqa': True} if q.size(1) != k.size(1) else {}
     if mask is not None and not isinstance(mask, torch.Tensor):
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=gqa)
-    # is_causal aligns the first query with the first key: right only if both are equally many.
-    causal = mask is None and q.size(2) == k.size(2)
+        return flex_attention(q, k, v, block_mask=mask, **gqa)
+    causal = mask is None and q.size(2) > 1     # a single query sees all keys
     short = q.device.type == 'cpu' and q.size(2) <= 4 * CAUSAL_BLOCK
     if short and causal and not (gqa or dropout) and torch.compiler.is_compiling():
         return attend_in_blocks(q, k, v)
@@ -196,9 +201,9 @@ def attend(q, k, v, mask, dropout: float):
         with torch.autocast('cpu', enabled=False):
             return F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout,
-                is_causal=causal, enable_gqa=gqa).type_as(q)
+                is_causal=causal, **gqa).type_as(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                          is_causal=causal, enable_gqa=gqa)
+                                          is_causal=causal, **gqa)
 
 
 CAUSAL_BLOCK = 128
@@ -346,7 +351,8 @@ class KVCache:
         """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
         T, end = k.size(2), self.longest + k.size(2)
         if layer not in self.k:
-            shape = (k.size(0), k.size(1), self.size, k.size(3))
+            # One more than it can take: a graph compiled for a part of it never meets all of it.
+            shape = (k.size(0), k.size(1), self.size + 1, k.size(3))
             self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
         for new, stored in ((k, self.k[layer]), (v, self.v[layer])):
             if self.even:
@@ -752,20 +758,22 @@ def pad_rows(rows, device):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-             repetition_penalty=1.0, seed=0, stop_tokens=(), n_tokens=0):
+             repetition_penalty=1.0, seed=0, stop_tokens=(), n_tokens=0, compiled=False):
     """Continue prompts (lists of ids, of any lengths >= 1); yields the next id of every row.
 
     Yields lists of B ids as they come, -1 for rows that have ended: after a stop token (which is
     still yielded) or max_new_tokens. Ids from n_tokens on are never drawn (0: all may be). Prompts
     longer than block_size lose their beginning. When the cache is full, the last half of the window
-    is prefilled again. The same seed gives the same ids.
+    is prefilled again. The same seed gives the same ids. With `compiled`, one graph makes the steps
+    of a token per row, whatever the length of the cache.
     """
+    step = torch.compile(model, dynamic=True) if compiled else model
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     rows = [list(prompt) for prompt in prompts]
     ended = [False] * len(rows)
     size = min(model.config.block_size, max(map(len, rows)) + max_new_tokens)
-    cache, idx, doc = None, None, None
+    cache, idx = None, None
     was_training = model.training
     model.eval()
     try:
@@ -774,13 +782,16 @@ def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, t
                 keep = size if cache is None else max(1, size // 2)
                 cache = model.new_cache(len(rows), device, size)
                 idx, doc = pad_rows([row[-keep:] for row in rows], device)
-            logits = model(idx, doc=doc, cache=cache, n_logits=1)[:, -1].float()
+                logits = model(idx, doc=doc, cache=cache, n_logits=1)
+            else:
+                logits = step(idx, cache=cache, n_logits=1)
+            logits = logits[:, -1].float()
             if n_tokens:
                 logits[:, n_tokens:] = -math.inf
             if repetition_penalty != 1:
                 logits = penalize_repetition(logits, rows, repetition_penalty)
             new = sample_next(logits, temperature, top_k, top_p, min_p, generator)
-            idx, doc, ids = new[:, None], None, new.tolist()
+            idx, ids = new[:, None], new.tolist()
             for i, row in enumerate(rows):
                 row.append(ids[i])
                 ids[i] = -1 if ended[i] else ids[i]

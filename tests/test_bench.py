@@ -141,13 +141,14 @@ def test_peak_memory_by_hand():
     assert curve[-1][1] == pytest.approx(2 ** 19, abs=1000)     # all is free again
 
 
-def test_decode_beside_transformers(run_bench, capsys):
+def test_decode_beside_transformers(run_bench, capsys, monkeypatch):
     pytest.importorskip('transformers')
+    monkeypatch.setattr(train, 'compile', True)
     found = run_bench(what='decode', vs='transformers', rows=2, prompt_tokens=4, new_tokens=5,
                       rounds=2)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert found['same_tokens'] == 10 and found['transformers_ratio'] > 0
-    assert 0 < found['ours_mbu'] < 1
+    assert 0 < found['ours_mbu'] < 1 and found['transformers_ratio_compiled'] > 0
     assert 'no peer' in refused(capsys, run_bench, what='decode', vs='no peer')
 
 

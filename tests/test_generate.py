@@ -109,6 +109,18 @@ def test_generate_past_the_window_equals_the_uncached_rule(settings):
     assert list(generate(model, [[3]], 5, temperature=0)) == reference_greedy(model, [[3]], 5)
 
 
+@pytest.mark.parametrize('settings', [{}, LLAMA | {'window': 5}], ids=['gpt2', 'llama, window'])
+def test_compiled_generation_is_the_same(settings):
+    """With one graph for all lengths of the cache, filled and begun again, too."""
+    torch.compiler.reset()
+    model, counts = tiny(**settings), torch._dynamo.utils.counters
+    counts.clear()
+    for prompts, n_graphs in (([PROMPTS[0]], 1), (PROMPTS, 3)):     # uneven, then even again
+        want = ids(model, prompts, 40, temperature=0)
+        assert ids(model, prompts, 40, temperature=0, compiled=True) == want
+        assert counts['stats']['unique_graphs'] == n_graphs
+
+
 def test_recompute_does_not_lose_the_cache():
     """With gradients on, a cached forward must be the same whether blocks are recomputed or not."""
     model, idx = tiny(), tokens(1, 6)
