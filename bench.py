@@ -4,8 +4,8 @@ train      whole training steps (forward, backward, clipping, optimizer) of a pr
            random batches. --vs: nanoGPT trains its own model of the same shape on the same batches
 memory     the most that tensors take in such a step, weights, gradients and optimizer included;
            --vs as above
-decode     new tokens after a prompt, one by one, with the KV cache. --vs=transformers: its generate
-           with the same weights
+decode     new tokens after a prompt, one by one, with the KV cache, eager and compiled.
+           --vs=transformers: its generate with the same weights
 race       from random weights to the loss that nanoGPT's recipe ends with: seconds, tokens, FLOPs;
            --vs: its checkout
 runs       python bench.py runs out/*: draws the losses of runs over steps, tokens, seconds, FLOPs
@@ -14,8 +14,8 @@ tokenizer  training a BPE on Python sources, beside Hugging Face's trainer (Rust
 data       prepare.py on a made-up corpus with planted duplicates, repeated passages and benchmark
            items: what it finds of them, how fast each step is, the most memory of all processes
 
-What a machine can do is measured first, by one large product of matrices and by reading memory, and
-speeds come as fractions of it, too (MFU, MBU). Sides take turns, round by round, after warm-up:
+What a machine can do is measured, too, by one large product of matrices and by reading memory, and
+speeds come as fractions of it (MFU, MBU). Sides take turns, round by round, after warm-up:
 median and spread. Presets and flags may set whatever train.py knows. The last line is JSON.
 """
 import contextlib
@@ -366,9 +366,7 @@ def bench_decode() -> dict:
             stop(f'vs={vs}: decode is compared with transformers')
         theirs = peers.transformers_generate(model, dev)
         sides['transformers'] = lambda: theirs(prompts, new_tokens)
-    began = time.perf_counter()
-    first = {name: run() for name, run in sides.items()}
-    print(f'{time.perf_counter() - began:.1f} s of warm-up, compilation included')
+    first = {name: run() for name, run in sides.items()}    # the warm-up
     same = None
     if vs:
         wanted = first.pop('transformers')[:, prompt_tokens:]
@@ -376,7 +374,7 @@ def bench_decode() -> dict:
                    for found in first.values())
         print(f'{same} of {rows * new_tokens} greedy tokens are the same')
     times = in_turn(sides, dev)
-    limit = max(limit, hardware.bandwidth(dev.name))    # in case others took part of it
+    limit = max(limit, hardware.bandwidth(dev.name))    # others may have had a part of it
     print(f'reading memory {limit / 1e9:,.1f} GB/s (measured before and after, the limit of MBU)')
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if config.tied or name != 'wte.weight')
@@ -398,7 +396,7 @@ def bench_decode() -> dict:
         for name in list(sides)[:-1]:
             result |= ratio_of(times, 'transformers', name)
     if profile:
-        write_profile(ours)
+        write_profile(sides.get('ours_compiled', ours))
     if plot:
         draw_speeds(times, rows * new_tokens)
     return result

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from core.device import cpu_info
+from core.device import is_intel
 
 CHOICES = {'arch': ('gpt', 'lstm'),
            'norm': ('rmsnorm', 'layernorm'),
@@ -136,9 +136,10 @@ def sinusoid(position: torch.Tensor, n_embd: int) -> torch.Tensor:
 class Linear(nn.Linear):
     """nn.Linear; but large matrices on a CPU, where no gradient is wanted, go through oneDNN, which
     is faster for a few rows than MKL, torch's choice. For a single row MKL is the faster one on
-    Intel's processors; on others it reads the matrix with one core only."""
+    Intel's processors; on others it reads the matrix with one core only. Graphs have MKL alone:
+    Inductor takes oneDNN's products of frozen weights only."""
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    fewest_rows = 2 if cpu_info('vendor_id') == 'GenuineIntel' else 1
+    fewest_rows = 2 if is_intel() else 1
 
     def forward(self, x):
         if self.onednn and self.weight.numel() >= 1 << 19 and type(x) is torch.Tensor \
@@ -317,7 +318,7 @@ def flex_mask(T: int, doc, window: int, device):
 class KVCache:
     """Keys and values of B rows, which may be of different lengths, for up to `size` positions.
 
-    Tensors are made at the first use, in the shape of the keys that come: (B, heads, size, D).
+    Tensors are made at the first use, in the shape of the keys that come: (B, heads, size + 1, D).
     """
 
     def __init__(self, batch_size: int, size: int, device=None):
@@ -351,7 +352,8 @@ class KVCache:
         """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
         T, end = k.size(2), self.longest + k.size(2)
         if layer not in self.k:
-            # One more than it can take: a graph compiled for a part of it never meets all of it.
+            # With one position too many, what is returned is always a part: a graph compiled for
+            # parts would have to be compiled again for the whole.
             shape = (k.size(0), k.size(1), self.size + 1, k.size(3))
             self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
         for new, stored in ((k, self.k[layer]), (v, self.v[layer])):
@@ -764,8 +766,8 @@ def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, t
     Yields lists of B ids as they come, -1 for rows that have ended: after a stop token (which is
     still yielded) or max_new_tokens. Ids from n_tokens on are never drawn (0: all may be). Prompts
     longer than block_size lose their beginning. When the cache is full, the last half of the window
-    is prefilled again. The same seed gives the same ids. With `compiled`, one graph makes the steps
-    of a token per row, whatever the length of the cache.
+    is prefilled again. The same seed gives the same ids. With `compiled`, one graph of a GPT makes
+    the steps of a token per row, whatever the length of the cache.
     """
     step = torch.compile(model, dynamic=True) if compiled else model
     device = model.lm_head.weight.device

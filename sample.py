@@ -43,7 +43,7 @@ stop_strings = ''           # end before any of these, comma-separated; \n is a 
 seed = 1337                 # sample i uses seed + i
 device = ''                 # '': cuda, else mps, else cpu
 dtype = ''                  # '': bfloat16 where the GPU has it, else float16; float32 on a CPU
-compile = False             # compile the model: 20 s, then 1.1 times the speed on an Intel CPU
+compile = False             # compile the steps, for long texts: 20 s, then 1.1 times the speed
 threads = 0                 # CPU threads; 0: torch's choice
 
 
@@ -273,7 +273,7 @@ def main() -> dict:
                  step=(0, None), seed=(0, 2 ** 31 - 1), threads=(0, None))
     asked = bool(classify or classify_file)
     text = None if asked else read_prompt()
-    dev = hardware.choose(device, dtype, compile, threads, training=False)
+    dev = hardware.choose(device, dtype, compile and not asked, threads, training=False)
     model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name, classifier=asked)
     print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:3])}', file=sys.stderr)
     try:

@@ -1,5 +1,6 @@
 """The printed choice of device, dtype, compile and threads; this hardware's peak FLOP/s."""
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -68,7 +69,7 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
     torch.utils.deterministic.fill_uninitialized_memory = False
     dtype, dtype_why = choose_dtype(kind, dtype, training)
     torch.set_float32_matmul_precision('high' if dtype == 'tf32' else 'highest')
-    compile, compile_why = choose_compile(kind, name, compile)
+    compile, compile_why = choose_compile(kind, name, compile, dtype, training)
     peak, peak_why = peak_flops(kind, name, dtype) if training else (0.0, 'not measured')
     return Device(name, kind, dtype, compile, peak,
                   [f'device {name} ({why})', f'dtype {dtype} ({dtype_why})',
@@ -141,12 +142,23 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
             f'this CPU multiplies bfloat16 {ratio:.1f} times as fast as float32, measured')
 
 
-def choose_compile(kind: str, name: str, compile: bool) -> tuple[bool, str]:
+@functools.cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's, for which MKL is made."""
+    return cpu_info('vendor_id') == 'GenuineIntel'
+
+
+def choose_compile(kind: str, name: str, compile: bool, dtype: str = 'float32',
+                   training: bool = True) -> tuple[bool, str]:
     """Whether torch.compile is used, and why: a small function is compiled to see if it works."""
     if not compile:
         return False, 'as asked'
     if kind == 'mps':
         return False, 'not dependable on Apple GPUs yet'
+    if not training and DTYPES[dtype] != torch.float32:
+        return False, f'to decode in {dtype}, it would convert all weights again for each token'
+    if not training and kind == 'cpu' and torch.backends.mkl.is_available() and not is_intel():
+        return False, 'it would leave single rows to MKL, which is slow for them on this CPU'
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=name))
     except Exception as e:  # whatever compilers and drivers raise: eager mode needs none of them

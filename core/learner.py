@@ -77,6 +77,7 @@ class Learner:
         skipped = optim.problem(means[0], norm, limit)
         if not skipped:
             optim.clip_gradients(sum(gradients.values(), []), self.grad_clip, norm, scaler.scale)
+        del gradients       # each goes as soon as its optimizer has made its step
         scaler.update(math.isfinite(norm))
         optim.apply_gradients(self.optimizers, factor, skip=bool(skipped))
         return means, norm, skipped, asked > 0

@@ -264,12 +264,12 @@ def writers(ranks: Ranks) -> Writers:
 
 
 def local_gradients(model, ranks: Ranks) -> dict[float, list]:
-    """What this rank holds of the gradients, by the number of ranks that hold the same. Of the
-    matrix that a last stage shares with the first one, that counts for infinitely many.
+    """What this rank holds of the gradients, by the number of ranks that hold the same; math.inf:
+    of the matrix that a last stage shares with the first one, which counts it.
     """
-    found = {}
-    shared = model.lm_head.weight if model.wte is None and model.config.tied and model.lm_head \
-        else None
+    found, shared = {}, None
+    if model.config.tied and model.wte is None and model.lm_head is not None:
+        shared = model.lm_head.weight
     for p in model.parameters():
         if p.grad is not None:
             shards = math.prod(p.device_mesh.size(i) for i, where in enumerate(p.placements)
@@ -284,7 +284,7 @@ def squared_norm(gradients: dict, dtype: torch.dtype) -> torch.Tensor:
     ranks hold, each of them counts in part, so that the sum over all ranks is the whole.
     """
     return torch.stack([torch.nn.utils.get_total_norm(grads).to(dtype) ** 2 / copies
-                        for copies, grads in gradients.items()]).sum()
+                        for copies, grads in gradients.items() if copies < math.inf]).sum()
 
 
 def spreader(ranks: Ranks):

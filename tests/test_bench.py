@@ -144,6 +144,7 @@ def test_peak_memory_by_hand():
 def test_decode_beside_transformers(run_bench, capsys, monkeypatch):
     pytest.importorskip('transformers')
     monkeypatch.setattr(train, 'compile', True)
+    monkeypatch.setattr(hardware, 'is_intel', lambda: True)
     found = run_bench(what='decode', vs='transformers', rows=2, prompt_tokens=4, new_tokens=5,
                       rounds=2)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found

@@ -151,6 +151,11 @@ def test_compile(monkeypatch):
     tried = []
     monkeypatch.setattr(torch, 'compile', lambda f: lambda x: tried.append(x.device.type) or f(x))
     assert choose_compile('cpu', 'cpu', True)[0] is True and tried == ['cpu']
+    for intel in (True, False):     # steps of a single row, which others' MKL is slow for
+        monkeypatch.setattr(hardware, 'is_intel', lambda value=intel: value)
+        compiled, _ = choose_compile('cpu', 'cpu', True, 'float32', training=False)
+        assert compiled == (intel or not torch.backends.mkl.is_available())
+        assert not choose_compile('cpu', 'cpu', True, 'bfloat16', training=False)[0]
 
     def no_compiler(f):
         raise RuntimeError('no working C++ compiler found\n\nset TORCHDYNAMO_VERBOSE=1')

@@ -237,6 +237,34 @@ def test_chunked_loss_in_the_model(monkeypatch, tied):
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
 
 
+class Operations(TorchDispatchMode):
+    """Remembers the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('fewest_rows', [1, 2])
+def test_which_library_multiplies(monkeypatch, fewest_rows):
+    """oneDNN from so many rows on, where no gradient is wanted; but not in a graph."""
+    monkeypatch.setattr(M.Linear, 'fewest_rows', fewest_rows)
+    linear = M.Linear(1024, 512)
+    for rows, grad in ((1, False), (2, False), (2, True)):
+        x = torch.randn(rows, 1024)
+        with torch.set_grad_enabled(grad), Operations() as seen:
+            y = linear(x)
+        close(y, F.linear(x, linear.weight, linear.bias))
+        wanted = linear.onednn and rows >= fewest_rows and not grad
+        assert any('mkldnn' in name for name in seen.names) == wanted
+    with torch.no_grad():
+        close(torch.compile(linear)(x), linear(x))
+
+
 class Largest(TorchDispatchMode):
     """Remembers the number of elements of the largest tensor that any operation returns."""
     numel = 0
