@@ -345,10 +345,15 @@ def bench_memory() -> dict:
 def bench_decode() -> dict:
     """New tokens per second of a preset's model with random weights, and the fraction of memory
     bandwidth; of transformers' generate too, and the ratio."""
+    if vs not in ('', 'transformers'):
+        stop(f'vs={vs}: decode is compared with transformers')
     dev = hardware.choose(train.device, train.dtype, train.compile, train.threads, training=False)
     limit = hardware.bandwidth(dev.name)
     print(*dev.why[:3], sep='\n')
     config, known = our_config()
+    if prompt_tokens + new_tokens > config.block_size:
+        stop(f'prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: together more than '
+             f'block_size={config.block_size}')
     model = build_model(config, train.seed, dev.name).eval()
     for p in model.parameters():    # zero matrices would make all tokens alike
         torch.nn.init.normal_(p, 1.0 if p.ndim < 2 else 0.0, 0.02)
@@ -362,8 +367,6 @@ def bench_decode() -> dict:
     if dev.compile:
         sides['ours_compiled'] = functools.partial(ours, compiled=True)
     if vs:
-        if vs != 'transformers':
-            stop(f'vs={vs}: decode is compared with transformers')
         theirs = peers.transformers_generate(model, dev)
         sides['transformers'] = lambda: theirs(prompts, new_tokens)
     first = {name: run() for name, run in sides.items()}    # the warm-up
@@ -745,6 +748,8 @@ def main() -> dict:
     if train.from_model():
         stop(f'init_from={train.init_from}: leave it out; what is measured is the model that the '
              'settings describe')
+    if vs and what in ('train', 'memory', 'race'):
+        peers.nanogpt_source(vs)    # before ours takes its time
     result = ways[what]()
     print(json.dumps(result))
     return result

@@ -54,14 +54,19 @@ NANO_RECIPES = {
     'gpu': NanoRecipe(6, 6, 384, 256, 64, 5000, dropout=0.2, compile=True, autocast=True)}
 
 
+def nanogpt_source(folder: str) -> Path:
+    """The model in a checkout of nanoGPT. Stops if there is none."""
+    path = Path(folder) / 'model.py'
+    if not path.is_file():
+        stop(f'vs={folder}: there is no model.py in it; give a checkout of nanoGPT')
+    return path
+
+
 class NanoGPT:
     """nanoGPT's model and its training step, as its train.py writes it."""
 
     def __init__(self, folder: str, recipe: NanoRecipe, vocab_size: int, dev, seed: int = 1337):
-        path = Path(folder) / 'model.py'
-        if not path.is_file():
-            stop(f'vs={folder}: there is no model.py in it; give a checkout of nanoGPT')
-        spec = importlib.util.spec_from_file_location('nanogpt', path)
+        spec = importlib.util.spec_from_file_location('nanogpt', nanogpt_source(folder))
         nanogpt = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(nanogpt)
         torch.manual_seed(seed)

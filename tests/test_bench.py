@@ -151,6 +151,8 @@ def test_decode_beside_transformers(run_bench, capsys, monkeypatch):
     assert found['same_tokens'] == 10 and found['transformers_ratio'] > 0
     assert 0 < found['ours_mbu'] < 1 and found['transformers_ratio_compiled'] > 0
     assert 'no peer' in refused(capsys, run_bench, what='decode', vs='no peer')
+    assert 'more than block_size' in refused(capsys, run_bench, what='decode', vs='',
+                                             prompt_tokens=10 ** 4)
 
 
 def refused(capsys, run_bench, **settings) -> str:
@@ -214,7 +216,8 @@ def test_runs(run_bench, capsys, monkeypatch, tmp_path):
     assert (tmp_path / 'out' / 'bench-runs.png').stat().st_size > 10_000
     assert 'c: has no evaluation' in capsys.readouterr().out
     assert 'no run' in refused(capsys, run_bench, what='runs', folders='c')
-    message = refused(capsys, run_bench, what='race', vs='c', peer_learning_rates='2e-3,fast')
+    message = refused(capsys, run_bench, what='race', vs=peer(tmp_path / 'peer', 1),
+                      peer_learning_rates='2e-3,fast')
     assert 'peer_learning_rates=2e-3,fast: must be numbers' in message
 
 
