@@ -1,6 +1,5 @@
 """The printed choice of device, dtype, compile and threads; this hardware's peak FLOP/s."""
 import contextlib
-import functools
 import math
 import os
 import platform
@@ -142,7 +141,6 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
             f'this CPU multiplies bfloat16 {ratio:.1f} times as fast as float32, measured')
 
 
-@functools.cache
 def is_intel() -> bool:
     """Whether the processor is Intel's, for which MKL is made."""
     return cpu_info('vendor_id') == 'GenuineIntel'
