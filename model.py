@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from core.device import is_intel
+from core.device import compile_options, is_intel
 
 CHOICES = {'arch': ('gpt', 'lstm'),
            'norm': ('rmsnorm', 'layernorm'),
@@ -195,8 +195,11 @@ def attend(q, k, v, mask, dropout: float):
         return flex_attention(q, k, v, block_mask=mask, **gqa)
     causal = mask is None and q.size(2) > 1     # a single query sees all keys
     short = q.device.type == 'cpu' and q.size(2) <= 4 * CAUSAL_BLOCK
-    if short and causal and not (gqa or dropout) and torch.compiler.is_compiling():
-        return attend_in_blocks(q, k, v)
+    if short and mask is None and not dropout and torch.compiler.is_compiling():
+        if not causal:
+            return attend_with_one(q, k, v)
+        if not gqa:
+            return attend_in_blocks(q, k, v)
     # For short windows the CPU's kernel is up to 4 times slower backward in bf16 than in fp32.
     if short and q.dtype == torch.bfloat16:
         with torch.autocast('cpu', enabled=False):
@@ -222,6 +225,16 @@ def attend_in_blocks(q, k, v):
         scores = scores.masked_fill(place > place[start:, None], -math.inf)
         parts.append(scores.softmax(dim=-1).type_as(v) @ v[:, :, :end])
     return torch.cat(parts, dim=2)
+
+
+def attend_with_one(q, k, v):
+    """Attention of one query, (B, H, 1, D), to all of k and v, (B, H or fewer, S, D), written out:
+    compiled for a CPU this is faster than its kernel, by 3% of a token's time."""
+    q = q.reshape(q.size(0), k.size(1), -1, 1, q.size(-1))      # (B, H_k, H / H_k, 1, D)
+    k, v = k[:, :, None], v[:, :, None]
+    scores = (q.float() / math.sqrt(q.size(-1)) * k).sum(dim=-1)
+    y = (scores.softmax(dim=-1)[..., None] * v).sum(dim=-2)
+    return y.flatten(1, 2)[:, :, None].type_as(v)
 
 
 class MLP(nn.Module):
@@ -769,8 +782,10 @@ def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, t
     is prefilled again. The same seed gives the same ids. With `compiled`, one graph of a GPT makes
     the steps of a token per row, whatever the length of the cache.
     """
-    step = torch.compile(model, dynamic=True) if compiled else model
     device = model.lm_head.weight.device
+    step = model
+    if compiled:
+        step = torch.compile(model, dynamic=True, options=compile_options(device.type))
     generator = torch.Generator(device).manual_seed(seed)
     rows = [list(prompt) for prompt in prompts]
     ended = [False] * len(rows)

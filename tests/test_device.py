@@ -149,7 +149,8 @@ def test_compile(monkeypatch):
     assert choose_compile('cpu', 'cpu', False) == (False, 'as asked')
     assert choose_compile('mps', 'mps', True)[0] is False
     tried = []
-    monkeypatch.setattr(torch, 'compile', lambda f: lambda x: tried.append(x.device.type) or f(x))
+    monkeypatch.setattr(torch, 'compile', lambda f, options: (
+        lambda x: tried.append(x.device.type) or f(x)))
     assert choose_compile('cpu', 'cpu', True)[0] is True and tried == ['cpu']
     for intel in (True, False):     # steps of a single row, which others' MKL is slow for
         monkeypatch.setattr(hardware, 'is_intel', lambda value=intel: value)
@@ -157,7 +158,7 @@ def test_compile(monkeypatch):
         assert compiled == (intel or not torch.backends.mkl.is_available())
         assert not choose_compile('cpu', 'cpu', True, 'bfloat16', training=False)[0]
 
-    def no_compiler(f):
+    def no_compiler(f, options):
         raise RuntimeError('no working C++ compiler found\n\nset TORCHDYNAMO_VERBOSE=1')
 
     monkeypatch.setattr(torch, 'compile', no_compiler)

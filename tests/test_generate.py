@@ -11,15 +11,17 @@ from model import KVCache, generate, sample_next
 # The KV cache
 
 
+@pytest.mark.parametrize('compiling', [False, True], ids=['eager', 'as compiled'])
 @variants
 @torch.no_grad()
-def test_cached_logits_equal_uncached(settings):
+def test_cached_logits_equal_uncached(settings, compiling, monkeypatch):
     model, idx = tiny(**settings), tokens(2, 24)
     want = model(idx)
     changed = idx.clone()
     changed[:, 8] = (changed[:, 8] + 1) % 31
     moved = (model(changed) - want).abs().amax(dim=(0, 2))
     assert moved[:8].max() == 0 and moved[8:12].min() > 1e-3     # the comparison is not empty
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: compiling)
     for chunks in ([24], [7] + [1] * 17, [6, 5, 1, 8, 4], [1] * 24):
         cache = model.new_cache(2)
         got = [model(part, cache=cache) for part in idx.split(chunks, dim=1)]
@@ -109,13 +111,15 @@ def test_generate_past_the_window_equals_the_uncached_rule(settings):
     assert list(generate(model, [[3]], 5, temperature=0)) == reference_greedy(model, [[3]], 5)
 
 
-@pytest.mark.parametrize('settings', [{}, LLAMA | {'window': 5}], ids=['gpt2', 'llama, window'])
-def test_compiled_generation_is_the_same(settings):
-    """With one graph for all lengths of the cache, filled and begun again, too."""
+@pytest.mark.parametrize(('settings', 'graphs'), [
+    ({}, (1, 3)), (LLAMA | {'window': 5}, (1, 3)), ({'arch': 'lstm'}, (3, 6))],
+    ids=['gpt2', 'llama, window', 'lstm'])
+def test_compiled_generation_is_the_same(settings, graphs):
+    """With one graph of a GPT for all lengths of the cache, filled and begun again, too."""
     torch.compiler.reset()
     model, counts = tiny(**settings), torch._dynamo.utils.counters
     counts.clear()
-    for prompts, n_graphs in (([PROMPTS[0]], 1), (PROMPTS, 3)):     # uneven, then even again
+    for prompts, n_graphs in zip(([PROMPTS[0]], PROMPTS), graphs):  # uneven, then even again
         want = ids(model, prompts, 40, temperature=0)
         assert ids(model, prompts, 40, temperature=0, compiled=True) == want
         assert counts['stats']['unique_graphs'] == n_graphs
