@@ -43,7 +43,7 @@ stop_strings = ''           # end before any of these, comma-separated; \n is a 
 seed = 1337                 # sample i uses seed + i
 device = ''                 # '': cuda, else mps, else cpu
 dtype = ''                  # '': bfloat16 where the GPU has it, else float16; float32 on a CPU
-compile = False             # compile the steps, for long texts: 20 s, then 1.1 times the speed
+compile = False             # compile the steps, for long texts: 40 s, later 10; 1.1 times the speed
 threads = 0                 # CPU threads; 0: torch's choice
 
 
