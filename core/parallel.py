@@ -167,7 +167,7 @@ def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
     of `rows` sequences it takes for per_rank of them.
     """
     n_micro = math.ceil(per_rank / rows)
-    # On a CPU the whole is 5% faster, but takes half a minute to compile, more with more layers.
+    # On a CPU the whole is at most 5% faster, but takes half a minute to compile, or more.
     options = compile_options(device.kind)
     if device.compile and ranks.plain and (device.kind != 'cpu' or model.config.arch == 'lstm'):
         model = torch.compile(model, dynamic=False, options=options)
