@@ -559,27 +559,32 @@ def bench_race() -> dict:
 
 
 def bench_runs() -> dict:
-    """Draw the validation losses of runs over steps, tokens, seconds and FLOPs."""
+    """Draw the validation losses of runs over steps, tokens, seconds and FLOPs: in bits per byte,
+    which do not depend on the tokenizer, if every run knows them."""
     paths = [Path(name) for name in folders.split(',') if name]
-    lines, best = {}, {}
+    lines = {}
     for path in paths:
         evals, starts = rundir.read_log(path, 'eval'), rundir.read_log(path, 'start')
         if not evals or not starts:
             print(f'{path}: has no evaluation in its log, left out')
             continue
         flops = starts[0].get('flops_per_token', math.nan)
-        lines[path.name] = evals, flops
-        best[str(path)] = min(e['val_loss'] for e in evals)
-        print(f'{path}: best validation loss {best[str(path)]:.4f}')
+        lines[str(path)] = evals, flops
     if not lines:
         stop(f'folders={folders}: no run with an evaluation; python bench.py runs out/*')
+    loss = 'bits_per_byte'
+    if any(e.get(loss) is None for evals, _ in lines.values() for e in evals):
+        loss = 'val_loss'
+    best = {name: min(e[loss] for e in evals) for name, (evals, _) in lines.items()}
+    for name, least in best.items():
+        print(f'{name}: best {loss} {least:.4f}')
     ways = {'steps': lambda e, _: e['step'], 'tokens': lambda e, _: e.get('tokens', math.nan),
             'seconds of training': lambda e, _: e['seconds'],
             'TFLOP': lambda e, flops: e.get('tokens', math.nan) * flops / 1e12}
-    draw('runs', [(label, 'validation loss', {
-        name: ([way(e, flops) for e in evals], [e['val_loss'] for e in evals])
+    draw('runs', [(label, loss, {
+        name: ([way(e, flops) for e in evals], [e[loss] for e in evals])
         for name, (evals, flops) in lines.items()}) for label, way in ways.items()])
-    return {'what': 'runs', 'best_val_loss': best}
+    return {'what': 'runs', 'loss': loss, 'best': best}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -205,16 +205,21 @@ def test_nanogpt_schedule():
 def test_runs(run_bench, capsys, monkeypatch, tmp_path):
     pytest.importorskip('matplotlib')
     monkeypatch.chdir(tmp_path)
-    for name, loss in (('a', 2.5), ('b', 1.5)):
+    for name, loss, bits in (('a', 2.5, 3.5), ('b', 1.5, 4.5), ('d', 2.0, None)):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'log.jsonl').write_text('\n'.join(map(json.dumps, [
             {'event': 'start', 'flops_per_token': 10},
-            {'event': 'eval', 'step': 1, 'tokens': 5, 'seconds': 0.5, 'val_loss': 3.0},
-            {'event': 'eval', 'step': 2, 'tokens': 10, 'seconds': 1.0, 'val_loss': loss}])))
+            {'event': 'eval', 'step': 1, 'tokens': 5, 'seconds': 0.5, 'val_loss': 3.0,
+             'bits_per_byte': 5.0},
+            {'event': 'eval', 'step': 2, 'tokens': 10, 'seconds': 1.0, 'val_loss': loss,
+             'bits_per_byte': bits}])))
     (tmp_path / 'c').mkdir()
-    assert run_bench(what='runs', folders='a,b,c')['best_val_loss'] == {'a': 2.5, 'b': 1.5}
+    found = run_bench(what='runs', folders='a,b,c')
+    assert found['loss'] == 'bits_per_byte' and found['best'] == {'a': 3.5, 'b': 4.5}
     assert (tmp_path / 'out' / 'bench-runs.png').stat().st_size > 10_000
     assert 'c: has no evaluation' in capsys.readouterr().out
+    found = run_bench(what='runs', folders='a,b,d')     # 'd' knows no bytes
+    assert found['loss'] == 'val_loss' and found['best'] == {'a': 2.5, 'b': 1.5, 'd': 2.0}
     assert 'no run' in refused(capsys, run_bench, what='runs', folders='c')
     message = refused(capsys, run_bench, what='race', vs=peer(tmp_path / 'peer', 1),
                       peer_learning_rates='2e-3,fast')
