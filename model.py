@@ -134,21 +134,59 @@ def sinusoid(position: torch.Tensor, n_embd: int) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear; but large matrices on a CPU, where no gradient is wanted, go through oneDNN, which
-    is faster for a few rows than MKL, torch's choice. For a single row MKL is the faster one on
-    Intel's processors; on others it reads the matrix with one core only. Graphs have MKL alone:
-    Inductor takes oneDNN's products of frozen weights only."""
+    """nn.Linear, with faster products in fp32 on a CPU.
+
+    Training, compiled: `ProductByCore`, where each core has more rows than the matrix has at
+    least; else adding up the cores' gradients of it would take longer than what is gained.
+
+    Where no gradient is wanted, eager: oneDNN for large matrices, which is faster for a few rows
+    than MKL, torch's choice. For a single row MKL is the faster one on Intel's processors; on
+    others it reads the matrix with one core only. Graphs have MKL alone: Inductor takes oneDNN's
+    products of frozen weights only.
+    """
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     fewest_rows = 2 if is_intel() else 1
 
     def forward(self, x):
-        if self.onednn and self.weight.numel() >= 1 << 19 and type(x) is torch.Tensor \
-                and x.numel() >= self.fewest_rows * self.in_features \
-                and x.dtype == self.weight.dtype == torch.float32 and x.device.type == 'cpu' \
-                and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
-                         or torch.compiler.is_compiling()):
+        if type(x) is not torch.Tensor or x.device.type != 'cpu' \
+                or not x.dtype == self.weight.dtype == torch.float32 \
+                or torch.is_autocast_enabled('cpu'):
+            return super().forward(x)
+        rows = x.numel() // self.in_features
+        if torch.compiler.is_compiling():
+            n = n_threads()
+            if torch.is_grad_enabled() and n > 1 and rows % n == 0 \
+                    and rows // n >= min(self.weight.shape):
+                y = ProductByCore.apply(x.reshape(n, -1, self.in_features), self.weight)
+                y = y.view(*x.shape[:-1], -1)
+                return y if self.bias is None else y + self.bias
+        elif self.onednn and not torch.is_grad_enabled() and self.weight.numel() >= 1 << 19 \
+                and rows >= self.fewest_rows:
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
         return super().forward(x)
+
+
+class ProductByCore(torch.autograd.Function):
+    """x W^T of x (cores, rows, C) and W (O, C): each core has its own rows in both passes, as it
+    has in the kernels between two products; what it reads lies in its cache. MKL would cut some
+    products by columns. A training step of 4 blocks of 128 channels takes 6% less time on 2 cores.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.t().expand(len(x), -1, -1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (torch.bmm(grad, weight.expand(len(x), -1, -1)),
+                torch.bmm(grad.mT, x).sum(dim=0))
+
+
+@torch.compiler.assume_constant_result
+def n_threads() -> int:
+    return torch.get_num_threads()
 
 
 class Attention(nn.Module):

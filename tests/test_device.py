@@ -1,8 +1,10 @@
 """core/device.py: what is chosen on a CPU and why, and what is refused."""
+import ctypes
 import io
 import math
 import os
 import platform
+import resource
 
 import pytest
 import torch
@@ -105,6 +107,16 @@ def test_threads(quick, monkeypatch):
     assert '2 threads' in choose(compile=False, local_world=3).why[0]
     assert '1 threads' in choose(compile=False, local_world=8).why[0]
     assert '3 threads' in choose(compile=False, threads=3, local_world=8).why[0]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='glibc only')
+def test_freed_memory_is_kept(quick):
+    """A tensor of the size of one before it takes that one's pages: none has to be cleared."""
+    choose(compile=False, threads=1)
+    torch.ones(1 << 24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)     # 64 MiB: 16,384 pages
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000
 
 
 @pytest.mark.parametrize('settings,parts', [

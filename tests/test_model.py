@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -263,6 +264,41 @@ def test_which_library_multiplies(monkeypatch, fewest_rows):
         assert any('mkldnn' in name for name in seen.names) == wanted
     with torch.no_grad():
         close(torch.compile(linear)(x), linear(x))
+
+
+@pytest.mark.parametrize('shape,frozen,bias,by_core', [
+    ((2, 6, 4), '', True, True),
+    ((12, 4), '', False, True),
+    ((2, 6, 4), 'x', True, True),
+    ((2, 6, 4), 'weight', True, True),
+    ((3, 5, 4), '', True, False),       # an odd number of rows for two cores
+    ((1, 6, 4), '', True, False),       # 3 rows for each core: fewer than 4 channels
+])
+def test_products_by_core(shape, frozen, bias, by_core):
+    """Compiled training gives each core its rows: the same output and gradients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    linear, results = M.Linear(4, 8, bias=bias), []
+    linear.weight.requires_grad_(frozen != 'weight')
+    try:
+        for f in (linear, torch.compile(linear, backend='aot_eager', fullgraph=True)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            x.requires_grad_(frozen != 'x')
+            linear.zero_grad()
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                y = f(x)
+                y.square().sum().backward()
+            assert not any(p.grad is not None and p.grad.stride() != p.stride()
+                           for p in linear.parameters())
+            results.append([y, x.grad, *(p.grad for p in linear.parameters())])
+    finally:
+        torch.set_num_threads(threads)
+        torch.compiler.reset()
+    assert ('aten::bmm' in {event.key for event in seen.key_averages()}) == by_core
+    for plain, compiled in zip(*results, strict=True):
+        assert (plain is None) == (compiled is None)
+        if plain is not None:
+            close(compiled, plain)
 
 
 class Largest(TorchDispatchMode):
