@@ -136,10 +136,11 @@ def sinusoid(position: torch.Tensor, n_embd: int) -> torch.Tensor:
 class Linear(nn.Linear):
     """nn.Linear, with faster products in fp32 on a CPU.
 
-    Training, compiled: `ProductByCore`, where each core has more rows than the matrix has at
-    least; else adding up the cores' gradients of it would take longer than what is gained.
+    Compiled, to train: `ProductByCore`, if each core has as many rows as the matrix's shorter
+    side. With fewer, the cores' gradients of the matrix, which are added up, would be larger than
+    what they come from.
 
-    Where no gradient is wanted, eager: oneDNN for large matrices, which is faster for a few rows
+    Eager, where no gradient is wanted: oneDNN for large matrices, which is faster for a few rows
     than MKL, torch's choice. For a single row MKL is the faster one on Intel's processors; on
     others it reads the matrix with one core only. Graphs have MKL alone: Inductor takes oneDNN's
     products of frozen weights only.
@@ -154,8 +155,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         rows = x.numel() // self.in_features
         if torch.compiler.is_compiling():
-            n = n_threads()
-            if torch.is_grad_enabled() and n > 1 and rows % n == 0 \
+            if torch.is_grad_enabled() and (n := n_threads()) > 1 and rows % n == 0 \
                     and rows // n >= min(self.weight.shape):
                 y = ProductByCore.apply(x.reshape(n, -1, self.in_features), self.weight)
                 y = y.view(*x.shape[:-1], -1)
@@ -167,9 +167,9 @@ class Linear(nn.Linear):
 
 
 class ProductByCore(torch.autograd.Function):
-    """x W^T of x (cores, rows, C) and W (O, C): each core has its own rows in both passes, as it
-    has in the kernels between two products; what it reads lies in its cache. MKL would cut some
-    products by columns. A training step of 4 blocks of 128 channels takes 6% less time on 2 cores.
+    """x W^T, (cores, rows, O), of x (cores, rows, C) and W (O, C): each core has its own rows in
+    both passes, as in the kernels between two products, so that what it reads lies in its cache.
+    MKL would cut some products by columns. 4 blocks of 128 channels train 7% faster on 2 cores.
     """
 
     @staticmethod
@@ -184,7 +184,7 @@ class ProductByCore(torch.autograd.Function):
                 torch.bmm(grad.mT, x).sum(dim=0))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result      # Dynamo does not trace it
 def n_threads() -> int:
     return torch.get_num_threads()
 

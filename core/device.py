@@ -146,7 +146,7 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
 
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next tensor. It would give large ones back to the
-    kernel, which clears each page anew: of a training step of GPT-2 that is a tenth."""
+    kernel and ask for new pages, which are cleared first: a tenth of a step of GPT-2."""
     if sys.platform == 'linux':
         libc = ctypes.CDLL(None)
         if hasattr(libc, 'mallopt'):
