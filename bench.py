@@ -15,8 +15,9 @@ data       prepare.py on a made-up corpus with planted duplicates, repeated pass
            items: what it finds of them, how fast each step is, the most memory of all processes
 
 What a machine can do is measured, too, by one large product of matrices and by reading memory, and
-speeds come as fractions of it (MFU, MBU). Sides take turns, round by round, after warm-up:
-median and spread. Presets and flags may set whatever train.py knows. The last line is JSON.
+speeds come as fractions of it (MFU, MBU). Sides take turns, round by round, after warm-up: median
+and spread. A peer runs in a process of its own, for ours sets much for its process; only memory is
+counted in one. Presets and flags may set whatever train.py knows. The last line is JSON.
 """
 import contextlib
 import functools
@@ -44,7 +45,7 @@ from tqdm import tqdm
 import prepare
 import train
 from core import device as hardware
-from core import optim, parallel, peers, planted, rundir
+from core import hf, optim, parallel, peers, planted, rundir
 from core import tokenizer as tokenizers
 from core.dataset import IGNORE, Tokens, Windows, load_split, share
 from core.learner import Learner, count_targets, lm_loss_sums, to_device
@@ -114,12 +115,12 @@ def our_step(learner: Learner):
     return lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0, 1.0)
 
 
-def nanogpt_like(config, dev, compiled: bool) -> peers.NanoGPT:
+def nanogpt_like(config, compiled: bool) -> peers.NanoRecipe:
     """nanoGPT's model of the same shape, trained with the same settings in the same dtype."""
-    return peers.NanoGPT(vs, peers.NanoRecipe(
+    return peers.NanoRecipe(
         config.n_layer, config.n_head, config.n_embd, config.block_size, train.batch_size,
         train.max_steps, config.dropout, config.bias, train.learning_rate, train.warmup_steps,
-        train.weight_decay, train.beta2, train.grad_clip, compiled, True), config.vocab_size, dev)
+        train.weight_decay, train.beta2, train.grad_clip, compiled, True)
 
 
 def rows_at_once(config, dev) -> int:
@@ -140,21 +141,21 @@ def random_batches(config, known: int, dev) -> list[tuple]:
              torch.zeros(shape, dtype=torch.long) if documents else None) for shape in shapes]
 
 
-def seconds_of(run, dev) -> float:
-    """Wall time of run(), the device's work included."""
+def seconds_of(run, dev, *args) -> float:
+    """Wall time of run(*args), the device's work included."""
     dev.synchronize()
     began = time.perf_counter()
-    run()
+    run(*args)
     dev.synchronize()
     return time.perf_counter() - began
 
 
-def in_turn(sides: dict, dev) -> dict[str, list[float]]:
+def in_turn(sides: dict, dev, *args) -> dict[str, list[float]]:
     """Seconds of each of the functions in `sides`, so many rounds, one after the other in each."""
     times = {name: [] for name in sides}
     for _ in tqdm(range(rounds), unit='round', leave=False, disable=rounds < 3):
         for name, run in sides.items():
-            times[name].append(seconds_of(run, dev))
+            times[name].append(seconds_of(run, dev, *args))
     return times
 
 
@@ -227,21 +228,22 @@ def bench_train() -> dict:
     config, known = our_config()
     batches = random_batches(config, known, dev)
     learner = our_learner(config, dev, train.seed)
-    sides, flops = {'ours': our_step(learner)}, {'ours': flops_per_token(learner.model)}
+    step, flops = our_step(learner), {'ours': flops_per_token(learner.model)}
+    sides = {'ours': lambda n: [step(batches) for _ in range(n)]}
     n_parameters = count_parameters(learner.model)
     for name, compiled in (('nanogpt_eager', False), ('nanogpt_compiled', True)):
         if vs and compiled <= dev.compile:
-            peer = nanogpt_like(config, dev, compiled)
-            check_size(peer.model, n_parameters)
-            sides[name], flops[name] = peer.step, peer.flops_per_token()
+            sides[name] = peers.Apart(peers.nanogpt_steps, vs, nanogpt_like(config, compiled),
+                                      config.vocab_size, dev, batches)
+            found, flops[name] = sides[name](0)
+            check_size(found, n_parameters)
     tokens = train.batch_size * config.block_size
     print(f'{n_parameters:,} parameters, {tokens:,} tokens a step in {len(batches)} micro-batches; '
           f'{rounds} rounds of {steps} steps')
-    several = lambda step, n: lambda: [step(batches) for _ in range(n)]
-    compiling = {name: seconds_of(several(step, 1), dev) for name, step in sides.items()}
-    for step in sides.values():
-        several(step, warmup)()
-    times = in_turn({name: several(step, steps) for name, step in sides.items()}, dev)
+    compiling = {name: seconds_of(run, dev, 1) for name, run in sides.items()}
+    for run in sides.values():
+        run(warmup)
+    times = in_turn(sides, dev, steps)
     result = {'what': 'train', 'device': dev.why, 'parameters': n_parameters,
               'tokens_per_step': tokens, 'torch': torch.__version__,
               'matmul_tflops': round(dev.peak_flops / 1e12, 3)}
@@ -256,17 +258,17 @@ def bench_train() -> dict:
     for peer in [*times][1:]:
         result |= ratio_of(times, peer)
     if profile:
-        write_profile(several(sides['ours'], 3))
+        write_profile(functools.partial(sides['ours'], 3))
     if plot:
         draw_speeds(times, tokens * steps)
     return result
 
 
-def check_size(peer, n_parameters: int) -> None:
-    """Stop if the peer's model is another than ours."""
-    if count_parameters(peer) != n_parameters:
-        stop(f'vs={vs}: its model has {count_parameters(peer):,} parameters, ours '
-             f'{n_parameters:,}; compare at the GPT-2 architecture (no preset)')
+def check_size(theirs: int, ours: int) -> None:
+    """Stop if the peer's model has another number of parameters than ours."""
+    if theirs != ours:
+        stop(f'vs={vs}: its model has {theirs:,} parameters, ours {ours:,}; compare at the GPT-2 '
+             'architecture (no preset)')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,9 +322,9 @@ def bench_memory() -> dict:
             print(f'{n_parameters:,} parameters, {len(batches)} micro-batches of '
                   f'{len(batches[0][0])} x {config.block_size} tokens')
         else:
-            peer = nanogpt_like(config, dev, dev.compile)
+            peer = peers.NanoGPT(vs, nanogpt_like(config, dev.compile), config.vocab_size, dev)
             model, optimizers, step = peer.model, [peer.optimizer], peer.step
-            check_size(model, n_parameters)
+            check_size(count_parameters(model), n_parameters)
         peak, curve = peak_memory(model, optimizers, functools.partial(step, batches), dev)
         curves[name] = [t for t, _ in curve], [n / 2 ** 20 for _, n in curve]
         print(f'{name:8} {peak / 2 ** 20:,.0f} MiB at most, of which '
@@ -347,6 +349,8 @@ def bench_decode() -> dict:
     bandwidth; of transformers' generate too, and the ratio."""
     if vs not in ('', 'transformers'):
         stop(f'vs={vs}: decode is compared with transformers')
+    if vs and not importlib.util.find_spec('transformers'):
+        stop('vs=transformers: it is not installed: pip install transformers')
     dev = hardware.choose(train.device, train.dtype, train.compile, train.threads, training=False)
     limit = hardware.bandwidth(dev.name)
     print(*dev.why[:3], sep='\n')
@@ -367,14 +371,15 @@ def bench_decode() -> dict:
     if dev.compile:
         sides['ours_compiled'] = functools.partial(ours, compiled=True)
     if vs:
-        theirs = peers.transformers_generate(model, dev)
-        sides['transformers'] = lambda: theirs(prompts, new_tokens)
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save(model, tokenizers.ByteTokenizer(), Path(folder) / 'hf')
+            theirs = peers.Apart(peers.transformers_generate, Path(folder) / 'hf', dev)
+        sides['transformers'] = functools.partial(theirs, prompts, new_tokens)
     first = {name: run() for name, run in sides.items()}    # the warm-up
     same = None
     if vs:
-        wanted = first.pop('transformers')[:, prompt_tokens:]
-        same = min((torch.tensor(found, device=dev.name).T == wanted).sum().item()
-                   for found in first.values())
+        wanted = torch.tensor(first.pop('transformers'))[:, prompt_tokens:]
+        same = min((torch.tensor(found).T == wanted).sum().item() for found in first.values())
         print(f'{same} of {rows * new_tokens} greedy tokens are the same')
     times = in_turn(sides, dev)
     limit = max(limit, hardware.bandwidth(dev.name))    # others may have had a part of it
@@ -409,6 +414,11 @@ def bench_decode() -> dict:
 # Races
 
 
+def race_windows(setting: peers.NanoRecipe, data: Path) -> Windows:
+    """The whole validation split, as both sides are looked at."""
+    return Windows(Tokens(data, 'val'), setting.block_size, shuffle=False)
+
+
 @torch.no_grad()
 def whole_loss(loss_sum, windows: Windows, dev) -> float:
     """Nats per token over all windows of a split, each target once; loss_sum(x, y)."""
@@ -439,11 +449,12 @@ def clocked(do_step, look, n_steps: int, every: int, dev, target: float = -math.
             'curve': curve}
 
 
-def run_peer(setting: peers.NanoRecipe, data: Path, windows: Windows, dev, seed: int) -> dict:
+def run_peer(folder: str, setting: peers.NanoRecipe, data: Path, dev, seed: int) -> dict:
     """nanoGPT's recipe to its end."""
     tokens = Tokens(data, 'train')
     ids = tokens.shards[0] if len(tokens.shards) == 1 else tokens.read(0, len(tokens))
-    peer = peers.NanoGPT(vs, setting, prepare.read_meta(data)['max_id'] + 1, dev, seed)
+    windows = race_windows(setting, data)
+    peer = peers.NanoGPT(folder, setting, prepare.read_meta(data)['max_id'] + 1, dev, seed)
 
     def do_step(i):
         peer.step([peer.batch(ids)], setting.factor(i))
@@ -515,13 +526,14 @@ def bench_race() -> dict:
     data = train.get_data(Ranks())[0]
     config, _ = our_config(data)
     stock = peer_recipe(config, dev)
-    windows = Windows(Tokens(data, 'val'), stock.block_size, shuffle=False)
+    windows = race_windows(stock, data)
     print(f'{data}: validation on all {windows.n_targets:,} targets in windows of '
           f'{stock.block_size}; evaluation stops the clock, compilation does not')
 
     @functools.cache
     def run_peer_at(rate, seed):
-        found = run_peer(replace(stock, learning_rate=rate), data, windows, dev, seed)
+        setting = replace(stock, learning_rate=rate)
+        found = peers.Apart(functools.partial, run_peer, vs, setting, data, dev, seed)()
         tell(f'nanogpt at {rate:g}, seed {seed}', found)
         return found
     rates = [stock.learning_rate, *more_rates]

@@ -1,21 +1,70 @@
-"""Other people's code, run beside ours on the same work in the same process by bench.py: nanoGPT,
-transformers, minbpe, Hugging Face's tokenizers. None of it is here: it is installed, or the folder
-of a checkout is given.
+"""Other people's code, run beside ours on the same work by bench.py: nanoGPT, transformers,
+minbpe, Hugging Face's tokenizers. None of it is here: it is installed, or the folder of a checkout
+is given.
 """
 import importlib
 import importlib.util
 import math
+import multiprocessing
+import signal
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from core import hf
 from core import tokenizer as tokenizers
 from core.settings import stop
+from model import count_parameters
+
+# ---------------------------------------------------------------------------------------------
+# A process of its own
+
+
+class Apart:
+    """A function in a process of its own, which nothing that ours sets for its process (memory that
+    is kept, deterministic algorithms) helps or hinders: it is made there by make(*args).
+
+    Stops if that process ends too soon; why, it has said itself.
+    """
+
+    def __init__(self, make, *args):
+        processes = multiprocessing.get_context('spawn')
+        self.pipe, theirs = processes.Pipe()
+        self.process = processes.Process(target=serve, daemon=True, args=(
+            theirs, torch.get_num_threads(), torch.get_float32_matmul_precision(), make, args))
+        self.process.start()
+        theirs.close()
+        self.receive()
+
+    def __call__(self, *args):
+        self.pipe.send(args)
+        return self.receive()
+
+    def receive(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            stop(f'the process of a peer ended with status {self.process.exitcode}; see above')
+
+
+def serve(pipe, threads: int, precision: str, make, args) -> None:
+    """Call what make(*args) returns with whatever comes through the pipe, and send what it returns,
+    until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C ends ours, which ends this process
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    function = make(*args)
+    pipe.send(None)
+    while True:
+        try:
+            args = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(function(*args))
+
 
 # ---------------------------------------------------------------------------------------------
 # nanoGPT
@@ -119,28 +168,36 @@ class NanoGPT:
         return 6 * n + 12 * recipe.n_layer * recipe.n_embd * recipe.block_size
 
 
+def nanogpt_steps(folder: str, recipe: NanoRecipe, vocab_size: int, dev, batches: list):
+    """A function n -> (parameters, FLOPs per token) of nanoGPT's model, after n more steps, each on
+    all of the micro-batches."""
+    peer = NanoGPT(folder, recipe, vocab_size, dev)
+
+    def run(n):
+        for _ in range(n):
+            peer.step(batches)
+        dev.synchronize()
+        return count_parameters(peer.model), peer.flops_per_token()
+    return run
+
+
 # ---------------------------------------------------------------------------------------------
 # transformers
 
 
-def transformers_generate(model, dev):
-    """A function (prompts, n_new) -> ids (B, T + n_new): greedy decoding of a model of ours by
-    transformers, with its KV cache. Stops if it is not installed."""
-    if not importlib.util.find_spec('transformers'):
-        stop('vs=transformers: it is not installed: pip install transformers')
+def transformers_generate(folder: Path, dev):
+    """A function (prompts, n_new) -> ids, B lists of T + n_new: greedy decoding of the model in a
+    Hugging Face folder by transformers, with its KV cache."""
     from transformers import AutoModelForCausalLM
-    tokenizer = tokenizers.ByteTokenizer()
-    with tempfile.TemporaryDirectory() as folder:
-        hf.save(model, tokenizer, Path(folder) / 'hf')
-        theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / 'hf').to(dev.name).eval()
-    theirs.generation_config.eos_token_id = None     # as many tokens as ours
+    model = AutoModelForCausalLM.from_pretrained(folder).to(dev.name).eval()
+    model.generation_config.eos_token_id = None     # as many tokens as ours
 
     @torch.no_grad()
     def run(prompts, n_new):
         idx = torch.tensor(prompts, device=dev.name)
         with dev.autocast():
-            return theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
-                                   max_new_tokens=n_new, pad_token_id=0, use_cache=True)
+            return model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
+                                  max_new_tokens=n_new, pad_token_id=0, use_cache=True).tolist()
     return run
 
 

@@ -106,6 +106,30 @@ def test_a_peer_of_another_size_is_refused(run_bench, capsys, tmp_path):
     assert 'no model.py' in capsys.readouterr().err
 
 
+def deterministic():
+    """A function (ends) -> whether its process is asked for deterministic algorithms."""
+    def run(ends):
+        if ends:
+            raise MemoryError('a peer needs more memory')
+        return torch.are_deterministic_algorithms_enabled()
+    return run
+
+
+def test_a_peer_has_a_process_of_its_own(capsys):
+    """Nothing that is set for ours is set there, and it ends as soon as nobody asks any more."""
+    hardware.choose('cpu', 'float32', False)
+    assert torch.are_deterministic_algorithms_enabled()
+    peer = bench.peers.Apart(deterministic)
+    process = peer.process
+    assert peer(False) is False and peer(False) is False and process.is_alive()
+    del peer
+    process.join(timeout=20)
+    assert process.exitcode == 0
+    with pytest.raises(Stop):
+        bench.peers.Apart(deterministic)(True)
+    assert 'the process of a peer ended with status 1' in capsys.readouterr().err
+
+
 def test_limits_are_measured():
     """Of a plausible size, whatever the machine."""
     rate, bytes_per_second = hardware.matmul_rate('cpu', 'float32', 256), hardware.bandwidth('cpu')
