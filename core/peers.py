@@ -2,6 +2,7 @@
 minbpe, Hugging Face's tokenizers. None of it is here: it is installed, or the folder of a checkout
 is given.
 """
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -24,9 +25,9 @@ from model import count_parameters
 
 class Apart:
     """A function in a process of its own, which nothing that ours sets for its process (memory that
-    is kept, deterministic algorithms) helps or hinders: it is made there by make(*args).
+    is kept, deterministic algorithms) helps or hinders: make(*args) makes it there.
 
-    Stops if that process ends too soon; why, it has said itself.
+    The process ends with this object. Stops if it ends sooner; why, it has said itself.
     """
 
     def __init__(self, make, *args):
@@ -39,20 +40,25 @@ class Apart:
         self.receive()
 
     def __call__(self, *args):
-        self.pipe.send(args)
+        with contextlib.suppress(ConnectionError):  # nobody is there: receive says so
+            self.pipe.send(args)
         return self.receive()
+
+    def __del__(self):
+        self.process.terminate()
+        self.process.join()     # what is timed next has the machine for itself
 
     def receive(self):
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
             stop(f'the process of a peer ended with status {self.process.exitcode}; see above')
 
 
 def serve(pipe, threads: int, precision: str, make, args) -> None:
     """Call what make(*args) returns with whatever comes through the pipe, and send what it returns,
-    until the other end is closed."""
+    until nobody is at the other end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C ends ours, which ends this process
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
