@@ -168,7 +168,8 @@ def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
     """
     n_micro = math.ceil(per_rank / rows)
     # On a CPU the whole is at most 5% faster, but takes half a minute to compile, or more.
-    options = compile_options(device.kind)
+    # What cuts matrices passes its mesh to operators, which cannot be done from C++.
+    options = compile_options(device.kind) if ranks.tp == 1 else {}
     if device.compile and ranks.plain and (device.kind != 'cpu' or model.config.arch == 'lstm'):
         model = torch.compile(model, dynamic=False, options=options)
     elif device.compile:

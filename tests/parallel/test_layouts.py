@@ -29,6 +29,7 @@ FEW = {
     2: [Case(), Case({}, GPT2, MUON),
         Case(dict(zero=2), TIED), Case(dict(zero=3), GPT2), Case(dict(zero=3), {}, MUON),
         Case(dict(tp=2), GPT2), Case(dict(tp=2), TIED, MUON), Case(SP),
+        Case(SP, compile=True, rows=2, dtype='float32'),
         Case(dict(pp=2), GPT2), Case(dict(pp=2, pp_schedule='gpipe'), documents=True),
         Case(dict(pp=2, pp_schedule='interleaved'), TIED)],
     4: [Case(dict(zero=2, tp=2), {}, MUON), Case(dict(zero=3, **SP), GPT2),
