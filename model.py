@@ -148,6 +148,10 @@ class Linear(nn.Linear):
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     fewest_rows = 2 if is_intel() else 1
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cores = torch.get_num_threads()    # which Dynamo would not trace
+
     def forward(self, x):
         if type(x) is not torch.Tensor or x.device.type != 'cpu' \
                 or not x.dtype == self.weight.dtype == torch.float32 \
@@ -155,7 +159,7 @@ class Linear(nn.Linear):
             return super().forward(x)
         rows = x.numel() // self.in_features
         if torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and (n := n_threads()) > 1 and rows % n == 0 \
+            if torch.is_grad_enabled() and (n := self.cores) > 1 and rows % n == 0 \
                     and rows // n >= min(self.weight.shape):
                 y = ProductByCore.apply(x.reshape(n, -1, self.in_features), self.weight)
                 y = y.view(*x.shape[:-1], -1)
@@ -182,11 +186,6 @@ class ProductByCore(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         return (torch.bmm(grad, weight.expand(len(x), -1, -1)),
                 torch.bmm(grad.mT, x).sum(dim=0))
-
-
-@torch.compiler.assume_constant_result      # Dynamo does not trace it
-def n_threads() -> int:
-    return torch.get_num_threads()
 
 
 class Attention(nn.Module):

@@ -4,6 +4,9 @@
 order: cut into pipeline stages, tensor parallelism inside the blocks, sharding of parameters
 (FSDP2, which is ZeRO). Compilation and DDP go around what has got its memory. Everything runs on
 CPUs with gloo, too: that is how tests prove it equal to one process.
+
+torch.distributed's DTensor and FSDP take a second to import. So they are imported where parameters
+are cut or sharded, and a tensor that lies on several ranks is told by its `placements`.
 """
 import contextlib
 import copy
@@ -12,19 +15,6 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    PrepareModuleOutput,
-    RowwiseParallel,
-    SequenceParallel,
-    loss_parallel,
-    parallelize_module,
-)
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 from core import optim, processes
@@ -105,6 +95,15 @@ def cut_matrices(model, ranks: Ranks) -> None:
     With sequence_parallel (Korthikanti et al. 2022) what lies between them, norms and residual
     stream, is cut by positions inside the blocks of a stage.
     """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        PrepareModuleOutput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
     mesh, whole = ranks.mesh['tp'], Replicate()
     cut = Shard(1) if ranks.sequence_parallel else whole
     rest = (None, None, None, None)     # of a block's and an attention's arguments after x
@@ -143,9 +142,14 @@ def cut_matrices(model, ranks: Ranks) -> None:
             output_layouts=cut, desired_output_layouts=whole))
 
 
+def is_cut(x) -> bool:
+    """Whether a tensor lies on several ranks, as a DTensor."""
+    return hasattr(x, 'placements')
+
+
 def gathered(x):
     """A DTensor's whole values; anything else as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_cut(x) else x
 
 
 def shard(part, ranks: Ranks) -> None:
@@ -155,6 +159,7 @@ def shard(part, ranks: Ranks) -> None:
     its last; ZeRO-3 gathers and frees the parameters of each block in each pass. (Under pipelining
     the schedule decides: they stay whole during a step.)
     """
+    from torch.distributed.fsdp import fully_shard
     mesh = ranks.mesh['replicas', 'shards'] if ranks.replicas > 1 else ranks.mesh['shards']
     for block in part.h.values():
         fully_shard(block, mesh=mesh, reshard_after_forward=ranks.zero == 3)
@@ -190,7 +195,10 @@ def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
 
 def passes(ranks: Ranks):
     """The context of forward and backward passes: losses are taken of cut logits."""
-    return loss_parallel() if ranks.tp > 1 else contextlib.nullcontext()
+    if ranks.tp == 1:
+        return contextlib.nullcontext()
+    from torch.distributed.tensor.parallel import loss_parallel
+    return loss_parallel()
 
 
 @contextlib.contextmanager
@@ -198,10 +206,10 @@ def accumulate(model, ranks: Ranks, last: bool):
     """The context of a micro-batch's passes: where parameters stay whole, only the last one
     exchanges gradients.
     """
-    if isinstance(model, FSDPModule) and ranks.zero == 2:
+    if ranks.zero == 2:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
-    elif isinstance(model, FSDPModule):
+    elif ranks.zero:
         model.set_requires_all_reduce(last)
     quiet = isinstance(model, DistributedDataParallel) and not last
     with passes(ranks), model.no_sync() if quiet else contextlib.nullcontext():
@@ -222,7 +230,7 @@ def looking_on(model):
     finally:
         model.train()
         for module in model.modules():
-            if isinstance(module, FSDPModule):
+            if hasattr(module, 'reshard'):      # FSDP's
                 module.reshard()
 
 
@@ -232,13 +240,14 @@ def looking_on(model):
 
 def local(x: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, sharing its memory."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_cut(x) else x
 
 
 @torch.no_grad()
 def put(target: torch.Tensor, values: torch.Tensor) -> None:
     """Fill a tensor, or the part of it on this rank, from its whole values."""
-    if isinstance(target, DTensor):
+    if is_cut(target):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
         shape, offset = compute_local_shape_and_global_offset(
             target.shape, target.device_mesh, target.placements)
         values = values[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
@@ -250,7 +259,7 @@ def complete_gradients(model, ranks: Ranks) -> None:
     matrix that the first and the last stage share.
     """
     for p in model.parameters():
-        if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+        if is_cut(p.grad) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     if ranks.pp > 1 and model.config.tied and ranks.pp_rank in (0, ranks.pp - 1):
         matrix = model.wte if model.wte is not None else model.lm_head
@@ -276,7 +285,7 @@ def local_gradients(model, ranks: Ranks) -> dict[float, list]:
     for p in model.parameters():
         if p.grad is not None:
             shards = math.prod(p.device_mesh.size(i) for i, where in enumerate(p.placements)
-                               if not where.is_replicate()) if isinstance(p, DTensor) else 1
+                               if not where.is_replicate()) if is_cut(p) else 1
             copies = math.inf if p is shared else ranks.dp * ranks.tp // shards
             found.setdefault(copies, []).append(local(p.grad))
     return found
@@ -302,8 +311,9 @@ def spread(ranks: Ranks, iterate, matrices: list, dtype) -> list:
     The matrices are equally large and lie on the mesh in the same way, in parts or as copies: one
     all-to-all deals them out, another one (with copies an all-gather) brings the results back.
     """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
     first, stack = matrices[0], torch.stack([local(m) for m in matrices]).to(dtype)
-    if isinstance(first, DTensor):
+    if is_cut(first):
         mesh, placements = first.device_mesh, [behind_stack(p) for p in first.placements]
     else:
         mesh, placements = ranks.mesh['replicas'], [Replicate()]
@@ -314,7 +324,7 @@ def spread(ranks: Ranks, iterate, matrices: list, dtype) -> list:
         placements=[Shard(0)] * mesh.ndim)
     done = DTensor.from_local(iterate(dealt.to_local()), mesh, dealt.placements, **shape)
     parts = done.redistribute(placements=placements).to_local().to(first.dtype).unbind()
-    if not isinstance(first, DTensor):
+    if not is_cut(first):
         return parts
     return [DTensor.from_local(part, mesh, first.placements, run_check=False, shape=first.shape,
                                stride=first.stride()) for part in parts]
@@ -324,6 +334,8 @@ def behind_stack(placement):
     """How a stack of matrices lies where each matrix lies like that: dimension 0 comes before."""
     if placement.is_replicate():
         return placement
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
     if isinstance(placement, Shard):
         return Shard(placement.dim + 1)
     return _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
