@@ -363,6 +363,7 @@ def main() -> dict:
     dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
     at = checkpoint.Progress(evaluated=-1)
     processes.start(ranks, dev, timeout_minutes, at)
+    dev = hardware.agree(dev, processes.exchange)
     print0(*dev.why, *why, sep='\n')
 
     # Model and data

@@ -9,7 +9,6 @@ resumes an unfinished run.
 import functools
 import importlib.util
 import math
-import statistics
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -103,7 +102,8 @@ grad_clip = 1.0                 # largest gradient norm; 0: no clipping
 spike_sigma = 0.0               # skip steps whose gradient norm is so far out; 0: none
 # schedule
 max_steps = 20_000              # 20,000 x 480 x 1,024 tokens = 9.8 billion
-max_minutes = 0.0               # if given: a few steps are timed and max_steps follows from it
+max_minutes = 0.0               # if given: train for so long, whatever the number of steps; the
+                                # schedule is that of max_steps, stretched to this time
 schedule = 'cosine'             # cosine, linear, wsd or constant
 warmup_steps = 700
 decay_fraction = 0.5            # wsd: the part of all steps over which the rate falls
@@ -154,7 +154,7 @@ def check_settings() -> None:
     for service in ('wandb', 'tensorboard'):
         if globals()[service] and not importlib.util.find_spec(service):
             stop(f'{service}=True: it is not installed: pip install {service}')
-    if warmup_steps >= max_steps and not max_minutes:
+    if warmup_steps >= max_steps:
         warn(f'warmup_steps={warmup_steps}: as long as max_steps={max_steps}, so the learning rate '
              'never reaches its peak')
     fixed = [name for name in ('n_layer', 'n_head', 'n_embd') if name in FLAGS]
@@ -373,12 +373,28 @@ def make_sample(model, tokenizer, asked=lambda: False) -> str:
     return tokenizer.decode(ids)
 
 
+def schedule_step(at) -> float:
+    """Where a run is on its schedule, 0 to max_steps: its step or, with max_minutes, the share of
+    the time that it has used."""
+    if not max_minutes:
+        return at.step
+    return min(1.0, at.seconds / (60 * max_minutes)) * max_steps
+
+
+def is_over(at) -> bool:
+    """Whether a run has done its steps or used its time, to the nearest step."""
+    if not max_minutes:
+        return at.step == max_steps
+    half_a_step = at.seconds / max(1, at.step) / 2
+    return at.step > 0 and at.seconds + half_a_step >= 60 * max_minutes
+
+
 def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked, pipe) -> bool:
     """Evaluate and write a sample, if step `at.step` is one for it; both go to the log and into at.
 
     Returns whether asked() said to stop meanwhile: then nothing is noted, and both are still due.
     """
-    text, scores, ends = '', (), at.step == at.max_steps
+    text, scores, ends = '', (), is_over(at)
     sampling = sample_interval and at.step % sample_interval == 0 and not ends
     evaluating = at.step % eval_interval == 0 or ends
     if sampling:
@@ -404,8 +420,8 @@ def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked, p
 def resume(at, state: dict, run: Path, learner: Learner) -> None:
     """Go back to where a checkpoint was saved. Stops if the run has done more than max_steps."""
     at.restore(state)
-    at.max_steps = at.max_steps if max_minutes else max_steps
-    if at.step > at.max_steps:
+    at.max_steps = max_steps
+    if at.step > max_steps and not max_minutes:
         stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
     learner.restore(run, state)
 
@@ -462,6 +478,7 @@ def main() -> dict:
     dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
     at = checkpoint.Progress(max_steps=max_steps)
     processes.start(ranks, dev, timeout_minutes, at)
+    dev = hardware.agree(dev, processes.exchange)
     print0(*dev.why, *why, sep='\n')
 
     # Data, run directory, model
@@ -521,11 +538,6 @@ def main() -> dict:
         print0(f'compiled in {compile_seconds:.1f} s')
     if state:
         resume(at, state, run, learner)
-    elif max_minutes:
-        each = statistics.median(learner.time_steps(do_step, 8))
-        at.max_steps = processes.broadcast(max(1, int(60 * max_minutes / each)))
-    if max_minutes:
-        print0(f'max_minutes={max_minutes:g}: {at.max_steps:,} steps')
     log = rundir.Log(None)
     if first:
         settings = settings_of(globals())
@@ -538,12 +550,13 @@ def main() -> dict:
 
     # The loop. A turn begins with what is due between two steps, so that a run that was stopped in
     # the middle of an evaluation begins with that evaluation when it goes on.
-    bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)
+    bar = tqdm(total=None if max_minutes else max_steps, initial=at.step, unit='step',
+               disable=ranks.rank != 0)
     saved, stopping, times = replace(at), False, []
     with rundir.StopRequest() as request:
         asked = lambda: processes.any_rank(bool(request.asked))
         while True:
-            ends = at.step == at.max_steps
+            ends = is_over(at)
             if not stopping and at.evaluated < at.step:
                 stopping = take_stock(at, log, model, val_windows, tokenizer, rows, dev, ranks,
                                       asked, pipe)
@@ -556,12 +569,14 @@ def main() -> dict:
             if stopping or ends:
                 break
             began = time.perf_counter()
-            factor = optim.schedule(at.step, at.max_steps, schedule, warmup_steps, decay_fraction,
-                                    min_lr_fraction)
+            factor = optim.schedule(schedule_step(at), max_steps, schedule, warmup_steps,
+                                    decay_fraction, min_lr_fraction)
             limit = optim.spike_limit(at.grad_norms, spike_sigma)
             (loss,), grad_norm, skipped, stopping = do_step(at.step, factor, limit, request)
             times.append(time.perf_counter() - began)
             at.step, at.seconds = at.step + 1, at.seconds + times[-1]
+            if max_minutes:     # all ranks go by the clock of rank 0, or their rates would differ
+                at.seconds = processes.broadcast(at.seconds)
             bar.update()
             if skipped:
                 learner.note_skip(at, log, bar, saver, skipped, train_loss=loss,
@@ -570,14 +585,17 @@ def main() -> dict:
                 continue
             at.skipped_in_a_row = 0
             at.grad_norms = [*at.grad_norms, grad_norm][-100:] if spike_sigma else []
-            if at.step % log_interval == 0 or at.step == at.max_steps:
+            if at.step % log_interval == 0 or is_over(at):
                 speed = len(times) * tokens_per_step / sum(times)
-                mfu = flops * speed / (dev.peak_flops * ranks.world)
+                mfu = flops * speed / (dev.peak_flops * ranks.world) if dev.peak_flops else None
                 log.write('step', step=at.step, tokens=at.step * tokens_per_step,
                           seconds=at.seconds, train_loss=loss, grad_norm=grad_norm,
                           learning_rate=learner.optimizers[0].param_groups[0]['lr'],
                           tokens_per_second=speed, mfu=mfu)
-                bar.set_postfix_str(f'loss {loss:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.1%}')
+                bar.set_postfix_str(f'loss {loss:.4f}, {speed:,.0f} tokens/s'
+                                    + (f', MFU {mfu:.1%}' if mfu else '')
+                                    + (f', {at.seconds / 60:.1f} of {max_minutes:g} minutes'
+                                       if max_minutes else ''))
                 times = []
         bar.close()
         if saver:

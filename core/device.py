@@ -6,7 +6,8 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +29,7 @@ class Device:
     kind: str               # cuda, mps or cpu
     dtype: str              # of the matrix products; weights are always fp32 masters
     compile: bool
-    peak_flops: float       # per second, of matrix products in dtype
+    peak_flops: float       # per second, of matrix products in dtype, by the data sheet; 0: unknown
     why: list[str]          # a line for each choice
 
     def autocast(self, cache: bool = True):
@@ -65,18 +66,43 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
         why += f', {threads} threads'
     if kind == 'cuda':
         torch.cuda.set_device(name)
-    # Compiled for a CPU, the backward pass of an embedding adds in whatever order threads come,
-    # unless told not to; then it is no slower, and two runs are equal bit for bit.
-    torch.use_deterministic_algorithms(kind == 'cpu')
-    torch.utils.deterministic.fill_uninitialized_memory = False
     dtype, dtype_why = choose_dtype(kind, dtype, training)
     torch.set_float32_matmul_precision('high' if dtype == 'tf32' else 'highest')
     compile, compile_why = choose_compile(kind, name, compile, dtype, training)
-    peak, peak_why = peak_flops(kind, name, dtype) if training else (0.0, 'not measured')
+    # Compiled for a CPU, the backward pass of an embedding adds in whatever order threads come,
+    # unless told not to; then it is no slower, and two runs are equal bit for bit. Eager training
+    # is so anyway; there the switch would only cost the second in which it imports the compiler.
+    deterministic = kind == 'cpu' and compile
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    peak = peak_flops(kind, name, dtype)
     return Device(name, kind, dtype, compile, peak,
                   [f'device {name} ({why})', f'dtype {dtype} ({dtype_why})',
                    f'compile {"on" if compile else "off"} ({compile_why})',
-                   f'peak {peak / 1e12:.3g} TFLOP/s ({peak_why})'])
+                   f'peak {peak / 1e12:.3g} TFLOP/s (data sheet)' if peak else
+                   'peak unknown: no MFU is given (bench.py train measures it)'])
+
+
+def agree(device: Device, exchange: Callable) -> Device:
+    """The same device, with what all ranks can do: dtype and compile must not differ among them, or
+    they would add up gradients of different scales, and wait for each other's compilers.
+
+    `exchange(value)` gives the values of all ranks. Stops if some have a GPU and others none.
+    """
+    found = exchange([device.kind, device.dtype, device.compile])
+    kinds, dtypes = {kind for kind, _, _ in found}, {dtype for _, dtype, _ in found}
+    if len(kinds) > 1:
+        stop(f'the ranks have different devices ({", ".join(sorted(kinds))}); give one that all '
+             'have, such as --device=cpu')
+    if len(dtypes) > 1:     # what a GPU without bfloat16 can do, every other GPU can, too
+        dtype = 'float16' if dtypes == {'float16', 'bfloat16'} else 'float32'
+        device.why[1] = f'dtype {dtype} (the ranks would choose {" and ".join(sorted(dtypes))})'
+        device = replace(device, dtype=dtype, peak_flops=0.0)
+    if device.compile and not all(compile for _, _, compile in found):
+        device.why[2] = 'compile off (it fails on another rank)'
+        device = replace(device, compile=False)
+    return device
 
 
 def choose_device(device: str, local_rank: int) -> tuple[str, str, str]:
@@ -135,16 +161,15 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
         return 'float32', 'mixed precision is untested on Apple GPUs'
     if not training:
         return 'float32', 'on a CPU, the fastest for one row at a time'
-    if not {'avx512_bf16', 'amx_bf16'} & set(cpu_info('flags').split()):
-        return 'float32', 'this CPU has no instructions for bfloat16'
-    # Having them is not enough: AMD's Zen 4 multiplies bfloat16 at twice the speed of float32, an
-    # Intel Xeon whose AMX the hypervisor hides at half of it. In turn: a moment in which others
-    # have the CPU must not decide.
-    bf16, fp32 = (max(rates) for rates in zip(*(
-        [matmul_rate('cpu', each, 512) for each in ('bfloat16', 'float32')] for _ in range(3))))
-    ratio = bf16 / fp32
-    return ('bfloat16' if ratio > 1 else 'float32',
-            f'this CPU multiplies bfloat16 {ratio:.1f} times as fast as float32, measured')
+    # A rule, not a stopwatch: on a busy machine a measurement would choose differently from start
+    # to start. Products of 1,024 x 1,024, bfloat16 beside float32: an Intel Xeon with AMX 4 times
+    # as fast, AMD's Zen 4 twice, an Intel Xeon with AVX-512 alone half as fast.
+    flags = cpu_info('flags').split()
+    if 'amx_bf16' in flags:
+        return 'bfloat16', 'this CPU multiplies it in its matrix unit, AMX'
+    if 'avx512_bf16' in flags and not is_intel():
+        return 'bfloat16', 'this CPU multiplies it at twice the speed of float32'
+    return 'float32', 'faster on this CPU, whose instructions for bfloat16 are slow or missing'
 
 
 def keep_freed_memory() -> None:
@@ -204,14 +229,15 @@ def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int
     return math.ceil(per_rank / math.ceil(per_rank / most))
 
 
-def peak_flops(kind: str, name: str, dtype: str) -> tuple[float, str]:
-    """Peak FLOP/s of matrix products: from the data sheet, or measured where none is known."""
+def peak_flops(kind: str, name: str, dtype: str) -> float:
+    """FLOP/s of matrix products in a 16-bit dtype, from the data sheet; 0 where none is known: a
+    peak that was measured while other programs run would make MFU a guess."""
     if kind == 'cuda' and DTYPES[dtype] != torch.float32:
         words = f' {torch.cuda.get_device_name(name)} '.replace('-', ' ')
         for key, tflops in PEAK_TFLOPS.items():
             if f' {key} ' in words:
-                return tflops * 1e12, 'data sheet'
-    return matmul_rate(name, dtype, 1024 if kind == 'cpu' else 4096), 'measured'
+                return tflops * 1e12
+    return 0.0
 
 
 def matmul_rate(name: str, dtype: str, size: int) -> float:

@@ -20,11 +20,6 @@ TINY = dict(batch_size=4, block_size=32, n_layer=2, n_head=2, n_embd=32, norm='r
             warmup_steps=2, eval_interval=3, log_interval=1, sample_tokens=20, compile=False,
             device='cpu', dtype='float32', threads=1, learning_rate=3e-3)
 
-def quick_peak(kind, name, dtype):
-    """Instead of measuring for half a second what this machine can do."""
-    return 1e11, 'assumed'
-
-
 TABLES = {}     # what tests/parallel compared and counted: title -> rows of cells, header first
 FAULTS = {}     # what tests/faults did: fault -> (number of tries, what came of it)
 
@@ -90,7 +85,6 @@ def run_train(tmp_path, text_file, monkeypatch):
             for name, value in settings.items():
                 patch.setattr(train, name, value)
             patch.setattr(train, 'CONFIG', 'tiny')
-            patch.setattr(train.hardware, 'peak_flops', quick_peak)
             return train.main()
 
     threads = torch.get_num_threads()
@@ -152,6 +146,5 @@ def run_stage(base, monkeypatch):
         with monkeypatch.context() as patch:
             for name, value in {'run_dir': base, **TUNED, **settings}.items():
                 patch.setattr(script, name, value)
-            patch.setattr(script.hardware, 'peak_flops', quick_peak)
             return script.main()
     return run

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, quick_peak
+from conftest import TINY
 
 import bench
 import train
@@ -45,7 +45,6 @@ def run_bench(monkeypatch, tmp_path):
     """run_bench(**settings of bench): one short round at a tiny GPT-2."""
     for name, value in GPT2.items():
         monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(hardware, 'peak_flops', quick_peak)
     real = hardware.matmul_rate
     monkeypatch.setattr(hardware, 'matmul_rate', lambda name, dtype, size: real(name, dtype, 128))
     threads = torch.get_num_threads()
@@ -115,9 +114,10 @@ def deterministic():
     return run
 
 
-def test_a_peer_has_a_process_of_its_own(capsys):
+def test_a_peer_has_a_process_of_its_own(capsys, monkeypatch):
     """Nothing that is set for ours is set there, and it ends with the object."""
-    hardware.choose('cpu', 'float32', False)
+    monkeypatch.setattr(hardware, 'choose_compile', lambda *_: (True, ''))
+    hardware.choose('cpu', 'float32')
     assert torch.are_deterministic_algorithms_enabled()
     peer = bench.peers.Apart(deterministic)
     process = peer.process

@@ -320,12 +320,58 @@ def test_evaluation_of_documents(corpus):
     assert results[None, 8] != pytest.approx(expected, rel=1e-3)
 
 
-def test_max_minutes_fixes_the_number_of_steps(run_train):
-    out = run_train(max_minutes=0.02, eval_interval=10_000, log_interval=10_000)
-    assert out['step'] > 5
-    assert 0.1 < out['seconds'] < 12
-    start, = rundir.read_log(out['run_dir'], 'start')
-    assert start['max_steps'] == out['step']
+class Clock:
+    """In place of the module time: a step takes what seconds_of(number of the step) says."""
+
+    def __init__(self, seconds_of):
+        self.seconds_of, self.now, self.calls = seconds_of, 0.0, 0
+        self.time = time.time
+
+    def perf_counter(self):
+        self.calls += 1         # the loop asks before and after each step
+        if self.calls % 2 == 0:
+            self.now += self.seconds_of(self.calls // 2)
+        return self.now
+
+
+@pytest.mark.parametrize('seconds_of', [
+    lambda step: 0.5, lambda step: 0.4 if step < 70 else 0.8, lambda step: 0.8 if step < 50 else
+    0.4, lambda step: 0.3 + 0.6 * (step % 2)], ids=['steady', 'slower', 'faster', 'uneven'])
+@pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
+def test_max_minutes(run_train, monkeypatch, seconds_of, schedule):
+    """A run takes the minutes that it was given, to 5%, on a machine that becomes twice as fast or
+    as slow; its rates follow the time, down to their end."""
+    monkeypatch.setattr(train, 'time', Clock(seconds_of))
+    out = run_train(max_minutes=1.0, max_steps=1000, warmup_steps=100, eval_interval=10_000,
+                    schedule=schedule, n_layer=1)
+    assert out['seconds'] == pytest.approx(60, rel=0.05)
+    for event in rundir.read_log(out['run_dir'], 'step'):
+        before = event['seconds'] - seconds_of(event['step'])
+        assert event['learning_rate'] == pytest.approx(3e-3 * optim.schedule(
+            before / 60 * 1000, 1000, schedule, 100, 0.5, 0.1))
+    assert event['learning_rate'] < 0.15 * 3e-3    # close to min_lr_fraction
+
+
+def test_max_minutes_is_resumed(run_train, monkeypatch):
+    """The rest of the time is used, and no more."""
+    monkeypatch.setattr(train, 'time', Clock(lambda step: 1.0))
+
+    class Killed(BaseException):
+        """As by SIGKILL."""
+
+    def killed(at, *args):
+        if at.step == 40:
+            raise Killed
+        return look(at, *args)
+
+    look = train.take_stock
+    settings = dict(max_minutes=1.0, eval_interval=20, n_layer=1, out_dir='out/timed')
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, 'take_stock', killed)
+        run_train(**settings)
+    out = run_train(**settings)
+    assert out['run_dir'] == 'out/timed' and 57 <= out['seconds'] <= 63 and out['step'] == 60
+    assert 'resume' in [event['event'] for event in rundir.events('out/timed')]
 
 
 def test_activation_checkpointing_and_bfloat16(run_train):

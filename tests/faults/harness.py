@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import FAULTS, TINY, quick_peak
+from conftest import FAULTS, TINY
 from safetensors.torch import load_file
 
 import train
@@ -54,7 +54,6 @@ def child(folder, output, env, stage, settings, inject) -> None:
     for name, value in {**(TINY if stage == 'train' else {}), **settings}.items():
         setattr(script, name, value)
     script.CONFIG = 'tiny'
-    script.hardware.peak_flops = quick_peak
     if inject:
         inject(script, int(env.get('RANK', 0)))
     try:
