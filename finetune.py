@@ -255,10 +255,10 @@ def run_identity(facts: dict, tokenizer, source, config) -> dict:
             'source': checkpoint.source_hash(model_module.__file__)}
 
 
-def loss_sums(trained, batch) -> torch.Tensor:
-    """The weighted loss of a micro-batch of Rows."""
+def loss_sums(trained, batch, whole: bool = False) -> torch.Tensor:
+    """The weighted loss of a micro-batch of Rows; `whole`: all its weights are 0 or 1."""
     x, y, doc, weight = batch
-    if not (prompt_loss_weight or balance):     # weights are 0 and 1: logits never exist at once
+    if whole:       # logits never exist at once
         return trained(x, y, doc=doc, reduction='sum')[None]
     return (trained(x, y, doc=doc, reduction='none') * weight).sum()[None]
 
@@ -417,7 +417,9 @@ def main() -> dict:
         shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)
         batches = [train_rows.batch(samples) for samples in shares]
         n_targets = sum(weight.sum() for *_, weight in batches)
-        return learner.step(batches, loss_sums, n_targets, step, factor, *rest)
+        whole = all(((weight == 0) | (weight == 1)).all() for *_, weight in batches)
+        return learner.step(batches, functools.partial(loss_sums, whole=whole), n_targets, step,
+                            factor, *rest)
 
     model.train()
     if dev.compile or ranks.world > 1:      # as in train.py

@@ -426,7 +426,7 @@ def batches(sources: list[Source], options: dict, tally: Tally) -> Iterator[list
     """All records in order, some megabytes at a time: lists of (number of the source, record)."""
     total = sum(os.path.getsize(path) for source in sources for path in source.files
                 if path.exists())
-    batch, size, before, told = [], 0, 0, set()
+    batch, size, before = [], 0, 0
     with tqdm(total=total, unit='B', unit_scale=True, desc='cleaning', leave=False,
               disable=total < 4 * BATCH) as bar:
         for number, path in ((i, path) for i, source in enumerate(sources)
@@ -434,9 +434,6 @@ def batches(sources: list[Source], options: dict, tally: Tally) -> Iterator[list
             try:
                 for record in documents.read(path, options['encoding'], options['errors'],
                                              options['text_column']):
-                    if record.encoding not in ('utf-8', 'utf-8-sig') and path not in told:
-                        told.add(path)
-                        tqdm.write(f'{path}: not UTF-8, read as {record.encoding}')
                     batch.append((number, record))
                     size += len(record.data)
                     if size >= BATCH:

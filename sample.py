@@ -17,7 +17,7 @@ import torch
 
 from core import checkpoint, records
 from core import device as hardware
-from core.documents import Bad
+from core.documents import Bad, read, suffix
 from core.settings import Stop, check_bounds, configure, stop, warn
 from model import generate, pad_rows
 
@@ -238,8 +238,9 @@ def texts_to_classify() -> list[str]:
         return [classify]
     path = Path(classify_file)
     try:
-        if path.suffix == '.txt':
-            texts = [line for line in records.read_text(path).splitlines() if line.strip()]
+        if suffix(path) == '.txt':
+            text = ''.join(record.data for record in read(path, '', 'strict', ''))
+            texts = [line for line in text.split('\n') if line.strip()]
         else:
             texts = [records.text_of(where, row, 'text') for where, row in
                      records.rows_of(path, ('text',))]

@@ -68,7 +68,7 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
     cut = clean.bands_and_rows(options['near_duplicates'] or 1)
     for source, record in records:
         try:
-            found = list(documents.parse(record, options['text_column']))
+            found = list(documents.parse(record, options['text_column'], options['errors']))
         except Bad as e:
             tally.bad.append(str(e))
             continue

@@ -1,4 +1,4 @@
-"""Files of any format -> documents: text, web pages, JSON lines, tables, Parquet, each also as .gz.
+"""Files of any format -> documents: text, web pages, notebooks, JSON, tables, Parquet, also as .gz.
 
 Reading has two halves. `read` goes through files in order, in one process, and yields records:
 bytes or text of a few megabytes at most, with the place they come from. `parse` makes documents of
@@ -6,53 +6,38 @@ a record; that is the slow half, which prepare.py gives to several processes.
 Whatever cannot be read raises Bad with file, line or row, and a remedy.
 """
 import codecs
-import csv
 import glob
 import gzip
 import io
-import json
 import os
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import charset_normalizer  # comes with requests
+from tqdm import tqdm
 
-TEXT, TABLES = ('.txt', '.md', '.rst', '.py'), ('.csv', '.tsv')
-SUFFIXES = (*TEXT, '.html', '.htm', '.jsonl', *TABLES, '.parquet')
+from core import tables
+from core.processes import find_ranks
+from core.tables import JSON_LINES, REMEDY, TABLES, Bad, Record, detect, is_encoding, suffix
+
+TEXT = ('.txt', '.md', '.rst', '.py')
+# What is read in folders. A .json file, which there is mostly one of settings, has to be named.
+SUFFIXES = (*TEXT, '.html', '.htm', '.ipynb', *JSON_LINES, *TABLES, '.parquet')
+# What is no text, though some of it looks like it: by its suffix, and by its first bytes.
+REFUSED = ('.rtf', '.pdf', '.ps', '.doc', '.docx', '.odt', '.epub', '.pptx', '.xls', '.xlsx',
+           '.zip', '.tar', '.7z', '.bz2', '.xz', '.zst', '.png', '.jpg', '.jpeg', '.gif', '.webp',
+           '.mp3', '.mp4')
+SIGNATURES = {b'{\\rtf': 'RTF', b'%PDF-': 'PDF', b'%!PS': 'PostScript', b'\x1f\x8b': 'gzip',
+              b'PK\3\4': 'a ZIP archive, as are .docx, .xlsx, .odt and .epub'}
 LONGEST = 1 << 22       # characters of a document in memory; a longer one comes in parts
-LONGEST_LINE = 1 << 26  # bytes of a JSON line, characters of a line in a table
 LONGEST_PAGE = 1 << 24  # bytes of a web page, which takes many times as much to understand
 END = '<|endoftext|>'   # a line of it ends a document
+SURROGATE = re.compile('[\ud800-\udfff]')
 SEPARATOR = re.compile(r'^<\|endoftext\|>\n', re.MULTILINE)
-# What text may be that is not UTF-8 and does not say what it is. Neighbours of these (Latin-2, say)
-# cannot be told from them, and have to be stated.
-GUESSED = ('cp1252', 'cp1251', 'koi8_r', 'cp1253', 'cp1255', 'cp1256', 'cp932', 'euc_jp', 'gb18030',
-           'big5', 'cp949')
-MARKS = ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF32_LE, 'utf-32'),
-         (codecs.BOM_UTF32_BE, 'utf-32'), (codecs.BOM_UTF16_LE, 'utf-16'),
-         (codecs.BOM_UTF16_BE, 'utf-16'))
-
-
-class Bad(Exception):
-    """Input that cannot be used; the message is one line with place and remedy."""
-
-    def __init__(self, message: str):   # which may quote anything from the input
-        plain = message.encode('utf-8', 'backslashreplace').decode()
-        super().__init__(' '.join(part for part in plain.splitlines() if part))
-
-
-class Record(NamedTuple):
-    """A piece of a file, unparsed."""
-    where: str              # file, file:line or file:row
-    data: bytes | str
-    end: int                # bytes of the file up to here, for progress
-    kind: str = 'text'      # text, json, html, or bad: the data say what is wrong with it
-    encoding: str = 'utf-8'
-    continued: bool = False     # goes on with the document of the record before it
 
 
 class Document(NamedTuple):
@@ -60,12 +45,6 @@ class Document(NamedTuple):
     where: str
     text: str
     continued: bool = False
-
-
-def suffix(path) -> str:
-    """What decides how a file is read: its last suffix in lower case, .gz aside."""
-    path = Path(path)
-    return Path(path.stem if path.suffix.lower() == '.gz' else path).suffix.lower()
 
 
 def find_files(place: str, bad, without: str = '') -> tuple[list[Path], Counter]:
@@ -125,36 +104,48 @@ def walk(folder: Path, bad, without: str = '', above: tuple = ()) -> Iterator[Pa
 # Files to records
 
 
-def read(path: Path, encoding: str, errors: str, column: str) -> Iterator[Record]:
-    """The records of a file in their order. `encoding` '' is found out, `errors` is 'strict' or
-    'replace', `column` is the text's in tables and JSON lines. Raises Bad."""
-    kind, where = suffix(path), path
+def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterator[Record]:
+    """The records of a file in their order. `encoding` '' is found out, and told if it is not
+    UTF-8; `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet. Tables
+    give whole rows if it is a tuple, of what tables.read_table asks for. Raises Bad."""
+    kind, where, told = suffix(path), path, encoding
     if encoding and not is_encoding(encoding):
         raise Bad(f'{path}: encoding={encoding} is none that Python knows for text; correct it')
-    reader = {'.html': read_html, '.htm': read_html, '.jsonl': read_jsonl, '.parquet': read_parquet,
-              **dict.fromkeys(TABLES, read_table)}.get(kind, read_text)
+    reader = {'.html': read_html, '.htm': read_html, '.json': tables.read_array,
+              '.ipynb': read_notebook, '.parquet': read_parquet,
+              **dict.fromkeys(JSON_LINES, tables.read_lines),
+              **dict.fromkeys(TABLES, tables.read_table)}.get(kind, read_text)
     try:
         with open(path, 'rb') as raw:
             f = gzip.open(raw) if path.suffix.lower() == '.gz' else raw
+            refuse(path, kind, f)
             for record in reader(path, f, raw, encoding, errors, column):
+                if not told and record.encoding not in ('utf-8', 'utf-8-sig'):
+                    told = record.encoding
+                    if find_ranks().rank == 0:
+                        tqdm.write(f'{path}: not UTF-8, read as {told}', file=sys.stderr)
                 where = record.where
+                if record.kind == 'row' and isinstance(column, str):
+                    record = record._replace(data=record.data[column.strip().lower()], kind='text')
                 yield record
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise Bad(f'{path}: a damaged or truncated gzip file, after {where} ({e}); get it '
                   'again') from e
     except UnicodeError as e:   # a decoder's, whose offset counts from its last block
-        raise Bad(f'{path}: after {where}: {e}; state its --encoding, or --errors=replace') from e
+        raise Bad(f'{path}: after {where}: {e}; {REMEDY}') from e
     except OSError as e:
         raise Bad(f'{path}: cannot be read ({e.strerror}); see that it is there, with permission '
                   'to read it') from e
 
 
-def is_encoding(name: str) -> bool:
-    """Whether Python knows an encoding of text by that name; hex and the like are none."""
-    try:
-        return codecs.lookup(name)._is_text_encoding
-    except (LookupError, ValueError):
-        return False
+def refuse(path, kind: str, f) -> None:
+    """Raise Bad for a file that would give its syntax instead of its text."""
+    head = f.read(8)
+    f.seek(0)
+    what = [name for mark, name in SIGNATURES.items() if head.startswith(mark)] or [
+        f'a {kind} file' for suffix in REFUSED if kind == suffix]
+    if what:
+        raise Bad(f'{path}: is {what[0]}, which is not read; save its text as .txt')
 
 
 def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
@@ -167,11 +158,11 @@ def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
     while True:
         try:
             text += decoder.decode(block, final=not block)
+            text = text if offset else text.removeprefix('\ufeff')
         except UnicodeDecodeError as e:
             at = offset + e.start + len(block) - len(e.object)
             raise Bad(f'{path}: invalid {encoding.upper()} at byte offset {at} '
-                      f'(0x{e.object[e.start]:02x}); convert it, state its --encoding, or put '
-                      'U+FFFD there with --errors=replace') from e
+                      f'(0x{e.object[e.start]:02x}); {REMEDY}') from e
         offset += len(block)
         if not block and text.endswith(END):
             text += '\n'
@@ -200,37 +191,6 @@ def parts(text: str, whole: bool, where: str, end: int, encoding: str, continued
     return text
 
 
-def detect(path, head: bytes) -> str:
-    """The encoding of a text that begins with `head`: its byte order mark's, UTF-8 if it is that
-    (or mostly that, and damaged), what a Project Gutenberg header states, or a guess."""
-    for mark, name in MARKS:
-        if head.startswith(mark):
-            return name
-    if (at := head.find(b'\0', 0, 8000)) >= 0:
-        raise Bad(f'{path}: a binary file (NUL byte at offset {at}); only text can be prepared, '
-                  'and UTF-16 without a byte order mark needs its --encoding')
-    text = codecs.getincrementaldecoder('utf-8')('replace').decode(head)
-    wrong = text.count('\ufffd') - head.count('\ufffd'.encode())
-    if not wrong or wrong <= len(re.findall(r'[^\x00-\x7f\ufffd]', text)):
-        return 'utf-8'
-    stated = re.search(rb'^Character set encoding: *([\w-]+)', head[:5000], re.MULTILINE)
-    if stated and is_encoding(stated[1].decode()):
-        return codecs.lookup(stated[1].decode()).name
-    odd, n = [], 0      # lines, since a part of one might begin or end within a character
-    for line in head.splitlines():
-        if not line.isascii() and n < 1 << 16:
-            odd.append(line)
-            n += len(line)
-    odd = b'\n'.join(odd)
-    western = sum(byte > 127 for byte in odd) < 0.4 * len(odd)      # few letters with accents
-    names = ('cp1252',) if western else GUESSED
-    found = charset_normalizer.from_bytes(odd, cp_isolation=list(names)).best()
-    if not found:
-        raise Bad(f'{path}: neither UTF-8 nor any other encoding that could be told; state its '
-                  '--encoding')
-    return found.encoding
-
-
 def read_html(path, f, raw, encoding, errors, column) -> Iterator[Record]:
     page = f.read(LONGEST_PAGE + 1)
     if len(page) > LONGEST_PAGE:
@@ -239,65 +199,17 @@ def read_html(path, f, raw, encoding, errors, column) -> Iterator[Record]:
     yield Record(str(path), page.decode(encoding, errors) if encoding else page, raw.tell(), 'html')
 
 
-def read_jsonl(path, f, raw, encoding, errors, column) -> Iterator[Record]:
-    """JSON lines, not parsed yet; one that is too long is a bad record."""
-    number = 0
-    while line := f.readline(LONGEST_LINE):
-        number += 1
-        where, whole = f'{path}:{number}', line.endswith(b'\n')
-        if len(line) == LONGEST_LINE and not whole:
-            while not whole and (line := f.readline(LONGEST_LINE)):
-                whole = line.endswith(b'\n')
-            yield bad_record(where, f'a line of more than {LONGEST_LINE >> 20} MiB; cut the text '
-                             'into several records, or give it as a .txt file', raw)
-        elif line.strip():
-            if encoding or errors == 'replace':
-                line = line.decode(encoding or 'utf-8', errors)
-            yield Record(where, line, raw.tell(), 'json', encoding or 'utf-8')
-
-
-def read_table(path, f, raw, encoding, errors, column) -> Iterator[Record]:
-    """The rows of a CSV or TSV file whose first line names the columns; bad rows are records."""
-    encoding = encoding or detect(path, f.read(1 << 24))
-    encoding = 'utf-8-sig' if codecs.lookup(encoding).name == 'utf-8' else encoding
-    f.seek(0)
-    csv.field_size_limit(LONGEST_LINE - 1)
-    lines = lines_of(io.TextIOWrapper(f, encoding, errors, newline=''))
-    if suffix(path) == '.tsv':      # which knows no quotes
-        rows = csv.DictReader(lines, delimiter='\t', quoting=csv.QUOTE_NONE)
-    else:
-        rows = csv.DictReader(lines, strict=True)
+def read_notebook(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+    """The cells of a Jupyter notebook, text and code in their order; what code printed is left out.
+    """
+    text, encoding = tables.open_text(path, f, encoding, errors)
+    found = Record(str(path), text.read().removeprefix('\ufeff'), raw.tell(), 'json', encoding)
     try:
-        if column not in (rows.fieldnames or ()):
-            raise Bad(f'{path}:1: no column {column!r} among {", ".join(rows.fieldnames or ())}; '
-                      'name the one that has the text with --text_column')
-    except csv.Error as e:
-        raise Bad(f'{path}:1: {e}; mend the row') from e
-    while True:
-        try:
-            found = next(rows)[column]
-            where = f'{path}:{rows.line_num}'
-            yield Record(where, found, raw.tell(), 'text', encoding) if found is not None else \
-                bad_record(where, f'a row without the column {column!r}; mend it', raw)
-        except csv.Error as e:
-            yield bad_record(f'{path}:{rows.reader.line_num}', f'{e}; mend the row', raw)
-        except StopIteration:
-            return
-
-
-def lines_of(text) -> Iterator[str]:
-    """The lines of a table without NUL characters. Of one that is too long only so much comes that
-    csv refuses it."""
-    while line := text.readline(LONGEST_LINE):
-        more = line
-        while len(more) == LONGEST_LINE and more[-1] not in '\r\n':
-            more, line = text.readline(LONGEST_LINE), 'x' * LONGEST_LINE
-        yield line.replace('\0', '')
-
-
-def bad_record(where: str, what: str, raw) -> Record:
-    """A record that is no good, while those after it may be."""
-    return Record(where, f'{where}: {what}', raw.tell(), 'bad')
+        cells = [''.join(cell['source']).strip('\n') for cell in tables.parse_json(found)['cells']
+                 if cell['cell_type'] in ('markdown', 'code')]
+    except (KeyError, TypeError) as e:
+        raise Bad(f'{path}: no Jupyter notebook of format 4 ({e!r}); convert it') from e
+    yield found._replace(data='\n\n'.join(filter(None, cells)) + '\n', kind='text')
 
 
 def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
@@ -322,8 +234,8 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
                 if isinstance(text, str):
                     yield Record(f'{path}:{row}', text, size * row // max(row, n_rows))
                 else:
-                    yield bad_record(f'{path}: row {row}', f'{column!r} is no text; name the '
-                                     'column that has it with --text_column', raw)
+                    yield tables.bad_record(f'{path}: row {row}', f'{column!r} is no text; name '
+                                            'the column that has it with --text_column', raw)
     except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         raise Bad(f'{path}: a damaged or truncated Parquet file, after row {row} '
                   f'({" ".join(str(e).split())[:200]}); get it again') from e
@@ -333,33 +245,31 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
 # Records to documents
 
 
-def parse(record: Record, column: str) -> Iterator[Document]:
-    """The document of a record, or its parts if it is too long. Raises Bad."""
+def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Document]:
+    """The document of a record, or its parts if it is too long; `errors` as in `read`, here for
+    half characters (lone surrogates), which JSON can spell. Raises Bad."""
     where, text = record.where, record.data
     if record.kind == 'bad':
         raise Bad(text)
     if record.kind == 'json':
-        text = parse_json(where, text, column)
+        found = tables.parse_json(record)
+        text = found.get(column) if isinstance(found, dict) else found
+        if not isinstance(text, str):
+            names = f'it has {", ".join(found)}' if isinstance(found, dict) else 'it is no object'
+            raise Bad(f'{where}: no text in a field {column!r}: {names[:200]}; name the one that '
+                      'has it with --text_column')
     elif record.kind == 'html':
         text = html_to_text(where, text)
+    if errors == 'replace':
+        text = SURROGATE.sub('\ufffd', text)
+    elif found := SURROGATE.search(text):
+        raise Bad(f'{where}: a lone surrogate (half of a character) at {found.start()} of the '
+                  'text; correct it, or put U+FFFD there with --errors=replace')
     if len(text) <= LONGEST:
         yield Document(where, text, record.continued)
     else:
         for part in parts(text, True, where, 0, '', record.continued):
             yield Document(where, part.data, part.continued)
-
-
-def parse_json(where: str, line: bytes | str, column: str) -> str:
-    """The text in a JSON object's field `column`. Raises Bad."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise Bad(f'{where}: not JSON ({e}); mend the line') from e
-    if not isinstance(found, dict) or not isinstance(found.get(column), str):
-        names = f'it has {", ".join(found)}' if isinstance(found, dict) else 'it is no object'
-        raise Bad(f'{where}: no text in a field {column!r}: {names[:200]}; name the one that has '
-                  'it with --text_column')
-    return found[column].encode('utf-8', 'replace').decode()    # a lone surrogate is no text
 
 
 def html_to_text(where: str, page: bytes | str) -> str:

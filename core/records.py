@@ -1,17 +1,16 @@
 """Records for post-training: conversations, preferences and labelled texts, read and checked.
 
 A file is .jsonl, .json (an array), .csv or .tsv, each also as .gz. Each record is checked as soon
-as it is read; what is wrong with one is a Bad with its file and line. A named set comes from a
+as it is read; what is wrong with one is a Bad with its file and line. Names decide what a field is,
+and a field that changes the meaning is used or refused, never ignored. A named set comes from a
 mirror directory or its URL, or is made from the source of Python's standard library.
 """
-import csv
-import gzip
 import hashlib
-import io
 import itertools
 import json
+import re
 import sys
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,17 +18,34 @@ from typing import NamedTuple
 import numpy as np
 
 from core import stdlib
-from core.documents import LONGEST_LINE, Bad, read, suffix
+from core.documents import read
 from core.download import NoNetwork, fetch
 from core.processes import print0
 from core.settings import stop
-from core.tokenizer import ROLES
+from core.tables import JSON_LINES, TABLES, Bad, parse_json, suffix
 
-SUFFIXES = ('.jsonl', '.json', '.csv', '.tsv')
+SUFFIXES = (*JSON_LINES, '.json', *TABLES)
+FIELDS = {      # what a record or a message holds -> the names for it in files of others
+    'messages': ('messages', 'conversations', 'conversation'),
+    'prompt': ('prompt', 'question', 'instruction'),
+    'input': ('input', 'context'),      # follows the prompt, or is it where there is none
+    'output': ('output', 'answer', 'response', 'completion'),
+    'system': ('system', 'system_prompt'), 'history': ('history',),
+    'chosen': ('chosen',), 'rejected': ('rejected',), 'text': ('text',), 'label': ('label',),
+    'role': ('role', 'from'), 'content': ('content', 'value'), 'weight': ('weight',)}
+FIELD_OF = {name: field for field, names in FIELDS.items() for name in names}
+SPEAKERS = {'system': 'system', 'user': 'user', 'human': 'user', **dict.fromkeys(
+    ('assistant', 'gpt', 'chatgpt', 'bing', 'bard'), 'assistant')}
+REFUSED = {     # fields that change what a record or a message means, and are not supported
+    'tools', 'functions', 'function_call', 'tool_calls', 'tool_call_id', 'image', 'images', 'audio',
+    'audios', 'video', 'videos', 'thinking', 'reasoning_content', 'query', 'mapping',
+    'chat_messages', 'kto_tag', 'loss', 'mask', 'train', 'training'}
+EMPTY = (None, '', '[]', [], {})
 
 
 class Conversation(NamedTuple):
-    """What a chat model learns from; the last message is the assistant's."""
+    """What a chat model learns from; the last message is the assistant's. A message may have a
+    'weight' from 0 to 1, that of its tokens in the loss."""
     where: str
     messages: list[dict]
 
@@ -49,221 +65,199 @@ class Labelled(NamedTuple):
     label: str
 
 
-# ---------------------------------------------------------------------------------------------
-# Files to dicts
-
-
-def rows_of(path: Path, columns: tuple = ()) -> Iterator[tuple[str, dict | Bad]]:
-    """(file:line, record) of a file; in the place of a record that cannot be read stands the Bad
-    that says why. Raises Bad where nothing after it can be read.
-
-    A table without a header line, where that is not `columns`, has them in this order.
-    """
-    kind = suffix(path)
-    if kind == '.jsonl':
-        for record in read(path, '', 'strict', ''):
-            yield record.where, parse(record.where, record.data, record.kind)
-    elif kind in ('.csv', '.tsv'):
-        yield from table_rows(path, kind, columns)
-    elif kind == '.json':
-        yield from array_rows(path, read_text(path))
-    else:
+def rows_of(path: Path, fields: tuple) -> Iterator[tuple[str, dict | Bad]]:
+    """(file:line, record) of a file, names in lower case; in the place of a record that cannot be
+    read stands the Bad that says why. Raises Bad where nothing after it can be read, and where a
+    table has no column for one of `fields`."""
+    if suffix(path) not in SUFFIXES:
         raise Bad(f'{path}: records are read from {", ".join(SUFFIXES)}; convert it')
-
-
-def read_text(path: Path) -> str:
-    """A whole file of UTF-8. Raises Bad."""
-    try:
-        with (gzip.open if path.suffix.lower() == '.gz' else open)(path, 'rb') as f:
-            return f.read().decode().removeprefix('\ufeff')
-    except UnicodeDecodeError as e:
-        raise Bad(f'{path}: invalid UTF-8 at byte offset {e.start}; convert it') from e
-    except (OSError, EOFError, zlib.error) as e:
-        raise Bad(f'{path}: cannot be read ({getattr(e, "strerror", None) or e}); see that it is '
-                  'there and whole') from e
-
-
-def parse(where: str, line: bytes, kind: str) -> dict | Bad:
-    """The object that a JSON line is, or what is wrong with it."""
-    if kind == 'bad':
-        return Bad(line)
-    try:
-        return check_object(where, json.loads(line))
-    except (ValueError, RecursionError) as e:
-        return Bad(f'{where}: invalid JSON ({e}); correct the line')
-
-
-def check_object(where: str, record) -> dict | Bad:
-    if not isinstance(record, dict):
-        return Bad(f'{where}: is {type(record).__name__}, not an object {{...}}; correct it')
-    return record
-
-
-def array_rows(path: Path, text: str) -> Iterator[tuple[str, dict | Bad]]:
-    """The records of a JSON array, with the lines where they begin."""
-    decoder, at, line, counted = json.JSONDecoder(), skip(text, 0), 1, 0
-    if text[at:at + 1] != '[':
-        raise Bad(f'{path}:1: not an array [...]; a file with one record a line is named .jsonl')
-    at = skip(text, at + 1)
-    while text[at:at + 1] != ']':
-        line, counted = line + text.count('\n', counted, at), at
+    columns = tuple(FIELDS[field] + FIELDS['input'] * (field == 'prompt') for field in fields)
+    for record in read(path, '', 'strict', columns):
         try:
-            record, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as e:
-            raise Bad(f'{path}:{line}: invalid JSON ({e}); correct it') from e
-        yield f'{path}:{line}', check_object(f'{path}:{line}', record)
-        at = skip(text, at)
-        if text[at:at + 1] == ',':
-            at = skip(text, at + 1)
-        elif text[at:at + 1] != ']':
-            line += text.count('\n', counted, at)
-            raise Bad(f'{path}:{line}: a comma or ] is missing between records; correct it')
-    if (at := skip(text, at + 1)) < len(text):
-        line += text.count('\n', counted, at)
-        raise Bad(f'{path}:{line}: more after the array, which would be lost; join the two')
-
-
-def skip(text: str, at: int) -> int:
-    """The next position that is no white space."""
-    while at < len(text) and text[at] in ' \t\r\n':
-        at += 1
-    return at
-
-
-def table_rows(path: Path, kind: str, columns: tuple) -> Iterator[tuple[str, dict | Bad]]:
-    """The rows of a CSV or TSV file (which knows no quotes)."""
-    options = {'delimiter': '\t', 'quoting': csv.QUOTE_NONE} if kind == '.tsv' else {'strict': True}
-    rows = csv.reader(io.StringIO(read_text(path).replace('\0', ''), newline=''), **options)
-    csv.field_size_limit(LONGEST_LINE - 1)
-    names = None
-    while True:
-        where = f'{path}:{rows.line_num + 1}'
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as e:
-            bad = Bad(f'{where}: {e}; mend the row')
-            if 'end of data' in str(e):     # a quote without end has swallowed all other rows
-                raise bad from e
-            yield where, bad
-            continue
-        where = f'{path}:{rows.line_num}'
-        if not row:
-            continue
-        if names is None:
-            asked = {'instruction' if name == 'prompt' else name for name in row}
-            names = row if set(columns) <= asked else columns
-            if names is row:
-                continue
-        yield where, dict(zip(names, row)) if len(row) == len(names) else Bad(
-            f'{where}: {len(row)} columns, not {len(names)} ({", ".join(names)}); mend the row')
+            if record.kind == 'bad':
+                raise Bad(record.data)
+            found = parse_json(record) if record.kind == 'json' else record.data
+            if not isinstance(found, dict):
+                raise Bad(f'{record.where}: is {type(found).__name__}, not an object {{...}}; '
+                          'correct it')
+            folded = {name.strip().lower(): value for name, value in found.items()}
+            if len(folded) < len(found):
+                raise Bad(f'{record.where}: two names differ only in capitals; remove one')
+            yield record.where, folded
+        except Bad as e:
+            yield record.where, e
 
 
 # ---------------------------------------------------------------------------------------------
 # Dicts to records
 
 
-def raise_bad(record) -> None:
-    """Raise what stands in the place of a record that could not be read."""
+def known(where: str, record: dict | Bad, message: bool = False) -> dict:
+    """What a record or a message has, under the names in FIELDS; what is empty is as good as
+    absent. Raises Bad if it has one twice, or what is refused, or is Bad itself."""
     if isinstance(record, Bad):
         raise record
+    found = {}
+    for name, value in record.items():
+        if value in EMPTY:
+            continue
+        if name in REFUSED or name == 'weight' and not message:
+            raise Bad(f'{where}: {name!r} changes the meaning, and is not supported; write messages'
+                      " with 'role', 'content' and perhaps a 'weight' from 0 to 1, or remove it")
+        field = FIELD_OF.get(name, name)
+        if field in found:
+            raise Bad(f'{where}: {name!r} is there under another name as well; remove one')
+        found[field] = value
+    return found
 
 
-def text_of(where: str, record: dict | Bad, name: str, empty: bool = False) -> str:
-    """A field that must be there, and text; not empty unless it may be. Raises Bad."""
-    raise_bad(record)
+def unused(record: dict, fields: tuple) -> set[str]:
+    """The names that a record and its messages have beside `fields`."""
+    fields += ('role', 'content', 'weight')
+    parts = [record, *(part for value in record.values() if isinstance(value, list)
+                       for part in value if isinstance(part, dict))]
+    return {name for part in parts for name, value in part.items()
+            if FIELD_OF.get(name, name) not in fields and value not in EMPTY}
+
+
+def text_of(where: str, record: dict | Bad, name: str) -> str:
+    """A field that must be there, and text, and not empty. Raises Bad."""
+    if isinstance(record, Bad):
+        raise record
     if name not in record:
-        raise Bad(f'{where}: has no {name!r}, only {", ".join(map(repr, record))[:100]}; add it')
+        raise Bad(f'{where}: has no {" or ".join(map(repr, FIELDS[name]))}, or it is empty, only '
+                  f'{", ".join(map(repr, record))[:100]}; add it, or remove the record')
     value = record[name]
     if not isinstance(value, str):
         raise Bad(f'{where}: {name!r} is {type(value).__name__}, must be text; correct it')
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise Bad(f'{where}: {name!r} has a lone surrogate at {e.start}; correct it') from e
-    if not value.strip() and not empty:
+    if found := re.search('[\0\ud800-\udfff]', value):
+        raise Bad(f'{where}: {name!r} has NUL or a lone surrogate at {found.start()}; correct it')
+    if not value.strip():
         raise Bad(f'{where}: {name!r} is empty; fill it in, or remove the record')
     return value
 
 
-def messages_of(where: str, record: dict | Bad) -> list[dict]:
-    """The messages of 'messages', 'prompt', or Alpaca's 'instruction' and 'input'. Raises Bad."""
-    raise_bad(record)
-    if 'messages' in record:
-        return check_messages(where, record['messages'])
-    if 'prompt' in record:
-        text = text_of(where, record, 'prompt')
-    elif 'instruction' in record:
-        text = text_of(where, record, 'instruction')
-        if more := text_of(where, {'input': '', **record}, 'input', empty=True):
-            text += f'\n\n{more}'
-    else:
-        raise Bad(f"{where}: has neither 'messages' nor 'prompt' nor 'instruction', only "
-                  f'{", ".join(map(repr, record))[:100]}; add one')
-    return [{'role': 'user', 'content': text}]
-
-
-def check_messages(where: str, messages) -> list[dict]:
-    """Messages as [{'role', 'content'}, ...]: an optional system message, then user and assistant
-    in turn. Raises Bad."""
-    if not isinstance(messages, list) or not messages:
-        raise Bad(f"{where}: 'messages' must be a list of at least one message; correct it")
-    checked, last = [], 'assistant'
-    for i, message in enumerate(messages):
+def listed(where: str, record: dict, name: str) -> list[dict]:
+    """A field as messages {'role', 'content', perhaps 'weight'}: a list of such, or of ShareGPT's
+    {'from', 'value'}, a single one, or the text of an answer. Raises Bad."""
+    found = record.get(name)
+    if isinstance(found, dict):
+        found = [found]
+    elif not isinstance(found, list):
+        found = [{'role': 'assistant', 'content': text_of(where, record, name)}]
+    messages = []
+    for i, message in enumerate(found):
         at = f'{where}: message {i + 1}'
         if not isinstance(message, dict):
             raise Bad(f'{at} is {type(message).__name__}, must be an object; correct it')
-        role = text_of(at, message, 'role')
-        if role not in ROLES:
-            raise Bad(f'{at} has role {role[:40]!r}: must be one of {", ".join(ROLES)}')
+        message = known(at, message, message=True)
+        role, parts = text_of(at, message, 'role'), message.get('content')
+        if role not in SPEAKERS:
+            raise Bad(f'{at} has role {role[:40]!r}: must be one of {", ".join(SPEAKERS)}')
+        if isinstance(parts, list) and all(isinstance(part, dict) and isinstance(
+                part.get('text'), str) for part in parts):
+            message['content'] = '\n'.join(part['text'] for part in parts)
+        messages.append({'role': SPEAKERS[role], 'content': text_of(at, message, 'content')})
+        weight = message.get('weight', 1)
+        if type(weight) not in (int, float) or not 0 <= weight <= 1:
+            raise Bad(f'{at} has weight {str(weight)[:40]}; give a number from 0 to 1')
+        messages[-1] |= {'weight': weight} if weight != 1 else {}
+    return messages
+
+
+def check_order(where: str, messages: list[dict]) -> None:
+    """Raise Bad unless there are user and assistant in turn, and the assistant at the end, perhaps
+    after a system message."""
+    last = 'assistant'
+    for i, role in enumerate(message['role'] for message in messages):
+        at = f'{where}: message {i + 1}'
         if role == 'system' and i:
             raise Bad(f'{at} is of the system, which may only be the first; move it')
-        if role != 'system':
-            if role == last:
-                raise Bad(f'{at} is a second one of the {role} in a row; join the two'
-                          if any(m['role'] == role for m in checked) else
-                          f'{at}: the assistant comes first; begin with the user')
-            last = role
-        checked.append({'role': role, 'content': text_of(at, message, 'content')})
-    return checked
+        if role == last:
+            raise Bad(f'{at} is a second one of the {role} in a row; join the two'
+                      if any(m['role'] == role for m in messages[:i]) else
+                      f'{at}: the assistant comes first; begin with the user')
+        last = last if role == 'system' else role
+    if role != 'assistant':
+        raise Bad(f'{where}: ends with a message of the {role}: nothing to learn from; add the '
+                  'answer')
+
+
+def asked(where: str, found: dict) -> list[dict]:
+    """The messages of a record's known fields but an answer: system, history, then a list of them,
+    or prompt and input. Raises Bad."""
+    history = found.get('history', [])
+    if not isinstance(history, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise Bad(f"{where}: 'history' must be a list of pairs [user, assistant]; correct it")
+    front = [{'role': 'system', 'content': found.get('system')}] * ('system' in found)
+    front += [{'role': role, 'content': text} for pair in history
+              for role, text in zip(('user', 'assistant'), pair)]
+    front = listed(where, {'history': front}, 'history')
+    if isinstance(found.get('prompt'), list) and 'messages' not in found:
+        found = {**found, 'messages': found['prompt'], 'prompt': None}
+    if 'messages' not in found:
+        texts = [text_of(where, found, name) for name in ('prompt', 'input') if name in found]
+        if not texts:
+            raise Bad(f'{where}: has none of messages, prompt, instruction and so on, only '
+                      f'{", ".join(map(repr, found))[:100]}; add one')
+        return [*front, {'role': 'user', 'content': '\n\n'.join(texts)}]
+    if not isinstance(found['messages'], list):
+        raise Bad(f"{where}: 'messages' must be a list of messages; correct it")
+    messages = front + listed(where, found, 'messages')
+    for name in ('prompt', 'input', 'output'):
+        if found.get(name) not in (None, *(message['content'] for message in messages)):
+            raise Bad(f'{where}: {name!r} stands beside messages, and is none of them; make it '
+                      'one, or remove it')
+    return messages
 
 
 def conversation(where: str, record: dict | Bad) -> Conversation:
-    """From 'messages', or 'prompt' or 'instruction' and 'input', with 'output'. Raises Bad."""
-    messages = messages_of(where, record)
-    if 'messages' not in record:
-        messages.append({'role': 'assistant', 'content': text_of(where, record, 'output')})
-    if messages[-1]['role'] != 'assistant':
-        raise Bad(f"{where}: ends with a message of the {messages[-1]['role']}: nothing to learn "
-                  'from; add the answer')
+    """From messages, or from a prompt and an output. Raises Bad."""
+    found = known(where, record)
+    if str(found.get('label')).lower() == 'false':
+        raise Bad(f"{where}: 'label' says that the answer is not wanted; remove the record")
+    apart = 'messages' not in found
+    messages = asked(where, {**found, 'output': None} if apart else found)
+    messages += listed(where, found, 'output') if apart else []
+    check_order(where, messages)
+    if not any(m['role'] == 'assistant' and m.get('weight', 1) for m in messages):
+        raise Bad(f'{where}: all answers have weight 0: nothing to learn from; remove the record')
     return Conversation(where, messages)
 
 
 def preference(where: str, record: dict | Bad) -> Preference:
-    """From what was asked, 'chosen' and 'rejected'. Raises Bad."""
-    messages = messages_of(where, record)
-    if messages[-1]['role'] == 'assistant':
-        raise Bad(f'{where}: the messages end with an answer; it belongs in chosen or rejected')
-    if messages[-1]['role'] == 'system':
-        raise Bad(f'{where}: ends with a message of the system: nothing is asked; add the question')
-    chosen, rejected = text_of(where, record, 'chosen'), text_of(where, record, 'rejected')
+    """From what was asked, chosen and rejected: texts, or lists of messages, which may begin with
+    what was asked. Raises Bad."""
+    found, sides = known(where, record), []
+    for side in ('chosen', 'rejected'):
+        said = listed(where, found, side)
+        whole = said[0]['role'] != 'assistant'
+        sides.append(asked(where, {**found, 'messages': found[side]} if whole else found)
+                     + ([] if whole else said))
+        check_order(where, sides[-1])
+    (*messages, chosen), (*others, rejected) = sides
+    if messages != others:
+        raise Bad(f'{where}: chosen and rejected must differ in the last message alone; correct it')
     if chosen == rejected:
         raise Bad(f'{where}: chosen and rejected are equal: nothing to prefer; remove the record')
-    return Preference(where, messages, chosen, rejected)
+    if any('weight' in message for message in sum(sides, [])):
+        raise Bad(f"{where}: has a 'weight', which conversations alone may have; remove it")
+    return Preference(where, messages, chosen['content'], rejected['content'])
 
 
 def labelled(where: str, record: dict | Bad) -> Labelled:
     """From 'text' and 'label', which may be a number. Raises Bad."""
-    raise_bad(record)
-    label = record.get('label')
-    if type(label) is int:
-        record = {**record, 'label': str(label)}
+    if not isinstance(record, Bad) and type(record.get('label')) is int:
+        record = {**record, 'label': str(record['label'])}
     return Labelled(where, text_of(where, record, 'text'), text_of(where, record, 'label').strip())
 
 
-COLUMNS = {labelled: ('label', 'text'), conversation: ('instruction', 'output'),
-           preference: ('instruction', 'chosen', 'rejected')}
+NEEDED = {labelled: ('label', 'text'), conversation: ('prompt', 'output'),     # of a table
+          preference: ('prompt', 'chosen', 'rejected')}
+USED = {labelled: NEEDED[labelled],
+        conversation: ('messages', 'prompt', 'input', 'system', 'history', 'output'),
+        preference: ('messages', 'prompt', 'input', 'system', 'history', 'chosen', 'rejected')}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -317,14 +311,15 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
         stop(f'{setting}={name}: is a set of another kind; named sets that fit: {fitting}')
     if not found and not Path(name).is_file():
         stop(f'{setting}={name}: neither a file nor a named set ({", ".join(SETS)})')
-    records, bad = [], []
+    records, bad, more = [], [], Counter()
     try:
         sources = [found.records()] if found and found.records else [
-            rows_of(Path(path), COLUMNS[kind])
+            rows_of(Path(path), NEEDED[kind])
             for path in (found.files(Path(data_dir) / 'downloads') if found else [name])]
         for where, row in itertools.chain.from_iterable(sources):
             try:
                 records.append(kind(where, row))
+                more.update(unused(row, USED[kind]))
             except Bad as e:
                 if not (skip_bad or found):
                     stop(f'{e}; --skip_bad leaves such records out')
@@ -338,6 +333,9 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
                f'are left out, the first for: {bad[0]}', file=sys.stderr)
     if not records:
         stop(f'{setting}={name}: holds no record; give a file with at least one')
+    if more and not found:
+        print0(f'{name}: fields not used: ' + ', '.join(
+            f'{field} ({n:,})' for field, n in more.most_common()), file=sys.stderr)
     return records
 
 
@@ -378,14 +376,15 @@ def encode(tokenizer, where: str, messages: list[dict], size: int, prompt_weight
            last_only: bool = False) -> tuple[np.ndarray, np.ndarray, bool]:
     """The first size + 1 ids of a conversation, their weights as targets, and whether anything that
     is to be learnt is among them: what the assistant says (last_only: in the last message), its end
-    tokens included, has weight 1, the rest prompt_weight."""
+    tokens included, has weight 1, the rest prompt_weight, each times its message's own weight."""
     check_known(tokenizer, where, [message['content'] for message in messages])
     turns = list(tokenizer.encode_turns(messages))
     ids = sum((turn for turn, _ in turns), [])
-    learnt = [mine and (i == len(turns) - 1 or not last_only)
+    learnt = [(mine and (i == len(turns) - 1 or not last_only), messages[i].get('weight', 1))
               for i, (_, said) in enumerate(turns) for mine in said][:size + 1]
-    weights = [1.0 if it else prompt_weight for it in learnt]
-    return np.array(ids[:size + 1], np.int32), np.array(weights, np.float32), any(learnt)
+    weights = [weight * (1.0 if mine else prompt_weight) for mine, weight in learnt]
+    return np.array(ids[:size + 1], np.int32), np.array(weights, np.float32), any(
+        mine and weight for mine, weight in learnt)
 
 
 def check_left_out(left_out: list, n: int, size: int) -> None:

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from core import documents
+from core import documents, tables
 from core.documents import LONGEST, Bad, find_files, parse, read, suffix
 
 BLOCK = 1 << 20     # bytes of a text file that are decoded at a time
@@ -40,7 +40,7 @@ def put(folder, name: str, data: bytes | str) -> Path:
 
 def docs(path, encoding='', errors='strict', column='text') -> list:
     return [document for record in read(path, encoding, errors, column)
-            for document in parse(record, column)]
+            for document in parse(record, column, errors)]
 
 
 def text_of(path, *options) -> str:
@@ -70,6 +70,7 @@ FORMATS = {     # file -> its bytes, and (what follows the file in `where`, text
     'a.jsonl': ('{"text": "Ä\\n"}\r\n \n{"id": 1, "text": "b"}', [(':1', 'Ä\n'), (':3', 'b')]),
     'bom.jsonl': ('\ufeff{"text": "Ä"}\n', [(':1', 'Ä')]),
     'a.csv': ('id,text\n1,"a, ""b""\nÄ"\n\n2,c', [(':3', 'a, "b"\nÄ'), (':5', 'c')]),
+    'empty.csv': ('', []),
     'cr.csv': ('id,text\r1,a\r2,b\r', [(':2', 'a'), (':3', 'b')]),
     'bom.csv': ('\ufefftext,id\nÄ,1\n', [(':2', 'Ä')]),
     'a.TSV': ('text\tid\na, "Ä"\t1\n', [(':2', 'a, "Ä"')]),
@@ -258,13 +259,15 @@ def test_damaged_table(tmp_path):
 
 def test_damaged_json_line_is_replaced_as_well(tmp_path):
     path = put(tmp_path, 'a.jsonl', b'{"text": "caf\xe9"}\n')
-    assert refused(path).startswith(f'{path}:1: ')
-    assert text_of(path, '', 'replace') == 'caf\ufffd'
+    assert refused(path, 'utf-8').startswith(f'{path}:1: invalid UTF-8 (byte 0xe9); ')
+    assert text_of(path, 'utf-8', 'replace') == 'caf\ufffd'
+    assert text_of(path) == 'café'      # a guess
 
 
 def test_lone_surrogate_in_json(tmp_path):
     path = put(tmp_path, 'a.jsonl', '{"text": "a\\ud800b \\ud83d\\ude00"}')
-    assert text_of(path) == 'a?b 😀'
+    assert 'a lone surrogate' in refused(path)
+    assert text_of(path, '', 'replace') == 'a\ufffdb 😀'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,26 +354,27 @@ def test_no_separator_within_a_line_where_it_is_cut(tmp_path):
 # Bad input
 
 BAD = [     # file, its bytes, what follows the file in the message, what else is in it
-    ('a.jsonl', '{"text": "a"}\n{"text": \n', ':2: ', 'not JSON'),
+    ('a.jsonl', '{"text": "a"}\n{"text": \n', ':2: ', 'invalid JSON'),
     ('a.jsonl', '{"text": "a"}\n\n{"body": "a"}', ':3: ', "no text in a field 'text': it has body"),
     ('a.jsonl', '["text"]', ':1: ', "no text in a field 'text': it is no object"),
     ('a.jsonl', 'null', ':1: ', 'it is no object'),
     ('a.jsonl', '{"text": 5}', ':1: ', "no text in a field 'text'"),
     ('a.jsonl', '{"text": null}', ':1: ', "no text in a field 'text'"),
-    ('a.jsonl', '[' * 100_000, ':1: ', 'not JSON'),
-    ('a.jsonl', '{"text":' * 10_000, ':1: ', 'not JSON'),
-    ('a.jsonl', '{"text": "a", "n": 1' + '0' * 5000 + '}', ':1: ', 'not JSON'),
-    ('a.jsonl', b'{"text": "caf\xe9"}', ':1: ', "can't decode byte 0xe9"),
+    ('a.jsonl', '[' * 100_000, ':1: ', 'invalid JSON'),
+    ('a.jsonl', '{"text":' * 10_000, ':1: ', 'invalid JSON'),
+    ('a.jsonl', '{"text": "a", "n": 1' + '0' * 5000 + '}', ':1: ', 'invalid JSON'),
+    ('a.jsonl', '{"text": "é"}\n'.encode() * 2 + b'{"text": "caf\xe9"}', ':3: ',
+     'invalid UTF-8 (byte 0xe9)'),
     ('a.jsonl', '{"a\\nb": 1}', ':1: ', "no text in a field 'text': it has a"),
     ('a.jsonl', '{"\\ud800": 1}', ':1: ', "no text in a field 'text': it has"),
-    ('a.jsonl.gz', gzip.compress(b'{"text": "a"}\n{', mtime=0), ':2: ', 'not JSON'),
-    ('a.csv', 'id,body\n1,a\n', ':1: ', "no column 'text' among id, body"),
-    ('a.csv', '"a\nb",c\n1,2\n', ':', "no column 'text' among a"),
-    ('a.csv', '', ':1: ', "no column 'text'"),
+    ('a.jsonl.gz', gzip.compress(b'{"text": "a"}\n{', mtime=0), ':2: ', 'invalid JSON'),
+    ('a.csv', 'id,body\n1,a\n', ':1: ', 'no column text among id, body'),
+    ('a.csv', '"a\nb",c\n1,2\n', ':', 'no column text among a'),
     ('a.csv', 'text\na\0b\n', ': ', 'NUL byte at offset 6'),
-    ('a.csv', 'id,text\n1,"a\nb"\n2\n', ':4: ', "a row without the column 'text'"),
+    ('a.csv', 'id,text\n1,"a\nb"\n2\n', ':4: ', '1 columns, not 2 (id, text)'),
+    ('a.csv', 'id,text\n1,a, b\n', ':2: ', '3 columns, not 2 (id, text)'),
     ('a.csv', 'text\na\n' + 'x' * 200_000 + '\n', ':3: ', 'field larger than field limit'),
-    ('a.tsv', 'id,text\n1,a\n', ':1: ', "no column 'text' among id,text"),
+    ('a.tsv', 'id,text\n1,a\n', ':1: ', 'no column text among id,text'),
     ('a.txt.gz', 'no gzip', ': ', 'damaged or truncated gzip file'),
     ('a.csv.gz', 'no gzip', ': ', 'damaged or truncated gzip file'),
     ('a.parquet', '', ': ', 'damaged or truncated Parquet file'),
@@ -386,7 +390,7 @@ BAD = [     # file, its bytes, what follows the file in the message, what else i
 
 @pytest.fixture
 def short_lines(monkeypatch):
-    monkeypatch.setattr(documents, 'LONGEST_LINE', 1 << 17)
+    monkeypatch.setattr(tables, 'LONGEST_LINE', 1 << 17)
 
 
 @pytest.mark.parametrize('name,data,place,part', BAD, ids=[case[3] for case in BAD])
@@ -415,7 +419,7 @@ def test_documents_before_bad_input_are_given(tmp_path, name, data):
 
 
 def test_long_lines_of_json(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, 'LONGEST_LINE', BLOCK)
+    monkeypatch.setattr(tables, 'LONGEST_LINE', BLOCK)
     line = lambda size: json.dumps({'text': 'x' * (size - 13)}) + '\n'
     path = put(tmp_path, 'a.jsonl', line(100) + line(BLOCK) + line(100))
     assert [len(document.text) for document in docs(path)] == [87, BLOCK - 13, 87]

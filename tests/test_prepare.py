@@ -533,7 +533,7 @@ def test_one_bad_row_of_many(capsys):
     assert meta_of(folder)['documents'] == 19 and len(meta_of(folder)['bad']) == 1
     with pytest.raises(Stop):
         prepare.build(path, skip_bad=False)
-    assert "a.csv:7: a row without the column 'text'" in capsys.readouterr().err
+    assert 'a.csv:7: 1 columns, not 2 (id, text)' in capsys.readouterr().err
 
 
 def test_train_keeps_the_settings_of_a_dataset():
