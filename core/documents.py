@@ -21,7 +21,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from core import tables
-from core.processes import find_ranks
 from core.tables import JSON_LINES, REMEDY, TABLES, Bad, Record, detect, is_encoding, suffix
 
 TEXT = ('.txt', '.md', '.rst', '.py')
@@ -36,7 +35,6 @@ SIGNATURES = {b'{\\rtf': 'RTF', b'%PDF-': 'PDF', b'%!PS': 'PostScript', b'\x1f\x
 LONGEST = 1 << 22       # characters of a document in memory; a longer one comes in parts
 LONGEST_PAGE = 1 << 24  # bytes of a web page, which takes many times as much to understand
 END = '<|endoftext|>'   # a line of it ends a document
-SURROGATE = re.compile('[\ud800-\udfff]')
 SEPARATOR = re.compile(r'^<\|endoftext\|>\n', re.MULTILINE)
 
 
@@ -122,7 +120,7 @@ def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterato
             for record in reader(path, f, raw, encoding, errors, column):
                 if not told and record.encoding not in ('utf-8', 'utf-8-sig'):
                     told = record.encoding
-                    if find_ranks().rank == 0:
+                    if os.environ.get('RANK', '0') == '0':
                         tqdm.write(f'{path}: not UTF-8, read as {told}', file=sys.stderr)
                 where = record.where
                 if record.kind == 'row' and isinstance(column, str):
@@ -260,11 +258,13 @@ def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Docum
                       'has it with --text_column')
     elif record.kind == 'html':
         text = html_to_text(where, text)
-    if errors == 'replace':
-        text = SURROGATE.sub('\ufffd', text)
-    elif found := SURROGATE.search(text):
-        raise Bad(f'{where}: a lone surrogate (half of a character) at {found.start()} of the '
-                  'text; correct it, or put U+FFFD there with --errors=replace')
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        if errors == 'strict':
+            raise Bad(f'{where}: a lone surrogate (half of a character) at {e.start} of the text; '
+                      'correct it, or put U+FFFD there with --errors=replace') from e
+        text = re.sub('[\ud800-\udfff]', '\ufffd', text)
     if len(text) <= LONGEST:
         yield Document(where, text, record.continued)
     else:
