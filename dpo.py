@@ -174,9 +174,11 @@ class Pairs(Order):
     `reference` (n, 2) are the log-probabilities that the reference gives the answers.
     """
 
-    def __init__(self, ids: list, weights: list, size: int):
+    def __init__(self, part: list, size: int):
         super().__init__(seed)
-        self.rows = Rows(ids, weights, size, shuffle=False, packed=False)
+        self.rows = Rows([row for _, pair in part for row in pair.ids],
+                         [row for _, pair in part for row in pair.weights], size, shuffle=False,
+                         packed=False)
         self.reference = np.zeros((len(self), 2))
 
     def __len__(self) -> int:
@@ -193,31 +195,26 @@ class Pairs(Order):
 
 def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
     """Pairs to train and to validate on, and facts for the log."""
-    train, val = records.load_split(dataset, validation, val_fraction, records.preference,
-                                    data_dir, skip_bad, max_records)
-    parts = [encode(part, tokenizer, size) for part in (train, val)]
-    longest = max(len(ids) for ids, _ in parts for ids in ids) - 1
-    print0(f'{dataset}: {len(parts[0][0]) // 2:,} pairs to train on, {len(parts[1][0]) // 2:,} to '
-           f'validate on, of at most {longest} tokens')
-    return *(Pairs(*part, size) for part in parts), {
-        'sha256': records.sha256_of(train), 'val_sha256': records.sha256_of(val)}
+    split = records.load_split(dataset, validation, val_fraction, records.preference, data_dir,
+                               skip_bad, max_records)
+    parts, window = records.fit_window(dataset, 'pairs', size, [
+        [(record, encode(record, tokenizer, size)) for record in part] for part in split])
+    longest = max(len(row) for part in parts for _, pair in part for row in pair.ids) - 1
+    print0(f'{dataset}: {len(parts[0]):,} pairs to train on, {len(parts[1]):,} to validate on, of '
+           f'at most {longest} tokens')
+    return *(Pairs(part, size) for part in parts), {
+        'sha256': records.sha256_of(split[0]), 'val_sha256': records.sha256_of(split[1]),
+        'window': window}
 
 
-def encode(found: list, tokenizer, size: int) -> tuple[list, list]:
-    """The ids of chosen and rejected answers in turn, each after its question, and their weights as
-    targets. Pairs with an answer none of which fits are left out."""
-    ids, weights, left_out = [], [], []
-    for record in found:
-        answers = ({'role': 'assistant', 'content': text} for text in record[2:])
-        pair = [records.encode(tokenizer, record.where, [*record.messages, answer], size,
-                               last_only=True) for answer in answers]
-        if all(fits for *_, fits in pair):
-            ids += [row for row, *_ in pair]
-            weights += [weight for _, weight, _ in pair]
-        else:
-            left_out.append(record)
-    records.check_left_out(left_out, len(found), size)
-    return ids, weights
+def encode(record, tokenizer, size: int) -> records.Encoded:
+    """The chosen and the rejected answer, each after its question. They are lost if none of one of
+    them is within the window, or if the window cuts off all in which they differ."""
+    pair = [records.encode(tokenizer, record.where, [*record.messages, {
+        'role': 'assistant', 'content': text}], size, last_only=True) for text in record[2:]]
+    ids, weights, needed, whole, lost = zip(*pair)
+    equal = records.EQUAL if np.array_equal(*ids) else ''
+    return records.Encoded(ids, weights, max(needed), any(whole), max(lost) or equal)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -349,6 +346,7 @@ def main() -> dict:
         dev, 2 * per_rank, train_pairs.rows.block_size, config.n_layer, config.n_embd,
         ranks.local_world) // 2)
     rows = min(processes.exchange(rows))    # machines may have more memory or less
+    window = facts.pop('window')        # follows from what else is in the identity
     identity = run_identity(facts, tokenizer, weights, config)
     base = Path(out_dir) if out_dir else rundir.named(
         CONFIG or f'{Path(run_dir).name}-dpo', Path(dataset).stem if 'dataset' in FLAGS else '')
@@ -390,7 +388,7 @@ def main() -> dict:
         log = rundir.start_log(
             run, state, settings_of(globals()), (model_module.__file__, __file__), (),
             device=dev.why, world=ranks.world, micro_batch_size=rows, parameters=n_parameters,
-            trained=n_learnt, max_steps=at.max_steps, **facts)
+            trained=n_learnt, max_steps=at.max_steps, window=window, **facts)
 
     # The loop
     bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)

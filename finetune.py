@@ -127,23 +127,22 @@ def check_settings() -> None:
 
 def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
     """Rows to train on and to validate on, the conversations of these, and facts for the log."""
-    train, val = records.load_split(dataset, validation, val_fraction, records.conversation,
-                                    data_dir, skip_bad, max_records)
-    train_rows, _ = encode_chats(train, tokenizer, size, prompt_loss_weight)
-    val_rows, val = encode_chats(val, tokenizer, size, 0.0)
-    print0(f'{dataset}: {len(train_rows.ids):,} conversations to train on in '
-           f'{len(train_rows):,} rows of {size}, {len(val):,} to validate on')
-    return train_rows, val_rows, val, {'sha256': records.sha256_of(train),
-                                       'val_sha256': records.sha256_of(val)}
+    split = records.load_split(dataset, validation, val_fraction, records.conversation, data_dir,
+                               skip_bad, max_records)
+    parts, window = records.fit_window(dataset, 'conversations', size, [
+        [(r, records.encode(tokenizer, r.where, r.messages, size, weight)) for r in part]
+        for part, weight in zip(split, (prompt_loss_weight, 0.0))])
+    train_rows, val_rows = (to_rows(part, size) for part in parts)
+    print0(f'{dataset}: {len(parts[0]):,} conversations to train on in {len(train_rows):,} rows of '
+           f'{size}, {len(parts[1]):,} to validate on')
+    sha256, val_sha256 = map(records.sha256_of, split)
+    return train_rows, val_rows, [r for r, _ in parts[1]], {
+        'sha256': sha256, 'val_sha256': val_sha256, 'window': window}
 
 
-def encode_chats(found: list, tokenizer, size: int, prompt_weight: float) -> tuple[Rows, list]:
-    """Rows of conversations, and those that are in them: some may have no answer that fits."""
-    encoded = [records.encode(tokenizer, r.where, r.messages, size, prompt_weight) for r in found]
-    fits = [fit for *_, fit in encoded]
-    records.check_left_out([r for r, fit in zip(found, fits) if not fit], len(found), size)
-    ids, weights, _ = zip(*filter(lambda row: row[2], encoded))
-    return Rows(ids, weights, size, seed, packed=pack), [r for r, fit in zip(found, fits) if fit]
+def to_rows(part: list, size: int) -> Rows:
+    """Rows of (record, Encoded)."""
+    return Rows([it.ids for _, it in part], [it.weights for _, it in part], size, seed, packed=pack)
 
 
 def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str], dict]:
@@ -177,25 +176,24 @@ def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str]
            + ', '.join(f'{len(part):,} to {what}' for part, what in zip(parts, (
                'train on', 'validate on', 'test on'))))
     counts = Counter(record.label for record in parts[0])
-    rows, n_cut = [], 0
+    encoded = []
     for part in parts:
-        ids, weights = [], []
+        encoded.append([])
         for record in part:
             records.check_known(tokenizer, record.where, [record.text])
             text = tokenizer.prompt(record.text)
-            n_cut += len(text) > size
             # the target at the last token is the class
-            ids.append(np.array([*text[:size], names.index(record.label)], np.int32))
-            weights.append(np.zeros(len(ids[-1]), np.float32))
-            weights[-1][-1] = 1.0
+            ids = np.array([*text[:size], names.index(record.label)], np.int32)
+            weights = np.zeros(len(ids), np.float32)
+            weights[-1] = 1.0
             if balance and part is parts[0]:
-                weights[-1][-1] = len(parts[0]) / len(names) / counts[record.label]
-        rows.append(Rows(ids, weights, size, seed, packed=pack))
-    if n_cut:
-        print0(f'{n_cut:,} texts have more than {size} tokens: only their beginning is read')
+                weights[-1] = len(parts[0]) / len(names) / counts[record.label]
+            encoded[-1].append((record, records.Encoded(ids, weights, len(text))))
+    encoded, window = records.fit_window(dataset, 'texts', size, encoded)
     hashes = map(records.sha256_of, parts)
-    return rows, names, {'classes': names, **dict(zip(('sha256', 'val_sha256', 'test_sha256'),
-                                                      hashes))}
+    return [to_rows(part, size) for part in encoded], names, {
+        'classes': names, 'window': window,
+        **dict(zip(('sha256', 'val_sha256', 'test_sha256'), hashes))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -387,6 +385,7 @@ def main() -> dict:
     else:
         (train_rows, val_rows, test_rows), names, facts = class_data(tokenizer, size, [])
     model = initial_model(source, tokenizer, n_known, len(names), dev)
+    window = facts.pop('window')        # follows from what else is in the identity
     identity = run_identity(facts, tokenizer, source, model.config)
     del source
     at.max_steps = max_steps or math.ceil(epochs * len(train_rows) / batch_size)
@@ -432,7 +431,7 @@ def main() -> dict:
         log = rundir.start_log(
             run, state, settings_of(globals()), (model_module.__file__, __file__), (),
             device=dev.why, world=ranks.world, micro_batch_size=rows, parameters=n_parameters,
-            trained=n_learnt, max_steps=at.max_steps, **facts)
+            trained=n_learnt, max_steps=at.max_steps, window=window, **facts)
 
     # The loop
     bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)

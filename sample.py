@@ -254,8 +254,12 @@ def write_classes(model, tokenizer, state: dict, dev) -> list[dict]:
     """Print the class of each text, its probability and, of several, the text."""
     texts, found, labels = texts_to_classify(), [], state['labels']
     size = state.get('block_size', model.config.block_size)     # what it learnt to read
+    encoded = [tokenizer.prompt(text) for text in texts]
+    if cut := sum(len(ids) > size for ids in encoded):
+        warn(f'{cut:,} of {len(texts):,} texts are longer than the {size:,} tokens that the '
+             'classifier reads, and are cut')
     for i in range(0, len(texts), 32):
-        rows = [tokenizer.prompt(text)[:size] for text in texts[i:i + 32]]
+        rows = [ids[:size] for ids in encoded[i:i + 32]]
         idx, doc = pad_rows(rows, dev.name)
         with dev.autocast():
             said = model(idx, doc=doc, n_logits=1)[:, -1].float().softmax(dim=-1)

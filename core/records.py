@@ -8,6 +8,7 @@ mirror directory or its URL, or is made from the source of Python's standard lib
 import hashlib
 import itertools
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -372,30 +373,71 @@ def check_known(tokenizer, where: str, texts: list[str]) -> None:
             stop(f'{where}: {what}')
 
 
+class Encoded(NamedTuple):
+    """A record as ids, cut to a window; of a preference two rows, of ids and of weights."""
+    ids: np.ndarray
+    weights: np.ndarray     # of each id as a target
+    needed: int             # the window in tokens that would hold all of it
+    whole: bool = True      # an answer is within the window up to its end
+    lost: str = ''          # why nothing can be learnt from what the window holds
+
+
+NO_ANSWER, EQUAL = 'no answer', 'two equal answers'     # why a record is lost
+
+
 def encode(tokenizer, where: str, messages: list[dict], size: int, prompt_weight: float = 0.0,
-           last_only: bool = False) -> tuple[np.ndarray, np.ndarray, bool]:
-    """The first size + 1 ids of a conversation, their weights as targets, and whether anything that
-    is to be learnt is among them: what the assistant says (last_only: in the last message), its end
-    tokens included, has weight 1, the rest prompt_weight, each times its message's own weight."""
+           last_only: bool = False) -> Encoded:
+    """The first size + 1 ids of a conversation and their weights as targets: what the assistant
+    says (last_only: in the last message), its end tokens included, has weight 1, the rest
+    prompt_weight, each times its message's own weight. It is lost if nothing of the former is
+    among them."""
     check_known(tokenizer, where, [message['content'] for message in messages])
-    turns = list(tokenizer.encode_turns(messages))
-    ids = sum((turn for turn, _ in turns), [])
-    learnt = [(mine and (i == len(turns) - 1 or not last_only), messages[i].get('weight', 1))
-              for i, (_, said) in enumerate(turns) for mine in said][:size + 1]
-    weights = [weight * (1.0 if mine else prompt_weight) for mine, weight in learnt]
-    return np.array(ids[:size + 1], np.int32), np.array(weights, np.float32), any(
-        mine and weight for mine, weight in learnt)
+    ids, learnt, weights, whole = [], [], [], False
+    for i, (turn, said) in enumerate(turns := list(tokenizer.encode_turns(messages))):
+        weight = messages[i].get('weight', 1)
+        mine = bool(said[-1] and weight and (i == len(turns) - 1 or not last_only))
+        ids += turn
+        learnt += [mine and it for it in said]
+        weights += [weight * (1.0 if mine and it else prompt_weight) for it in said]
+        whole |= mine and len(ids) <= size + 1
+    return Encoded(np.array(ids[:size + 1], np.int32), np.array(weights[:size + 1], np.float32),
+                   len(ids) - 1, whole, '' if any(learnt[:size + 1]) else NO_ANSWER)
 
 
-def check_left_out(left_out: list, n: int, size: int) -> None:
-    """Say how many of n records have no answer within `size` tokens; stop if more than 5%."""
-    if len(left_out) > 0.05 * n:
-        stop(f'{left_out[0].where}: has no answer within block_size={size} tokens, and so have '
-             f'{len(left_out):,} of {n:,} records; shorten them, or use a longer context')
-    if left_out:
-        print0(f'warning: {len(left_out):,} of {n:,} records have no answer within '
-               f'block_size={size} tokens and are left out, the first of them '
-               f'{left_out[0].where}', file=sys.stderr)
+def fit_window(name: str, what: str, size: int, parts: list[list]) -> tuple[list[list], dict]:
+    """The parts (to train on, to validate on, ...) of (record, Encoded) without lost records, and
+    facts for the log. Says in one line what a window of `size` tokens cuts, and what is lost.
+
+    Stops if more than 5% of a part have no answer within the window, or all of it is lost.
+    """
+    for part in parts:
+        lost = Counter(it.lost for _, it in part if it.lost)
+        if lost[NO_ANSWER] > 0.05 * len(part) or lost.total() == len(part):
+            why = NO_ANSWER if lost[NO_ANSWER] > 0.05 * len(part) else EQUAL
+            first = next(record.where for record, it in part if it.lost == why)
+            stop(f'{first}: has {why} within block_size={size} tokens, and so have {lost[why]:,} '
+                 f'of {len(part):,} records; shorten them, or use a longer context')
+    found = list(itertools.chain(*parts))
+    lengths, n = sorted(it.needed for _, it in found), len(found)
+    cut = sum(length > size for length in lengths)
+    most, needed = '95% of the', lengths[math.ceil(0.95 * n) - 1]
+    if needed <= size:
+        most, needed = 'all', lengths[-1]
+    said = (f'{name}: {cut:,} of {n:,} {what} are longer than the window of {size:,} tokens and '
+            f'are cut; a window of {needed:,} would hold {most} {what} whole')
+    loud = ''
+    for why in (NO_ANSWER, EQUAL):
+        if lost := [record.where for record, it in found if it.lost == why]:
+            loud += (f'; {len(lost):,} have {why} within it and are left out, the first of them '
+                     f'{lost[0]}')
+    if not any(it.whole for _, it in found):
+        loud += '; no answer fits whole, so the model does not learn to end one'
+    if loud:
+        print0(f'warning: {said}{loud}', file=sys.stderr)
+    elif cut:
+        print0(said)
+    kept = [[pair for pair in part if not pair[1].lost] for part in parts]
+    return kept, {'records': n, 'cut': cut, 'left_out': n - sum(map(len, kept)), 'needed': needed}
 
 
 def sha256_of(records: list) -> str:

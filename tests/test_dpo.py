@@ -41,7 +41,7 @@ def write(path, found: list) -> str:
 def pairs_of(found: list, size: int = 64) -> dpo.Pairs:
     """Records as Pairs."""
     kept = [records.preference(f'r:{i}', record) for i, record in enumerate(found)]
-    return dpo.Pairs(*dpo.encode(kept, TOKENIZER, size), size)
+    return dpo.Pairs([(record, dpo.encode(record, TOKENIZER, size)) for record in kept], size)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import train
 from core import checkpoint, lora, rundir
 from core.learner import Learner
 from core.settings import Stop
+from core.tokenizer import ByteTokenizer
 
 
 def tensors_of(run) -> dict:
@@ -79,6 +80,93 @@ def test_split_is_by_question(chats, monkeypatch):
     assert again == [q for q in held_out if int(q.split()[-1].strip('?')) % 2 == 0] and again
 
 
+# What a window of 96 tokens cuts, at each door: its records, how many conversations, pairs or texts
+# they are called, the record of a given length (in tokens with those of the chat), its data.
+def said_by(door: str, length: int, n: int) -> dict:
+    """The n-th record, of `length` tokens in all at the longest."""
+    if door == 'classify':
+        return {'text': f'{n} '.ljust(length, 'x'), 'label': 'up' if n % 2 else 'down'}
+    rest = length - len(f'{n}?') - 3    # tokens of roles; the first end token, the last is no input
+    asked = {'prompt': f'{n}?'}
+    return asked | ({'chosen': 'x' * (rest - 1) + 'y', 'rejected': 'x' * rest} if door == 'dpo'
+                    else {'output': 'x' * rest})
+
+
+DOORS = {'chat': (finetune, 'conversations', lambda: finetune.chat_data(TOKENIZER, 96)),
+         'dpo': (dpo, 'pairs', lambda: dpo.load_pairs(TOKENIZER, 96)),
+         'classify': (finetune, 'texts', lambda: finetune.class_data(TOKENIZER, 96, []))}
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture
+def door_data(tmp_path, monkeypatch):
+    """door_data(door, found): what a stage makes of records."""
+    def data(door: str, found: list) -> tuple:
+        script, _, make = DOORS[door]
+        path = tmp_path / f'{door}.jsonl'
+        path.write_text(''.join(json.dumps(record) + '\n' for record in found))
+        monkeypatch.setattr(script, 'dataset', str(path))
+        if script is finetune:
+            monkeypatch.setattr(finetune, 'task', door)
+        return make()
+    return data
+
+
+@pytest.mark.parametrize('door', DOORS)
+@pytest.mark.parametrize('n_long, holds', [(20, '95% of the'), (2, 'all')])
+def test_records_that_the_window_cuts_are_counted(door_data, capsys, door, n_long, holds):
+    """In one line, with the window that would hold 95% of all records (or all, if it does)."""
+    lengths = [96] * (100 - n_long) + [200] * (n_long - n_long // 2) + [300] * (n_long // 2)
+    found = [said_by(door, length, n) for n, length in enumerate(lengths)]
+    facts = door_data(door, found)[-1]['window']
+    out, err = capsys.readouterr()
+    cut, = (line for line in (out + err).splitlines() if 'longer' in line)
+    assert (f'{door}.jsonl: {n_long} of 100 {DOORS[door][1]} are longer than the window of 96 '
+            f'tokens and are cut; a window of 300 would hold {holds} {DOORS[door][1]} whole') in cut
+    assert (facts['records'], facts['cut'], facts['needed']) == (100, n_long, 300)
+    door_data(door, found[:100 - n_long])
+    assert 'longer' not in ''.join(capsys.readouterr())
+
+
+@pytest.mark.parametrize('door', ['chat', 'dpo'])
+def test_no_answer_is_whole(door_data, capsys, door):
+    """Then no end token is a target: a warning."""
+    differ = [said_by(door, 200, n) for n in range(60)]
+    for record in differ:
+        record.update({'chosen': 'y' * 200} if door == 'dpo' else {})
+    door_data(door, differ)
+    err = capsys.readouterr().err
+    assert err.startswith('warning: ') and err.count('\n') == 1
+    assert 'no answer fits whole, so the model does not learn to end one' in err
+    door_data(door, [*differ, said_by(door, 96, 60)])
+    assert 'no answer fits' not in ''.join(capsys.readouterr())
+
+
+def test_pairs_that_the_window_makes_equal(door_data, capsys):
+    """Are left out and counted; if nothing else is there, it stops."""
+    found = [said_by('dpo', 97 + 60 * (n < 30), n) for n in range(100)]
+    train, val, facts = door_data('dpo', found)
+    err = capsys.readouterr().err
+    assert len(train) + len(val) == 70 and facts['window']['left_out'] == 30
+    assert err.startswith('warning: ') and err.count('\n') == 1
+    assert '30 have two equal answers within it and are left out, the first of them ' in err
+    same = lambda pairs, i: pairs.rows.ids[2 * i].tolist() == pairs.rows.ids[2 * i + 1].tolist()
+    assert not any(same(part, i) for part in (train, val) for i in range(len(part)))
+    message = message_of(lambda: door_data('dpo', found[:30]))
+    assert 'has two equal answers within block_size=96 tokens' in message
+
+
+@pytest.mark.parametrize('door', DOORS)
+def test_cuts_are_in_the_log(run_stage, tmp_path, door):
+    path = tmp_path / 'long.jsonl'
+    path.write_text(''.join(json.dumps(said_by(door, 96 + n % 2, n)) + '\n' for n in range(60)))
+    script, more = DOORS[door][0], {} if door == 'dpo' else {'task': door}
+    run = run_stage(script, dataset=str(path), max_steps=1, **more)['run_dir']
+    start = rundir.read_log(run, 'start')[0]
+    assert start['window'] == {'records': 60, 'cut': 30, 'left_out': 0, 'needed': 97}
+    assert 'window' not in start['identity']['data']
+
+
 def test_classify(run_stage, texts, capsys, monkeypatch, tmp_path):
     result = classes(run_stage, texts, out_dir='out/classes', max_steps=40, eval_interval=20,
                      learning_rate=1e-2)
@@ -100,15 +188,18 @@ def test_classify(run_stage, texts, capsys, monkeypatch, tmp_path):
     assert 'is a classifier' in stopped_at_last(capsys, sample.main)
 
 
-def test_a_classifier_reads_as_much_as_it_learnt_to(run_stage, texts, monkeypatch):
-    """Not as much as the model has room for: so sample.py says what the test said."""
+def test_a_classifier_reads_as_much_as_it_learnt_to(run_stage, texts, monkeypatch, capsys):
+    """Not as much as the model has room for: so sample.py says what the test said; it is told."""
     run = classes(run_stage, texts, block_size=40, max_steps=2)['run_dir']
     said = []
     for end in ('', 'fall ' * 5):
         for name, value in dict(run_dir=run, classify='rise number 500 '.ljust(40) + end,
                                 device='cpu').items():
             monkeypatch.setattr(sample, name, value)
+        capsys.readouterr()
         said.append(sample.main()['classes'])
+        warned = '1 of 1 texts are longer than the 40 tokens' in capsys.readouterr().err
+        assert warned == bool(end)
     assert said[0] == said[1]
 
 

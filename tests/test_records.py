@@ -444,7 +444,7 @@ SAID = '---' '---' '-bc|' '---' '-e|'
     (14, 0.0, False, SAID[:15]), (8, 0.0, False, SAID[:9]), (6, 0.0, False, SAID[:7]),
     (100, 0.0, True, '-' * 14 + 'e|'), (14, 0.0, True, '-' * 14 + 'e'), (13, 0.0, True, '-' * 14)])
 def test_encode(size, prompt_weight, last_only, expected):
-    ids, weights, _ = records.encode(TOKENIZER, 'f:1', TURNS, size, prompt_weight, last_only)
+    ids, weights, *_ = records.encode(TOKENIZER, 'f:1', TURNS, size, prompt_weight, last_only)
     assert ids.tolist() == TOKENIZER.encode_chat(TURNS)[:size + 1] and len(ids) == len(weights)
     assert weights.tolist() == [prompt_weight if sign == '-' else 1.0 for sign in expected]
 
@@ -458,13 +458,19 @@ def test_a_character_that_the_tokenizer_does_not_know(capsys):
 
 def test_records_that_have_no_answer_left(capsys):
     """Up to one in twenty is left out, and told."""
-    found = [labelled(f'a:{i}', GOOD[labelled]) for i in range(20)]
-    records.check_left_out([], 20, 8)
+    found = [conversation(f'a:{i}', {'messages': chat('a' * (7 if i in (7, 9) else 1), 'b')})
+             for i in range(20)]
+    part = [(r, records.encode(TOKENIZER, r.where, r.messages, 8)) for r in found]
+    fits = part[:7]
+    assert records.fit_window('a', 'conversations', 8, [fits])[0] == [fits]
     assert capsys.readouterr() == ('', '')
-    records.check_left_out(found[7:8], 20, 8)
-    assert capsys.readouterr().err == ('warning: 1 of 20 records have no answer within block_size=8'
-                                       ' tokens and are left out, the first of them a:7\n')
-    message = stopped(capsys, lambda: records.check_left_out(found[7:9], 20, 8))
+    lost = part[:9] + part[10:] + fits[:1]
+    assert len(records.fit_window('a', 'conversations', 8, [lost])[0][0]) == 19
+    assert capsys.readouterr().err == (
+        'warning: a: 1 of 20 conversations are longer than the window of 8 tokens and are cut; a '
+        'window of 11 would hold all conversations whole; 1 have no answer within it and are left '
+        'out, the first of them a:7\n')
+    message = stopped(capsys, lambda: records.fit_window('a', 'conversations', 8, [part]))
     assert message.startswith('a:7: ') and '2 of 20 records; shorten them' in message
 
 

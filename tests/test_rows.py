@@ -177,7 +177,7 @@ def test_the_mask_token_by_token(make):
 def test_targets_of_a_conversation():
     """A row's targets are the assistant's words, each read at the token before it."""
     tokenizer = ByteTokenizer()
-    ids, weights, _ = records.encode(tokenizer, 'f:1', TURNS, 64)
+    ids, weights, *_ = records.encode(tokenizer, 'f:1', TURNS, 64)
     x, y, _, weight = Rows([ids], [weights], 64).batch([0])
     at = (y[0] != IGNORE).nonzero()[:, 0].tolist()
     assert at == [i - 1 for i, (_, said) in enumerate(MASK) if said]

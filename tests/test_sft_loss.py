@@ -28,7 +28,14 @@ def chat_rows(prompt_weight: float = 0.0) -> finetune.Rows:
     """CHATS as rows of SIZE."""
     found = [records.conversation(f'c:{i}', {'messages': [
         {'role': role, 'content': text} for role, text in chat]}) for i, chat in enumerate(CHATS)]
-    return finetune.encode_chats(found, TOKENIZER, SIZE, prompt_weight)[0]
+    return encoded(found, prompt_weight)[0]
+
+
+def encoded(found: list, prompt_weight: float) -> tuple:
+    """Rows of conversations, and those that are in them."""
+    (part,), _ = records.fit_window('c', 'conversations', SIZE, [[
+        (r, records.encode(TOKENIZER, r.where, r.messages, SIZE, prompt_weight)) for r in found]])
+    return finetune.to_rows(part, SIZE), [record for record, _ in part]
 
 
 def labelled(chat: list) -> tuple[list[int], list[int]]:
@@ -118,8 +125,7 @@ def test_what_does_not_fit(monkeypatch, prompt_weight):
     chat = lambda question, answer: records.conversation('c:7', {'messages': [
         {'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]})
     short, long, hopeless = chat('Hi', 'Ho'), chat('Hi', 'Ho' * 40), chat('H' * 70, 'i')
-    rows, kept = finetune.encode_chats([long] + [short] * 20 + [hopeless], TOKENIZER, SIZE,
-                                       prompt_weight)
+    rows, kept = encoded([long] + [short] * 20 + [hopeless], prompt_weight)
     assert kept == [long] + [short] * 20 and len(rows) == 21
     weight = max((rows.batch([i])[3] for i in range(21)), key=torch.sum)
     # the inputs are SIZE ids, the first four targets are H, i, <|end|> and <|assistant|>
