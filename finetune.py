@@ -284,9 +284,11 @@ def evaluate(model, data, rows, dev, ranks, asked=lambda: False) -> dict | None:
 def shown(scores: dict) -> str:
     """The scores in a line."""
     if 'accuracy' in scores:
-        return (f'loss {scores["val_loss"]:.4f}, accuracy {scores["accuracy"]:.4f}, macro F1 '
-                f'{scores["macro_f1"]:.4f}, calibration error {scores["calibration_error"]:.4f}')
-    return (f'loss {scores["val_loss"]:.4f} ± {scores["interval"]:.4f} nats per token of the '
+        low, high = scores['accuracy_interval']
+        return (f'loss {scores["val_loss"]:.4f}, accuracy {scores["accuracy"]:.4f} (95%: {low:.4f} '
+                f'to {high:.4f}), macro F1 {scores["macro_f1"]:.4f}, calibration error '
+                f'{scores["calibration_error"]:.4f}')
+    return (f'loss {metrics.shown(scores["val_loss"], scores["interval"])} nats per token of the '
             'assistant')
 
 
@@ -349,7 +351,7 @@ def evaluate_only(source, tokenizer, state, size: int, dev, ranks) -> dict:
         losses = metrics.sequence_losses(other, data, rows, dev, ranks)
         scores['difference'] = metrics.paired_interval(scores['losses'], losses)
         print0(f'{against}, step {found["step"]}: loss {metrics.mean_interval(losses)[0]:.4f}; '
-               'the difference is {:.4f} ± {:.4f} (95%, pairs)'.format(*scores['difference']))
+               f'the difference is {metrics.shown(*scores["difference"])} (95%, pairs)')
     return scores
 
 

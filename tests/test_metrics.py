@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from core import metrics
 from core.dataset import IGNORE, Rows
 from core.device import Device
-from core.metrics import Z95, classification, mean_interval, paired_interval
+from core.metrics import classification, mean_interval, paired_interval
 from core.processes import Ranks
 from model import GPTConfig, build_model
 
@@ -21,26 +21,52 @@ VOCAB, SIZE = 50, 24
 # Intervals
 
 
-@pytest.mark.parametrize('losses,mean,error', [
-    # 6 nats in 4 targets; (2 - 1.5)^2 + (4 - 4.5)^2 = 0.5
-    ([[2, 1], [4, 3]], 1.5, math.sqrt(0.5) / 4),
+# The 97.5% quantile of Student's t as tables have it (NIST/SEMATECH e-Handbook, 1.3.6.7.2).
+T95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 9: 2.2622, 10: 2.2281,
+       29: 2.0452, 30: 2.0423, 99: 1.9842, 100: 1.9840, 1000: 1.9623}
+
+
+@pytest.mark.parametrize('df', T95)
+def test_t_quantile(df):
+    assert metrics.t95(df) == pytest.approx(T95[df], abs=6e-5)
+
+
+def test_t_quantile_is_that_of_scipy():
+    stats = pytest.importorskip('scipy.stats')
+    for df in [*range(1, 60), 999, 1000, 10_000]:
+        assert metrics.t95(df) == pytest.approx(stats.t.ppf(0.975, df), abs=1e-6)
+    assert metrics.t95(10 ** 9) == pytest.approx(1.959964, abs=3e-4)
+
+
+@pytest.mark.parametrize('losses,mean,half', [
+    # without one of the two it is 4 / 3 or 2: 1/6 and 1/2 from 1.5; (2 - 1) / 2 (1/36 + 1/4) = 5/36
+    ([[2, 1], [4, 3]], 1.5, 12.7062 * math.sqrt(5) / 6),
     # records of one target each: the standard deviation over the root of their number
-    ([[1, 1], [2, 1], [6, 1]], 3.0, math.sqrt(14 / 3) / math.sqrt(3)),
-    ([[1, 2], [2, 4], [5, 10]], 0.5, 0.0),
-    ([[3, 2]], 1.5, math.nan)])
-def test_mean_interval(losses, mean, error):
-    found, half = mean_interval(np.array(losses, float))
-    assert found == pytest.approx(mean)
-    assert half == pytest.approx(1.959964 * error, nan_ok=True)
+    ([[1, 1], [2, 1], [6, 1]], 3.0, 4.3027 * math.sqrt(14 / 2) / math.sqrt(3)),
+    # targets of 9 and 1: worth (9 + 1)^2 / (81 + 1) = 1.2 equal records, the least is two
+    ([[10, 9], [0, 1]], 1.0, 12.7062 * math.sqrt((1 + 1 / 81) / 2)),
+    ([[1, 2], [2, 4], [5, 10]], 0.5, 0.0)])
+def test_mean_interval(losses, mean, half):
+    found, interval = mean_interval(np.array(losses, float))
+    assert found == pytest.approx(mean) and interval == pytest.approx(half, rel=1e-4)
+
+
+def test_one_record_has_no_interval():
+    """And it is said: not 0, not "nan"."""
+    mean, half = mean_interval(np.array([[3, 2]], float))
+    assert mean == 1.5 and math.isnan(half)
+    assert metrics.shown(mean, half) == '1.5000 (one record: no interval)'
+    assert metrics.shown(1.5, 0.25) == '1.5000 ± 0.2500'
+    assert metrics.shown(math.nan, math.nan) == 'nan ± nan'     # a model that has diverged
 
 
 def test_paired_interval():
-    """Of the differences 1, -1 and 3 nats in 1, 2 and 3 targets: 3 / 6, and residuals 0.5, -2, 1.5
-    from there."""
+    """Of the differences 1, -1 and 3 nats in 1, 2 and 3 targets: 3 / 6, and 2 / 5, 4 / 4, 0 / 3
+    without one of them: 0.1, -0.5 and 0.5 away. They are worth 36 / 14 = 2.6 records."""
     ours, others = np.array([[5, 1], [7, 2], [9, 3]], float), np.array([[4, 1], [8, 2], [6, 3]])
     found, half = paired_interval(ours, others)
     assert found == pytest.approx(0.5)
-    assert half == pytest.approx(Z95 * math.sqrt(0.25 + 4 + 2.25) / 6)
+    assert half == pytest.approx(4.302653 * math.sqrt(2 / 3 * (0.01 + 0.25 + 0.25)), rel=1e-6)
     assert paired_interval(others, ours) == pytest.approx((-found, half))
     assert paired_interval(ours, ours) == (0, 0)
 
@@ -54,25 +80,51 @@ def test_pairs_that_differ_by_a_constant():
     assert mean_interval(ours)[1] > 0.1
 
 
-def drawn(rng, n: int) -> np.ndarray:
-    """(n, 2): records of 1 to 20 targets; those of one are alike, and longer ones harder."""
-    targets = rng.integers(1, 21, n)
-    of_record = 1 + 0.05 * targets + rng.normal(0, 0.5, n)
+def drawn(rng, n: int, lengths: str) -> np.ndarray:
+    """(n, 2): records of equal, of 1 to 20, or of very unequal numbers of targets; those of one are
+    alike, and of 1 to 20 the longer ones are harder."""
+    targets = {'equal': np.full(n, 10), 'even': rng.integers(1, 21, n),
+               'skewed': np.exp(rng.normal(3, 1, n)).round() + 1}[lengths]
+    of_record = 1 + 0.05 * targets * (lengths == 'even') + rng.normal(0, 0.5, n)
     return np.stack([of_record * targets + rng.normal(0, 1, n) * np.sqrt(targets), targets], axis=1)
 
 
-def test_intervals_hold_the_truth_in_95_of_100_cases():
-    rng = np.random.default_rng(0)
-    truth = 1 + 0.05 * 143.5 / 10.5     # sum of n^2 over sum of n, for n from 1 to 20
-    held = naively = 0
+# the sum of n^2 over the sum of n, for n from 1 to 20, is 143.5 / 10.5
+@pytest.mark.parametrize('lengths,truth', [('equal', 1), ('even', 1 + 0.05 * 143.5 / 10.5),
+                                           ('skewed', 1)])
+@pytest.mark.parametrize('n', [2, 5, 10, 30, 200])
+def test_intervals_hold_the_truth_in_95_of_100_cases(n, lengths, truth):
+    """However few records there are, of one model and of the difference of two; a little more often
+    where few records of very unequal lengths can say little."""
+    rng, held, paired = np.random.default_rng(n), 0, 0
     for _ in range(2000):
-        losses = drawn(rng, 200)
+        losses = drawn(rng, n, lengths)
         mean, half = mean_interval(losses)
         held += abs(mean - truth) <= half
-        # what it would be if tokens were independent, of variance 0.5^2 + 1
-        naively += abs(mean - truth) <= Z95 * math.sqrt(1.25 / losses[:, 1].sum())
-    assert 0.93 < held / 2000 < 0.97
-    assert naively / 2000 < 0.75
+        other = losses.copy()
+        other[:, 0] += drawn(rng, n, 'equal')[:, 0] / 10 * losses[:, 1]
+        mean, half = paired_interval(other, losses)
+        paired += abs(mean - 1) <= half
+    most = 0.98 if lengths == 'skewed' else 0.97
+    assert 0.93 < held / 2000 < most and 0.93 < paired / 2000 < most
+
+
+def test_tokens_of_a_record_are_not_independent():
+    """An interval that takes them to be so, of variance 0.5^2 + 1, is far too narrow."""
+    rng, naively = np.random.default_rng(0), 0
+    for _ in range(1000):
+        losses = drawn(rng, 200, 'even')
+        error = math.sqrt(1.25 / losses[:, 1].sum())
+        naively += abs(mean_interval(losses)[0] - 1 - 0.05 * 143.5 / 10.5) <= 1.96 * error
+    assert naively / 1000 < 0.75
+
+
+@pytest.mark.parametrize('hits,n,low,high', [
+    # as scipy.stats.binomtest(hits, n).proportion_ci(method='wilson') has it
+    (10, 10, 0.72247, 1.0), (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341),
+    (1, 1, 0.20655, 1.0), (1015, 1031, 0.97494, 0.99043)])
+def test_interval_of_a_share(hits, n, low, high):
+    assert metrics.share_interval(hits, n) == pytest.approx((low, high), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -101,6 +153,7 @@ def test_calibration(sure, error):
 
 def test_all_right():
     found = classification(np.eye(3), np.arange(3))
+    assert found.pop('accuracy_interval') == pytest.approx([0.43850, 1], abs=1e-4)
     assert found == {'accuracy': 1, 'macro_f1': 1, 'calibration_error': 0,
                      'confusion': np.eye(3, dtype=int).tolist()}
 
