@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -346,24 +347,64 @@ def load_split(dataset: str, validation: str, val_fraction: float, kind: Callabl
     dataset at most max_records, if that is not 0.
 
     Which, depends on what is asked first alone: so the same question is on the same side in every
-    set that has it, and in each stage. Stops if one side is empty.
+    set that has it, and in each stage. Only where that would give a side less than half or more
+    than twice its share, more decides (see split_keys and split_at), and it is said. Stops if that
+    does not help.
     """
     found = load(dataset, kind, data_dir, skip_bad)
+    keyed = list(zip(split_keys(found, val_fraction), found))
     if max_records:
-        found = sorted(found, key=lambda r: fraction_of(f'of all: {question(r)}'))[:max_records]
+        keyed = sorted(keyed, key=lambda pair: fraction_of(f'of all: {pair[0]}'))[:max_records]
     if validation:
-        return found, load(validation, kind, data_dir, skip_bad, 'validation')
-    held_out = [fraction_of(question(record)) < val_fraction for record in found]
-    train, val = ([r for r, out in zip(found, held_out) if out == side] for side in (False, True))
-    if not train or not val:
-        stop(f'dataset={dataset}: its {len(found)} records leave {len(train)} to train on and '
-             f'{len(val)} to validate on; give more, or another --val_fraction')
+        return [r for _, r in keyed], load(validation, kind, data_dir, skip_bad, 'validation')
+    keys, n = [key for key, _ in keyed], len(keyed)
+    at, fits = split_at(keys, val_fraction)
+    train, val = ([r for key, r in keyed if (fraction_of(key) < at) == side]
+                  for side in (False, True))
+    if not (train and val and fits):
+        (key, most), = Counter(keys).most_common(1)
+        why = f', as {most:,} of them ask the same ({key[-60:]!r})' * (most > 1)
+        stop(f'dataset={dataset}: its {n:,} records leave {len(train):,} to train on and '
+             f'{len(val):,} to validate on{why}; give more, another --val_fraction, or records of '
+             'their own with --validation=FILE')
+    if at != val_fraction or any(key != question(record) for key, record in keyed):
+        print0(f'{dataset}: so many records begin alike, or so few there are, that not only the '
+               'first questions decide which of them validate: in another set others may')
     return train, val
 
 
 def question(record) -> str:
     """What a conversation begins with."""
     return next(m['content'] for m in record.messages if m['role'] == 'user')
+
+
+def split_keys(found: list, fraction: float) -> list[str]:
+    """The texts whose hashes decide on which side the records are: their first questions.
+
+    If a side would not get its share, then those that begin as many others do ("Hello") have all
+    that the user says instead, or what the system and the user say.
+    """
+    keys = [question(record) for record in found]
+    for roles in (('user',), ('system', 'user')):
+        sizes, most = Counter(keys), min(fraction, 1 - fraction) * len(keys) / 2
+        if split_at(keys, fraction)[0] != fraction:
+            keys = [key if sizes[key] <= most else '\n\n'.join(
+                m['content'] for m in record.messages if m['role'] in roles)
+                for key, record in zip(keys, found)]
+    return keys
+
+
+def split_at(keys: list[str], fraction: float) -> tuple[float, bool]:
+    """The hash below which records validate, and whether each side has half to twice its share, or
+    one record: the fraction itself, or if that misses it the nearest that does not."""
+    places, n, at = sorted(map(fraction_of, keys)), len(keys), fraction
+    least = n * max(fraction / 2, 2 * fraction - 1)
+    most = max(1, n * min(2 * fraction, (1 + fraction) / 2))
+    if bisect_left(places, at) < least:
+        at = math.nextafter(places[math.ceil(least) - 1], 1)
+    elif bisect_left(places, at) > most:
+        at = places[int(most)]
+    return at, least <= bisect_left(places, at) <= most
 
 
 def check_known(tokenizer, where: str, texts: list[str]) -> None:
@@ -423,19 +464,17 @@ def fit_window(name: str, what: str, size: int, parts: list[list]) -> tuple[list
     most, needed = '95% of the', lengths[math.ceil(0.95 * n) - 1]
     if needed <= size:
         most, needed = 'all', lengths[-1]
-    said = (f'{name}: {cut:,} of {n:,} {what} are longer than the window of {size:,} tokens and '
-            f'are cut; a window of {needed:,} would hold {most} {what} whole')
-    loud = ''
+    said = [f'{name}: {cut:,} of {n:,} {what} are longer than the window of {size:,} tokens and '
+            f'are cut; a window of {needed:,} would hold {most} {what} whole']
     for why in (NO_ANSWER, EQUAL):
         if lost := [record.where for record, it in found if it.lost == why]:
-            loud += (f'; {len(lost):,} have {why} within it and are left out, the first of them '
-                     f'{lost[0]}')
+            said.append(f'{len(lost):,} have {why} within it and are left out, the first {lost[0]}')
     if not any(it.whole for _, it in found):
-        loud += '; no answer fits whole, so the model does not learn to end one'
-    if loud:
-        print0(f'warning: {said}{loud}', file=sys.stderr)
+        said.append('no answer fits whole, so the model does not learn to end one')
+    if len(said) > 1:
+        print0('warning: ' + '; '.join(said), file=sys.stderr)
     elif cut:
-        print0(said)
+        print0(*said)
     kept = [[pair for pair in part if not pair[1].lost] for part in parts]
     return kept, {'records': n, 'cut': cut, 'left_out': n - sum(map(len, kept)), 'needed': needed}
 

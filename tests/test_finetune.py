@@ -149,7 +149,7 @@ def test_pairs_that_the_window_makes_equal(door_data, capsys):
     err = capsys.readouterr().err
     assert len(train) + len(val) == 70 and facts['window']['left_out'] == 30
     assert err.startswith('warning: ') and err.count('\n') == 1
-    assert '30 have two equal answers within it and are left out, the first of them ' in err
+    assert '30 have two equal answers within it and are left out, the first ' in err
     same = lambda pairs, i: pairs.rows.ids[2 * i].tolist() == pairs.rows.ids[2 * i + 1].tolist()
     assert not any(same(part, i) for part in (train, val) for i in range(len(part)))
     message = message_of(lambda: door_data('dpo', found[:30]))

@@ -33,8 +33,8 @@ def test_t_quantile(df):
 
 def test_t_quantile_is_that_of_scipy():
     stats = pytest.importorskip('scipy.stats')
-    for df in [*range(1, 60), 999, 1000, 10_000]:
-        assert metrics.t95(df) == pytest.approx(stats.t.ppf(0.975, df), abs=1e-6)
+    for df in [*range(1, 200), 999, 1000, 10_000]:
+        assert metrics.t95(df) == pytest.approx(stats.t.ppf(0.975, df), abs=6e-5)
     assert metrics.t95(10 ** 9) == pytest.approx(1.959964, abs=3e-4)
 
 
@@ -66,7 +66,7 @@ def test_paired_interval():
     ours, others = np.array([[5, 1], [7, 2], [9, 3]], float), np.array([[4, 1], [8, 2], [6, 3]])
     found, half = paired_interval(ours, others)
     assert found == pytest.approx(0.5)
-    assert half == pytest.approx(4.302653 * math.sqrt(2 / 3 * (0.01 + 0.25 + 0.25)), rel=1e-6)
+    assert half == pytest.approx(4.302653 * math.sqrt(2 / 3 * (0.01 + 0.25 + 0.25)), rel=1e-4)
     assert paired_interval(others, ours) == pytest.approx((-found, half))
     assert paired_interval(ours, ours) == (0, 0)
 

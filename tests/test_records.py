@@ -411,6 +411,101 @@ def test_a_question_is_on_the_same_side_everywhere(tmp_path):
     assert set(found[0]) <= set(train) and set(found[1]) <= set(val)
 
 
+def talks(*heads, n: int = 200, ends=True) -> list[list[dict]]:
+    """n lists of messages that begin with what head(i) says in turn; a question of their own at the
+    end, unless not `ends`."""
+    return [[*heads[i % len(heads)](i), *([says('user', f'And {i} times {i}?')] if ends else [])]
+            for i in range(n)]
+
+
+HELLO = lambda i: chat('Hello', 'Hi!')
+BEGIN_ALIKE = {
+    'distinct': talks(lambda i: []),
+    '70% begin with Hello': talks(*[HELLO] * 7, *[lambda i: []] * 3),
+    'all begin with Hello': talks(HELLO),
+    'all begin with the same two': talks(lambda i: chat('Hello', 'Hi!', 'How are you?', 'Well')),
+    'half begin with one, half with another': talks(HELLO, lambda i: chat('Good day', 'Hi!')),
+    'three beginnings': talks(HELLO, *(lambda i, h=h: chat(h, 'Hi!') for h in ('Hey', 'Good day'))),
+    'the system says what is asked about': talks(
+        lambda i: [says('system', f'Text {i}.'), says('user', 'Sum it up.')], ends=False),
+    'each full prompt five times': talks(HELLO, n=40) * 5,
+    'answers before differ': talks(lambda i: chat('Hello', f'Hi {i}!')),
+}
+
+
+@pytest.mark.parametrize('fraction', [0.1, 0.3, 0.8])
+@pytest.mark.parametrize('kind', [conversation, preference])
+@pytest.mark.parametrize('case', BEGIN_ALIKE)
+def test_a_share_whatever_the_first_words_are(tmp_path, case, kind, fraction):
+    """Half to twice of what is asked; an equal prompt is on one side, the same one in another order
+    and in another stage."""
+    found = [{'messages': messages, 'chosen': 'Yes', 'rejected': 'no'} if kind is preference else
+             {'messages': [*messages, says('assistant', 'Yes')]} for messages in BEGIN_ALIKE[case]]
+    sides = []
+    for order in (found, found[::-1]):
+        parts = records.load_split(str(put(tmp_path, 'a.jsonl', lines(*order))), '', fraction, kind,
+                                   'data', False)
+        small, asked = (parts[1], fraction) if fraction < 0.5 else (parts[0], 1 - fraction)
+        assert asked / 2 <= len(small) / len(found) <= asked * 2
+        assert sum(map(len, parts)) == len(found)
+        sides.append([{json.dumps([m for m in r.messages[:-1] + r.messages[-1:]
+                                   * (kind is preference)]) for r in part} for part in parts])
+    assert sides[0] == sides[1] and not sides[0][0] & sides[0][1]
+    SIDES.setdefault((case, fraction), sides[0])
+    assert SIDES[case, fraction] == sides[0]    # of the other kind
+
+
+SIDES = {}
+
+
+@pytest.mark.parametrize('kind', [conversation, preference])
+def test_one_question_cannot_be_shared_out(tmp_path, capsys, kind):
+    """The message names the reason and the way out."""
+    for n_others in (0, 10):
+        path = put(tmp_path, 'a.jsonl', asked(['Who are you?'] * 160, 'x') + asked(
+            [f'{i}?' for i in range(n_others)], 'x'))
+        message = stopped(capsys, lambda path=path: records.load_split(
+            str(path), '', 0.2, kind, 'data', False))
+        assert f'its {160 + n_others} records leave ' in message
+        assert "160 of them ask the same ('Who are you?')" in message
+        assert '--validation=FILE' in message
+
+
+def test_few_records_are_chosen_whatever_the_first_words_are(tmp_path):
+    """max_records takes some of those that begin alike, not all or none."""
+    found = [{'messages': [*messages, says('assistant', 'Yes')]}
+             for messages in BEGIN_ALIKE['70% begin with Hello']]
+    path = put(tmp_path, 'a.jsonl', lines(*found))
+    train, val = records.load_split(str(path), '', 0.2, conversation, 'data', False, 50)
+    n_hello = sum(records.question(r) == 'Hello' for r in train + val)
+    assert len(train + val) == 50 and 25 <= n_hello <= 45
+
+
+@pytest.mark.parametrize('n', [2, 5, 10, 20, 50])
+def test_a_share_of_few(tmp_path, n):
+    """However their hashes lie: half to twice the share, or one."""
+    for i in range(30):
+        path = put(tmp_path, 'a.jsonl', asked([f'{i}, {j}' for j in range(n)], 'x'))
+        train, val = records.load_split(str(path), '', 0.1, conversation, 'data', False)
+        assert n * 0.05 <= len(val) <= max(1, n * 0.2) and len(train) + len(val) == n
+
+
+@needs_mirror
+@pytest.mark.parametrize('name', ['instruction', 'preference'])
+@pytest.mark.parametrize('max_records', [0, 300])
+def test_the_split_of_ordinary_sets_is_what_it_was(tmp_path, monkeypatch, name, max_records):
+    """By the hash of the question alone."""
+    monkeypatch.setenv('DATA_MIRROR', MIRROR)
+    kind = SETS[name].kind
+    found = load(name, kind, str(tmp_path), False)
+    if max_records:
+        found = sorted(found, key=lambda r: fraction_of(f'of all: {records.question(r)}'))[:300]
+    expected = [[r for r in found if (fraction_of(records.question(r)) < 0.1) == side]
+                for side in (False, True)]
+    assert list(records.load_split(name, '', 0.1, kind, str(tmp_path), False, max_records)) == \
+        expected
+
+
 def test_validation_of_its_own(tmp_path, capsys):
     a, b = (put(tmp_path, name, asked('abc', name)) for name in ('a.jsonl', 'b.jsonl'))
     train, val = records.load_split(str(a), str(b), 0.1, conversation, 'data', False)
@@ -427,6 +522,7 @@ def test_an_empty_side(tmp_path, capsys, fraction, sides):
     message = stopped_at_last(capsys, lambda: records.load_split(
         str(path), '', fraction, conversation, 'data', False))
     assert message.startswith(f'dataset={path}: ') and sides in message and '; give' in message
+    assert 'ask the same' not in message
 
 
 def test_question():
@@ -469,7 +565,7 @@ def test_records_that_have_no_answer_left(capsys):
     assert capsys.readouterr().err == (
         'warning: a: 1 of 20 conversations are longer than the window of 8 tokens and are cut; a '
         'window of 11 would hold all conversations whole; 1 have no answer within it and are left '
-        'out, the first of them a:7\n')
+        'out, the first a:7\n')
     message = stopped(capsys, lambda: records.fit_window('a', 'conversations', 8, [part]))
     assert message.startswith('a:7: ') and '2 of 20 records; shorten them' in message
 
