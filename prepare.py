@@ -62,6 +62,8 @@ skip_bad = False            # leave out what cannot be read, and count it, inste
 normalize = 'NFC'           # Unicode normalization form: NFC, NFKC, or '': none
 mask_pii = False            # mask e-mail addresses, IP addresses and phone numbers
 quality = ''                # rules that are applied: gopher, c4 or gopher,c4; else only counted
+equal = ''                  # texts are equal up to case and white space (loose), not even that
+                            # (exact); '': loose for prose, exact for code and short records
 near_duplicates = 0.7       # Jaccard similarity from which documents are duplicates; 0: only equal
 shingle_words = 3           # the similarity is that of the sets of so many words in a row
 repeated_sentences = 0      # so many sentences in a row that came before go (C4: 3); 0: stay
@@ -664,6 +666,7 @@ def main() -> dict:
     if encoding and not documents.is_encoding(encoding):
         stop(f'encoding={encoding}: no encoding of text that Python knows')
     check_choice(globals(), errors=('strict', 'replace'), normalize=('', 'NFC', 'NFKC'),
+                 equal=('', 'exact', 'loose'),
                  quality=('', 'gopher', 'c4', 'gopher,c4', 'c4,gopher'))
     if vocab_size and not tokenizer_label(dataset, tokenizer, vocab_size).startswith('bpe'):
         stop(f'vocab_size={vocab_size}: only a bpe can have any size; add --tokenizer=bpe')

@@ -78,8 +78,8 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
                 document, options, index, banned, tally)):
             raw = text.encode('utf-8')
             spans.append(clean.sentence_spans(text, options['repeated_sentences'] or 3))
-            rows.append((len(raw), len(text), clean.text_hash(text), source, continued,
-                         len(spans[-1])))
+            rows.append((len(raw), len(text), clean.text_hash(text, options['equal']), source,
+                         continued, len(spans[-1])))
             texts.append(raw)
             places.append(record.where)
             signature = clean.minhash(clean.shingles(words, options['shingle_words']))

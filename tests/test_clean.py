@@ -157,7 +157,8 @@ def test_different_ngrams_have_different_hashes():
 
 
 def test_text_hash():
-    assert clean.text_hash('A  b\n') == clean.text_hash(' a\tB') != clean.text_hash('ab')
+    same = clean.text_hash('A  b\n', 'loose')
+    assert same == clean.text_hash(' a\tB', 'loose') != clean.text_hash('ab', 'loose')
     assert clean.text_hash('a b') != clean.text_hash('a, b')
     assert len({clean.text_hash(str(i)) for i in range(10_000)}) == 10_000
 
@@ -495,3 +496,58 @@ def test_band_hashes():
         other[i] += 1000
         changed = clean.band_hashes(other, 25, 5) != found
         assert np.flatnonzero(changed).tolist() == [i // 5] * (i < 125)
+
+
+# ---------------------------------------------------------------------------------------------
+# Equal texts and clusters
+
+PARAGRAPH = 'It was the best of times, it was the worst of times: so they said, all of them. '
+PROGRAM = 'for i in range(3):\n    print(i)\n    print("again", i)\nprint("the end")\n'
+
+
+@pytest.mark.parametrize('texts,n_kinds', [
+    (['c1ccccc1', 'C1CCCCC1', 'c1ccccc1O', 'C1CCCCC1O', 'CO', 'Co', 'co'], 7),
+    ([PROGRAM, PROGRAM.replace('    print("a', 'print("a'), PROGRAM.replace('    ', '\t'),
+      PROGRAM.replace('\nprint("the', '\n    print("the')], 4),
+    (['3<5', '3>5', '3 < 5', '5<3'], 4),
+    ([PARAGRAPH, PARAGRAPH.upper(), PARAGRAPH.replace(' ', '\n'), f'  {PARAGRAPH}\n\n'], 1),
+    (['1 2\n3 4', '1 2 3 4', '1  2\n3  4'], 3), (['a: 1\nb:\n  c: 2', 'a: 1\nb:\nc: 2'], 2),
+    (['one\r\ntwo', 'one\ntwo', 'one\ntwo\n'], 1), (['Yes', 'yes', 'YES!', '', '\n'], 4)])
+def test_equal_texts(texts, n_kinds):
+    """Case and white space are ignored where they mean nothing: in prose. A setting decides."""
+    kinds = lambda *how: len({clean.text_hash(text, *how) for text in texts})
+    assert kinds() == kinds('') == n_kinds
+    assert kinds('loose') == len({' '.join(text.lower().split()) for text in texts})
+    assert kinds('exact') == (4 if texts[0] == PARAGRAPH else n_kinds)
+
+
+def slow_clusters(texts: list[str], threshold: float, n: int) -> list[int]:
+    sets = [clean.shingles(word_hashes(text)[0], n) for text in texts]
+    found = list(range(len(texts)))
+    for _ in texts:
+        for i, j in product(range(len(texts)), repeat=2):
+            if (clean.text_hash(texts[i]) == clean.text_hash(texts[j])
+                    or threshold and clean.jaccard(sets[i], sets[j]) >= threshold):
+                found[i] = found[j] = min(found[i], found[j])
+    return found
+
+
+def test_clusters_are_those_of_a_slow_reference():
+    rng, seen = random.Random(0), Counter()
+    for _ in range(150):
+        vocabulary, n = 'abcdefgh!'[:rng.randint(2, 9)], rng.choice([1, 2, 3])
+        texts = [' '.join(rng.choices(vocabulary, k=rng.randint(0, 14)))
+                 for _ in range(rng.randint(0, 15))]
+        for threshold in (0, 0.3, 0.55, 0.7, 1):
+            found = clean.clusters(texts, threshold, n)
+            assert found == slow_clusters(texts, threshold, n)
+            seen[threshold] += len({*found})
+    assert seen[0] > seen[1] > seen[0.7] > seen[0.55] > seen[0.3] > 150
+
+
+def test_clusters_of_short_texts():
+    texts = ['Sorry, I will call you later today', 'sorry i will call you later today!!', 'Hello',
+             'hello', 'SORRY, I will call you later', 'Sorry, you will never see me again', '', '']
+    assert clean.clusters(texts) == [0, 0, 2, 2, 0, 5, 6, 6]
+    assert clean.clusters(texts, 0) == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert clean.clusters([]) == []
