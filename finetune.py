@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import model as model_module
-from core import checkpoint, hf, lora, metrics, optim, parallel, processes, records, rundir
+from core import checkpoint, clean, hf, lora, metrics, optim, parallel, processes, records, rundir
 from core import device as hardware
 from core.dataset import Rows, share
 from core.learner import Learner, print_above
@@ -145,11 +145,43 @@ def to_rows(part: list, size: int) -> Rows:
     return Rows([it.ids for _, it in part], [it.weights for _, it in part], size, seed, packed=pack)
 
 
+def class_parts(found: list, names: list) -> list[list]:
+    """The records to train, validate and test on. Of equal texts the first stays, similar ones (see
+    clean.clusters) are in one part, and each class has half to twice its share in each part."""
+    unique, n_other, groups = {}, 0, {}
+    for record in found:
+        stays = unique.setdefault(clean.text_hash(record.text), record)
+        n_other += stays.label != record.label
+    for number, record in zip(clean.clusters([r.text for r in unique.values()]), unique.values()):
+        groups.setdefault(number, []).append(record)
+    n = Counter(record.label for record in unique.values())
+    wanted = [{name: round(n[name] * share) for name in names}
+              for share in (1 - val_fraction - test_fraction, val_fraction, test_fraction)]
+    parts, have = [[], [], []], [Counter(), Counter(), Counter()]
+    for group in sorted(groups.values(), key=lambda group: records.fraction_of(
+            f'{seed} {min(record.text for record in group)}')):
+        mine = Counter(record.label for record in group)
+        to = next((i for i in (1, 2) if any(have[i][x] < wanted[i][x] for x in mine) and all(
+            have[i][x] + mine[x] <= 2 * wanted[i][x] for x in mine)), 0)
+        parts[to] += group
+        have[to] += mine
+    for name in names:
+        if not all(had[name] >= max(1, share[name] / 2) for had, share in zip(have, wanted)):
+            alone = sum(any(r.label == name for r in group) for group in groups.values())
+            only = f', {alone:,} without near copies,' * (alone < n[name])
+            stop(f'dataset={dataset}: {n[name]:,} different texts with the label {name!r}{only} '
+                 'are too few to train, validate and test on; add some')
+    print0(f'{dataset}: {len(found):,} records, {len(found) - len(unique):,} of them duplicates'
+           + f', {n_other:,} of these with another label' * (n_other > 0) + '; ' + ', '.join(
+               f'{len(part):,} to {what}' for part, what in zip(parts, (
+                   'train on', 'validate on', 'test on'))))
+    return parts
+
+
 def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str], dict]:
     """Rows to train, validate and test on, the classes, and facts for the log.
 
-    `known` are the classes of a model that has some. Of equal texts one stays; classes have the
-    same share in each part.
+    `known` are the classes of a model that has some.
     """
     found = records.load(dataset, records.labelled, data_dir, skip_bad)
     given = sorted(filter(None, map(str.strip, labels.split(','))))
@@ -160,21 +192,7 @@ def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str]
         if record.label not in names:
             stop(f'{record.where}: label {record.label[:40]!r} is none of {", ".join(names)}; '
                  'correct it')
-    unique = {' '.join(record.text.lower().split()): record for record in reversed(found)}
-    parts = [[], [], []]
-    for name in names:
-        mine = sorted((r for r in unique.values() if r.label == name),
-                      key=lambda r: records.fraction_of(f'{seed} {r.text}'))
-        n_val, n_test = round(len(mine) * val_fraction), round(len(mine) * test_fraction)
-        if not (n_val and n_test and len(mine) > n_val + n_test):
-            stop(f'dataset={dataset}: {len(mine)} different texts with the label {name!r} are too '
-                 'few to train, validate and test on; add some')
-        for part, at in zip(parts, (slice(n_val + n_test, None), slice(n_val),
-                                    slice(n_val, n_val + n_test))):
-            part += mine[at]
-    print0(f'{dataset}: {len(found):,} records, {len(found) - len(unique):,} of them duplicates; '
-           + ', '.join(f'{len(part):,} to {what}' for part, what in zip(parts, (
-               'train on', 'validate on', 'test on'))))
+    parts = class_parts(found, names)
     counts = Counter(record.label for record in parts[0])
     encoded = []
     for part in parts:

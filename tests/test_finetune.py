@@ -1,5 +1,7 @@
 """finetune.py: conversations and classes, from records to a run that later stages take."""
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -204,9 +206,9 @@ def test_a_classifier_reads_as_much_as_it_learnt_to(run_stage, texts, monkeypatc
 
 
 def test_duplicates_go_and_classes_are_shared_out(texts, tmp_path, monkeypatch, capsys):
-    """Equal texts, up to case and white space, are never on two sides; 70/10/20 of each class."""
+    """Equal texts are never on two sides; 70/10/20 of each class."""
     path = tmp_path / 'twice.tsv'
-    path.write_text(texts.read_text() + texts.read_text().replace('number', 'NUMBER '))
+    path.write_text(texts.read_text() * 2)
     for name, value in dict(dataset=str(path), val_fraction=0.1, test_fraction=0.2).items():
         monkeypatch.setattr(finetune, name, value)
     tokenizer = finetune.checkpoint.tokenizers.ByteTokenizer()
@@ -217,6 +219,103 @@ def test_duplicates_go_and_classes_are_shared_out(texts, tmp_path, monkeypatch, 
     assert [sum(ids[-1] == 0 for ids in part.ids) for part in parts] == [21, 3, 6]
     seen = [tuple(ids) for part in parts for ids in part.ids]
     assert len(set(seen)) == len(seen) == 90
+
+
+def triples(text: str) -> set:
+    """The sets of three words in a row that near duplicates are told by; here without hashes."""
+    words = re.findall(r'\w+', text.lower())
+    return set(zip(words, words[1:], words[2:])) if len(words) > 2 else set(words)
+
+
+def most_alike(some: list[str], others: list[str]) -> float:
+    """The largest Jaccard similarity of one of these and one of those, by comparing all."""
+    sets = [triples(text) for text in others]
+    return max((len(one & two) / max(1, len(one | two)) for one in map(triples, some)
+                for two in sets), default=0.0)
+
+
+@pytest.fixture
+def class_parts(tmp_path, monkeypatch):
+    """class_parts(dataset, seed): (text, label) of each part that class_data makes."""
+    def parts(dataset, seed=1337) -> list[list[tuple]]:
+        if not isinstance(dataset, str):
+            path = tmp_path / 'c.jsonl'
+            path.write_text(''.join(json.dumps(dict(zip(('label', 'text'), found))) + '\n'
+                                    for found in dataset))
+            dataset = str(path)
+        for name, value in dict(task='classify', dataset=dataset, seed=seed).items():
+            monkeypatch.setattr(finetune, name, value)
+        found, names, _ = finetune.class_data(TOKENIZER, 10_000, [])
+        return [[(TOKENIZER.decode(ids[:-1].tolist()), names[ids[-1]]) for ids in part.ids]
+                for part in found]
+    return parts
+
+
+def copies(i: int, n: int) -> list[str]:
+    """n texts that differ in their last words."""
+    word = lambda i: ''.join(chr(ord('a') + int(digit)) for digit in str(i))
+    text = ' '.join(letter + word(i) for letter in 'abcdefghijklmnopqrst')
+    return [f'{text} end{word(j)}' for j in range(n)]
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('sizes', [[5] * 40, [1] * 150 + [30], [1, 2, 3, 4, 9] * 10, [14] * 12])
+def test_near_copies_are_in_one_part(class_parts, seed, sizes):
+    """Also those whose labels differ; each class has half to twice its share in each part."""
+    found = [(('up', 'down')[i % 2 if i % 7 else j % 2], text)
+             for i, n in enumerate(sizes) for j, text in enumerate(copies(i, n))]
+    parts = class_parts(found, seed)
+    assert sorted(sum(parts, [])) == sorted((text, label) for label, text in found)
+    texts = [[text for text, _ in part] for part in parts]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert most_alike(texts[a], texts[b]) < 0.7
+    for label in ('up', 'down'):
+        n = sum(known == label for known, _ in found)
+        for part, share in zip(parts, (0.7, 0.1, 0.2)):
+            assert share / 2 <= sum(known == label for _, known in part) / n <= share * 2
+
+
+def test_a_class_of_near_copies_alone(tmp_path, class_parts):
+    """Cannot be shared out; the message says why."""
+    found = [('down', text) for text in copies(0, 30)] + [('up', copies(i, 1)[0])
+                                                          for i in range(1, 31)]
+    message = message_of(lambda: class_parts(found))
+    assert "30 different texts with the label 'down', 1 without near copies, are too few" in message
+
+
+def test_equal_texts_with_different_labels_are_counted(class_parts, capsys):
+    found = [(('up', 'down')[i % 2], text) for i in range(40) for text in copies(i, 1)]
+    class_parts(found)
+    assert 'different labels' not in capsys.readouterr().out
+    parts = class_parts([*found, ('up', found[1][1]), ('up', found[3][1]), ('up', found[0][1])])
+    assert '43 records, 3 of them duplicates, 2 of these with another label' in \
+        capsys.readouterr().out
+    assert sorted(sum(parts, [])) == sorted((text, label) for label, text in found)
+
+
+def test_texts_that_differ_in_case_are_other_texts(class_parts):
+    """Where it may mean something else; prose is equal in any case. None is in two parts."""
+    rings = [(('up', 'down')[i % 2], f'{ring}{i}') for i in range(40)
+             for ring in ('c1ccccc', 'C1CCCCC')]
+    prose = [(('up', 'down')[i % 2], text) for i in range(40) for plain in copies(i, 1)
+             for text in (plain, plain.upper())]
+    parts = class_parts(rings + prose)
+    assert sum(map(len, parts)) == 80 + 40
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not {t.lower() for t, _ in parts[a]} & {t.lower() for t, _ in parts[b]}
+
+
+@pytest.mark.skipif('DATA_MIRROR' not in os.environ, reason='needs sms_spam.tsv from DATA_MIRROR')
+@pytest.mark.parametrize('n', [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_test_text_of_sms_spam_has_a_near_copy_elsewhere(class_parts, n):
+    parts = class_parts('sms_spam', 1)
+    train, val, test = ([text for text, _ in part] for part in parts)
+    spam = [text for text, label in parts[2] if label == 'spam']
+    assert most_alike((spam + test)[:n], train) < 0.7 and most_alike(val[:n], train) < 0.7
+    n_all = sum(map(len, parts))
+    for part, share in zip(parts, (0.7, 0.1, 0.2)):
+        n_spam = sum(label == 'spam' for _, label in part)
+        assert abs(len(part) / n_all - share) < 0.005 and 0.11 < n_spam / len(part) < 0.14
 
 
 @pytest.mark.parametrize('settings', [
