@@ -197,14 +197,12 @@ def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
     """Pairs to train and to validate on, and facts for the log."""
     split = records.load_split(dataset, validation, val_fraction, records.preference, data_dir,
                                skip_bad, max_records)
-    parts, window = records.fit_window(dataset, 'pairs', size, [
+    parts, facts = records.fit_window(dataset, 'pairs', size, [
         [(record, encode(record, tokenizer, size)) for record in part] for part in split])
     longest = max(len(row) for part in parts for _, pair in part for row in pair.ids) - 1
     print0(f'{dataset}: {len(parts[0]):,} pairs to train on, {len(parts[1]):,} to validate on, of '
            f'at most {longest} tokens')
-    return *(Pairs(part, size) for part in parts), {
-        'sha256': records.sha256_of(split[0]), 'val_sha256': records.sha256_of(split[1]),
-        'window': window}
+    return *(Pairs(part, size) for part in parts), facts
 
 
 def encode(record, tokenizer, size: int) -> records.Encoded:

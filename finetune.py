@@ -129,15 +129,13 @@ def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
     """Rows to train on and to validate on, the conversations of these, and facts for the log."""
     split = records.load_split(dataset, validation, val_fraction, records.conversation, data_dir,
                                skip_bad, max_records)
-    parts, window = records.fit_window(dataset, 'conversations', size, [
+    (train, val), facts = records.fit_window(dataset, 'conversations', size, [
         [(r, records.encode(tokenizer, r.where, r.messages, size, weight)) for r in part]
         for part, weight in zip(split, (prompt_loss_weight, 0.0))])
-    train_rows, val_rows = (to_rows(part, size) for part in parts)
-    print0(f'{dataset}: {len(parts[0]):,} conversations to train on in {len(train_rows):,} rows of '
-           f'{size}, {len(parts[1]):,} to validate on')
-    sha256, val_sha256 = map(records.sha256_of, split)
-    return train_rows, val_rows, [r for r, _ in parts[1]], {
-        'sha256': sha256, 'val_sha256': val_sha256, 'window': window}
+    train_rows, val_rows = to_rows(train, size), to_rows(val, size)
+    print0(f'{dataset}: {len(train):,} conversations to train on in {len(train_rows):,} rows of '
+           f'{size}, {len(val):,} to validate on')
+    return train_rows, val_rows, [r for r, _ in val], facts
 
 
 def to_rows(part: list, size: int) -> Rows:
@@ -167,10 +165,8 @@ def class_parts(found: list, names: list) -> list[list]:
         have[to] += mine
     for name in names:
         if not all(had[name] >= max(1, share[name] / 2) for had, share in zip(have, wanted)):
-            alone = sum(any(r.label == name for r in group) for group in groups.values())
-            only = f', {alone:,} without near copies,' * (alone < n[name])
-            stop(f'dataset={dataset}: {n[name]:,} different texts with the label {name!r}{only} '
-                 'are too few to train, validate and test on; add some')
+            stop(f'dataset={dataset}: {n[name]:,} different texts with the label {name!r} are too '
+                 'few, or too much alike, to train, validate and test on; add some')
     print0(f'{dataset}: {len(found):,} records, {len(found) - len(unique):,} of them duplicates'
            + f', {n_other:,} of these with another label' * (n_other > 0) + '; ' + ', '.join(
                f'{len(part):,} to {what}' for part, what in zip(parts, (
@@ -207,11 +203,8 @@ def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str]
             if balance and part is parts[0]:
                 weights[-1] = len(parts[0]) / len(names) / counts[record.label]
             encoded[-1].append((record, records.Encoded(ids, weights, len(text))))
-    encoded, window = records.fit_window(dataset, 'texts', size, encoded)
-    hashes = map(records.sha256_of, parts)
-    return [to_rows(part, size) for part in encoded], names, {
-        'classes': names, 'window': window,
-        **dict(zip(('sha256', 'val_sha256', 'test_sha256'), hashes))}
+    encoded, facts = records.fit_window(dataset, 'texts', size, encoded)
+    return [to_rows(part, size) for part in encoded], names, facts | {'classes': names}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -302,10 +295,8 @@ def evaluate(model, data, rows, dev, ranks, asked=lambda: False) -> dict | None:
 def shown(scores: dict) -> str:
     """The scores in a line."""
     if 'accuracy' in scores:
-        low, high = scores['accuracy_interval']
-        return (f'loss {scores["val_loss"]:.4f}, accuracy {scores["accuracy"]:.4f} (95%: {low:.4f} '
-                f'to {high:.4f}), macro F1 {scores["macro_f1"]:.4f}, calibration error '
-                f'{scores["calibration_error"]:.4f}')
+        return (f'loss {scores["val_loss"]:.4f}, accuracy {scores["accuracy"]:.4f}, macro F1 '
+                f'{scores["macro_f1"]:.4f}, calibration error {scores["calibration_error"]:.4f}')
     return (f'loss {metrics.shown(scores["val_loss"], scores["interval"])} nats per token of the '
             'assistant')
 

@@ -77,16 +77,9 @@ def mean_interval(losses: np.ndarray) -> tuple[float, float]:
 
 def shown(mean: float, half: float) -> str:
     """A mean and its interval as text."""
-    alone = math.isnan(half) and math.isfinite(mean)
-    return f'{mean:.4f} ' + ('(one record: no interval)' if alone else f'± {half:.4f}')
-
-
-def share_interval(hits: int, n: int) -> list[float]:
-    """The 95% interval of a share of hits among n: Wilson's (1927; Brown, Cai and DasGupta 2001,
-    "Interval estimation for a binomial proportion", recommend it for small n)."""
-    share, a = hits / n, Z95 ** 2 / n
-    half = math.sqrt(a * share * (1 - share) + a * a / 4)
-    return [(share + a / 2 - half) / (1 + a), (share + a / 2 + half) / (1 + a)]
+    if math.isnan(half) and math.isfinite(mean):
+        return f'{mean:.4f} (one record: no interval)'
+    return f'{mean:.4f} ± {half:.4f}'
 
 
 def paired_interval(losses: np.ndarray, others: np.ndarray) -> tuple[float, float]:
@@ -113,5 +106,4 @@ def classification(probabilities: np.ndarray, labels: np.ndarray) -> dict:
     error = sum(abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean()
                 for b in np.unique(bins))
     return {'accuracy': float(right.mean()), 'macro_f1': float(f1.mean()),
-            'accuracy_interval': share_interval(int(right.sum()), n),
             'calibration_error': float(error), 'confusion': confusion.tolist()}

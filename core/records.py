@@ -11,7 +11,6 @@ import json
 import math
 import re
 import sys
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -395,16 +394,13 @@ def split_keys(found: list, fraction: float) -> list[str]:
 
 
 def split_at(keys: list[str], fraction: float) -> tuple[float, bool]:
-    """The hash below which records validate, and whether each side has half to twice its share, or
-    one record: the fraction itself, or if that misses it the nearest that does not."""
-    places, n, at = sorted(map(fraction_of, keys)), len(keys), fraction
-    least = n * max(fraction / 2, 2 * fraction - 1)
-    most = max(1, n * min(2 * fraction, (1 + fraction) / 2))
-    if bisect_left(places, at) < least:
-        at = math.nextafter(places[math.ceil(least) - 1], 1)
-    elif bisect_left(places, at) > most:
-        at = places[int(most)]
-    return at, least <= bisect_left(places, at) <= most
+    """The hash below which records validate, the nearest to `fraction` that gives each side half to
+    twice its share, or one record; and whether there is one."""
+    places, n = [*sorted(map(fraction_of, keys)), 1.0], len(keys)
+    least = math.ceil(n * max(fraction / 2, 2 * fraction - 1))
+    most = max(1, int(n * min(2 * fraction, (1 + fraction) / 2)))
+    low, high = math.nextafter(places[least - 1], 1) if least else 0.0, places[most]
+    return min(max(fraction, low), high), low <= high
 
 
 def check_known(tokenizer, where: str, texts: list[str]) -> None:
@@ -449,34 +445,31 @@ def fit_window(name: str, what: str, size: int, parts: list[list]) -> tuple[list
     """The parts (to train on, to validate on, ...) of (record, Encoded) without lost records, and
     facts for the log. Says in one line what a window of `size` tokens cuts, and what is lost.
 
-    Stops if more than 5% of a part have no answer within the window, or all of it is lost.
+    Stops if more than 5% of a part have no answer within the window, or 90% two equal ones.
     """
-    for part in parts:
-        lost = Counter(it.lost for _, it in part if it.lost)
-        if lost[NO_ANSWER] > 0.05 * len(part) or lost.total() == len(part):
-            why = NO_ANSWER if lost[NO_ANSWER] > 0.05 * len(part) else EQUAL
-            first = next(record.where for record, it in part if it.lost == why)
-            stop(f'{first}: has {why} within block_size={size} tokens, and so have {lost[why]:,} '
-                 f'of {len(part):,} records; shorten them, or use a longer context')
-    found = list(itertools.chain(*parts))
-    lengths, n = sorted(it.needed for _, it in found), len(found)
-    cut = sum(length > size for length in lengths)
-    most, needed = '95% of the', lengths[math.ceil(0.95 * n) - 1]
-    if needed <= size:
-        most, needed = 'all', lengths[-1]
+    lengths = sorted(it.needed for part in parts for _, it in part)
+    n, cut, longest = len(lengths), sum(length > size for length in lengths), lengths[-1]
+    needed = lengths[math.ceil(0.95 * n) - 1]
     said = [f'{name}: {cut:,} of {n:,} {what} are longer than the window of {size:,} tokens and '
-            f'are cut; a window of {needed:,} would hold {most} {what} whole']
-    for why in (NO_ANSWER, EQUAL):
-        if lost := [record.where for record, it in found if it.lost == why]:
-            said.append(f'{len(lost):,} have {why} within it and are left out, the first {lost[0]}')
-    if not any(it.whole for _, it in found):
+            f'are cut; a window of {needed:,} would hold 95% of them whole, one of {longest:,} all']
+    for why, most in ((NO_ANSWER, 0.05), (EQUAL, 0.9)):
+        lost = [[record.where for record, it in part if it.lost == why] for part in parts]
+        for some, part in zip(lost, parts):
+            if len(some) > most * len(part):
+                stop(f'{some[0]}: has {why} within block_size={size} tokens, and so have '
+                     f'{len(some):,} of {len(part):,} records; shorten them, or use a longer '
+                     'context')
+        if some := sum(lost, []):
+            said.append(f'{len(some):,} have {why} within it and are left out, the first {some[0]}')
+    if not any(it.whole for part in parts for _, it in part):
         said.append('no answer fits whole, so the model does not learn to end one')
-    if len(said) > 1:
+    if cut or len(said) > 1:
         print0('warning: ' + '; '.join(said), file=sys.stderr)
-    elif cut:
-        print0(*said)
     kept = [[pair for pair in part if not pair[1].lost] for part in parts]
-    return kept, {'records': n, 'cut': cut, 'left_out': n - sum(map(len, kept)), 'needed': needed}
+    return kept, {'window': {'records': n, 'cut': cut, 'left_out': n - sum(map(len, kept)),
+                             'would_hold_95_percent': needed, 'longest': longest},
+                  **{name: sha256_of([record for record, _ in part]) for name, part in
+                     zip(('sha256', 'val_sha256', 'test_sha256'), parts)}}
 
 
 def sha256_of(records: list) -> str:

@@ -115,17 +115,19 @@ def door_data(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('door', DOORS)
-@pytest.mark.parametrize('n_long, holds', [(20, '95% of the'), (2, 'all')])
+@pytest.mark.parametrize('n_long, holds', [(20, 300), (2, 96)])
 def test_records_that_the_window_cuts_are_counted(door_data, capsys, door, n_long, holds):
-    """In one line, with the window that would hold 95% of all records (or all, if it does)."""
+    """In one line, with the windows that would hold 95% of all records, and all."""
     lengths = [96] * (100 - n_long) + [200] * (n_long - n_long // 2) + [300] * (n_long // 2)
     found = [said_by(door, length, n) for n, length in enumerate(lengths)]
     facts = door_data(door, found)[-1]['window']
     out, err = capsys.readouterr()
     cut, = (line for line in (out + err).splitlines() if 'longer' in line)
     assert (f'{door}.jsonl: {n_long} of 100 {DOORS[door][1]} are longer than the window of 96 '
-            f'tokens and are cut; a window of 300 would hold {holds} {DOORS[door][1]} whole') in cut
-    assert (facts['records'], facts['cut'], facts['needed']) == (100, n_long, 300)
+            f'tokens and are cut; a window of {holds} would hold 95% of them whole, one of 300 '
+            'all') in cut
+    assert facts == {'records': 100, 'cut': n_long, 'left_out': n_long * (door == 'dpo'),
+                     'would_hold_95_percent': holds, 'longest': 300}
     door_data(door, found[:100 - n_long])
     assert 'longer' not in ''.join(capsys.readouterr())
 
@@ -165,7 +167,8 @@ def test_cuts_are_in_the_log(run_stage, tmp_path, door):
     script, more = DOORS[door][0], {} if door == 'dpo' else {'task': door}
     run = run_stage(script, dataset=str(path), max_steps=1, **more)['run_dir']
     start = rundir.read_log(run, 'start')[0]
-    assert start['window'] == {'records': 60, 'cut': 30, 'left_out': 0, 'needed': 97}
+    assert start['window'] == {'records': 60, 'cut': 30, 'left_out': 0,
+                               'would_hold_95_percent': 97, 'longest': 97}
     assert 'window' not in start['identity']['data']
 
 
@@ -280,7 +283,7 @@ def test_a_class_of_near_copies_alone(tmp_path, class_parts):
     found = [('down', text) for text in copies(0, 30)] + [('up', copies(i, 1)[0])
                                                           for i in range(1, 31)]
     message = message_of(lambda: class_parts(found))
-    assert "30 different texts with the label 'down', 1 without near copies, are too few" in message
+    assert "30 different texts with the label 'down' are too few, or too much alike" in message
 
 
 def test_equal_texts_with_different_labels_are_counted(class_parts, capsys):

@@ -119,14 +119,6 @@ def test_tokens_of_a_record_are_not_independent():
     assert naively / 1000 < 0.75
 
 
-@pytest.mark.parametrize('hits,n,low,high', [
-    # as scipy.stats.binomtest(hits, n).proportion_ci(method='wilson') has it
-    (10, 10, 0.72247, 1.0), (0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341),
-    (1, 1, 0.20655, 1.0), (1015, 1031, 0.97494, 0.99043)])
-def test_interval_of_a_share(hits, n, low, high):
-    assert metrics.share_interval(hits, n) == pytest.approx((low, high), abs=1e-5)
-
-
 # ---------------------------------------------------------------------------------------------
 # Classes
 
@@ -153,7 +145,6 @@ def test_calibration(sure, error):
 
 def test_all_right():
     found = classification(np.eye(3), np.arange(3))
-    assert found.pop('accuracy_interval') == pytest.approx([0.43850, 1], abs=1e-4)
     assert found == {'accuracy': 1, 'macro_f1': 1, 'calibration_error': 0,
                      'confusion': np.eye(3, dtype=int).tolist()}
 

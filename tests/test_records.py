@@ -564,8 +564,8 @@ def test_records_that_have_no_answer_left(capsys):
     assert len(records.fit_window('a', 'conversations', 8, [lost])[0][0]) == 19
     assert capsys.readouterr().err == (
         'warning: a: 1 of 20 conversations are longer than the window of 8 tokens and are cut; a '
-        'window of 11 would hold all conversations whole; 1 have no answer within it and are left '
-        'out, the first a:7\n')
+        'window of 5 would hold 95% of them whole, one of 11 all; 1 have no answer within it and '
+        'are left out, the first a:7\n')
     message = stopped(capsys, lambda: records.fit_window('a', 'conversations', 8, [part]))
     assert message.startswith('a:7: ') and '2 of 20 records; shorten them' in message
 
