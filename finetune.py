@@ -144,15 +144,37 @@ def to_rows(part: list, size: int) -> Rows:
 
 
 def class_parts(found: list, names: list) -> list[list]:
-    """The records to train, validate and test on. Of equal texts the first stays, similar ones (see
+    """The records to train, validate and test on. Of equal texts the first stays, near copies (see
     clean.clusters) are in one part, and each class has half to twice its share in each part."""
-    unique, n_other, groups = {}, 0, {}
+    unique, n_other = {}, 0
     for record in found:
         stays = unique.setdefault(clean.text_hash(record.text), record)
         n_other += stays.label != record.label
-    for number, record in zip(clean.clusters([r.text for r in unique.values()]), unique.values()):
+    kept = list(unique.values())
+    for similarity in (0.7, 0.0):
+        parts, few = share_out(kept, clean.clusters([r.text for r in kept], similarity), names)
+        if not few:
+            break
+        if not similarity:
+            n = sum(record.label == few for record in kept)
+            stop(f'dataset={dataset}: {n:,} different texts with the label {few!r} are too few to '
+                 'train, validate and test on; add some')
+        print0(f'warning: {dataset}: too many texts with the label {few!r} are near copies of each '
+               'other to be kept together, so some are learnt whose copies are tested',
+               file=sys.stderr)
+    print0(f'{dataset}: {len(found):,} records, {len(found) - len(kept):,} of them duplicates'
+           + f', {n_other:,} of these with another label' * (n_other > 0) + '; ' + ', '.join(
+               f'{len(part):,} to {what}' for part, what in zip(parts, (
+                   'train on', 'validate on', 'test on'))))
+    return parts
+
+
+def share_out(found: list, clusters: list, names: list) -> tuple[list[list], str]:
+    """The records to train, validate and test on, whole clusters each; and the name of a class that
+    does not have half of its share in each, or ''."""
+    groups, n = {}, Counter(record.label for record in found)
+    for number, record in zip(clusters, found):
         groups.setdefault(number, []).append(record)
-    n = Counter(record.label for record in unique.values())
     wanted = [{name: round(n[name] * share) for name in names}
               for share in (1 - val_fraction - test_fraction, val_fraction, test_fraction)]
     parts, have = [[], [], []], [Counter(), Counter(), Counter()]
@@ -163,15 +185,9 @@ def class_parts(found: list, names: list) -> list[list]:
             have[i][x] + mine[x] <= 2 * wanted[i][x] for x in mine)), 0)
         parts[to] += group
         have[to] += mine
-    for name in names:
-        if not all(had[name] >= max(1, share[name] / 2) for had, share in zip(have, wanted)):
-            stop(f'dataset={dataset}: {n[name]:,} different texts with the label {name!r} are too '
-                 'few, or too much alike, to train, validate and test on; add some')
-    print0(f'{dataset}: {len(found):,} records, {len(found) - len(unique):,} of them duplicates'
-           + f', {n_other:,} of these with another label' * (n_other > 0) + '; ' + ', '.join(
-               f'{len(part):,} to {what}' for part, what in zip(parts, (
-                   'train on', 'validate on', 'test on'))))
-    return parts
+    few = [name for name in names for had, share in zip(have, wanted)
+           if had[name] < max(1, share[name] / 2)]
+    return parts, few[0] if few else ''
 
 
 def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str], dict]:

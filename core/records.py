@@ -355,7 +355,13 @@ def load_split(dataset: str, validation: str, val_fraction: float, kind: Callabl
     if max_records:
         keyed = sorted(keyed, key=lambda pair: fraction_of(f'of all: {pair[0]}'))[:max_records]
     if validation:
-        return [r for _, r in keyed], load(validation, kind, data_dir, skip_bad, 'validation')
+        train = [record for _, record in keyed]
+        val = load(validation, kind, data_dir, skip_bad, 'validation')
+        known = set(map(said_by, train))
+        if again := sum(said_by(record) in known for record in val):
+            print0(f'warning: validation={validation}: {again:,} of {len(val):,} records ask what '
+                   f'is asked in {dataset}, too', file=sys.stderr)
+        return train, val
     keys, n = [key for key, _ in keyed], len(keyed)
     at, fits = split_at(keys, val_fraction)
     train, val = ([r for key, r in keyed if (fraction_of(key) < at) == side]
@@ -377,6 +383,11 @@ def question(record) -> str:
     return next(m['content'] for m in record.messages if m['role'] == 'user')
 
 
+def said_by(record, roles: tuple = ('system', 'user')) -> str:
+    """All that is said in these roles."""
+    return '\n\n'.join(m['content'] for m in record.messages if m['role'] in roles)
+
+
 def split_keys(found: list, fraction: float) -> list[str]:
     """The texts whose hashes decide on which side the records are: their first questions.
 
@@ -387,9 +398,8 @@ def split_keys(found: list, fraction: float) -> list[str]:
     for roles in (('user',), ('system', 'user')):
         sizes, most = Counter(keys), min(fraction, 1 - fraction) * len(keys) / 2
         if split_at(keys, fraction)[0] != fraction:
-            keys = [key if sizes[key] <= most else '\n\n'.join(
-                m['content'] for m in record.messages if m['role'] in roles)
-                for key, record in zip(keys, found)]
+            keys = [key if sizes[key] <= most else said_by(record, roles)
+                    for key, record in zip(keys, found)]
     return keys
 
 

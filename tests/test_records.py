@@ -510,6 +510,8 @@ def test_validation_of_its_own(tmp_path, capsys):
     a, b = (put(tmp_path, name, asked('abc', name)) for name in ('a.jsonl', 'b.jsonl'))
     train, val = records.load_split(str(a), str(b), 0.1, conversation, 'data', False)
     assert [r.where for r in train + val] == [f'{path}:{i}' for path in (a, b) for i in (1, 2, 3)]
+    assert (f'warning: validation={b}: 3 of 3 records ask what is asked in {a}, too\n'
+            in capsys.readouterr().err)
     message = stopped_at_last(capsys, lambda: records.load_split(
         str(a), str(tmp_path / 'c'), 0.1, conversation, 'data', False))
     assert message.startswith(f'validation={tmp_path / "c"}: neither a file')
