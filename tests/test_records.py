@@ -464,7 +464,7 @@ def test_one_question_cannot_be_shared_out(tmp_path, capsys, kind):
     for n_others in (0, 10):
         path = put(tmp_path, 'a.jsonl', asked(['Who are you?'] * 160, 'x') + asked(
             [f'{i}?' for i in range(n_others)], 'x'))
-        message = stopped(capsys, lambda path=path: records.load_split(
+        message = stopped_at_last(capsys, lambda path=path: records.load_split(
             str(path), '', 0.2, kind, 'data', False))
         assert f'its {160 + n_others} records leave ' in message
         assert "160 of them ask the same ('Who are you?')" in message
