@@ -422,3 +422,38 @@ def test_skipped_from_the_beginning(door, name, settings, monkeypatch):
     whole, cut = found.values()
     assert whole.keys() == cut.keys() and any('/' in n for n in whole)
     assert all(torch.equal(t, cut[n]) for n, t in whole.items())
+
+
+def test_a_parameter_that_had_no_gradient_yet(tmp_path, door):
+    """An expert that no token has come to, or a head that is not used yet, has no state; the others
+    have theirs."""
+    run = door.cut('train', optimizer='muon')
+    model, tokenizer, state = checkpoint.load_run(str(run))
+    batch = torch.arange(32)[None]
+    found = []
+    for stopped in (False, True):
+        model = model_module.build_model(model.config, 1)
+        learn = lambda: train.optim.make_optimizers(model, 'muon', 1e-2, 0.1)
+        optimizers = learn()
+        for step in range(3):
+            model(batch, batch).backward()
+            if step < 2:
+                model.ln_f.weight.grad = model.h['0'].mlp.up_proj.weight.grad = None
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if step == 1 and stopped:
+                folder = tmp_path / 'out' / 'partly'
+                folder.mkdir()
+                (folder / 'log.jsonl').touch()
+                saver = checkpoint.Saver(folder)
+                saver.save(model, optimizers, tokenizer, state | {'step': 2})
+                saver.finish(2)
+                model = model_module.build_model(model.config, 2)
+                optimizers = learn()
+                checkpoint.load_weights(model, folder, 2)
+                checkpoint.load_optimizers(model, optimizers, folder, 2)
+        found.append({**checkpoint.model_tensors(model),
+                      **checkpoint.optimizer_tensors(model, optimizers)})
+    assert found[0].keys() == found[1].keys() and 'ln_f.weight/exp_avg' in found[0]
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
