@@ -552,7 +552,7 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
         stop(f'{folder}: its model has vocab_size={config.vocab_size}, its tokenizer.json '
              f'{len(tokenizer)} tokens; they do not belong together')
     known = state['identity'].get('source')     # older runs have something else there
-    if isinstance(known, dict) and known['model.py'] != source_hashes(
+    if isinstance(known, dict) and known.get('model.py') != source_hashes(
             model_module.__file__)['model.py']:
         warn(f'{folder} was trained with another model.py; a copy of it is {folder}/model.py')
     model = build_model(config, None, device)

@@ -55,9 +55,10 @@ def find_run(base: Path, identity: dict, insist: bool = False) -> tuple[Saver, d
             stop(f'init_from=resume: {base} holds no checkpoint; start it without init_from')
         return saver, check_changes(base, read_newest(saver), identity)
     number, why, edited = 0, '', ''
+    stem = base.resolve() if base.name in ('', '..') else base
     while True:
         number += 1
-        folder = base if number == 1 else base.with_name(f'{base.name}-{number}')
+        folder = base if number == 1 else Path(f'{stem}-{number}')
         # Nobody else may write while it is looked at; but another run's directory is passed by.
         if is_finished(folder):
             why = why or f'{folder} is finished'
@@ -103,8 +104,8 @@ def open_run(base: Path, identity: dict, ranks, device, insist: bool = False):
         saver.writers = writers
     kept = state and state['identity'].get('settings', {}).get('dtype')
     if kept and kept != device.dtype and not identity['settings']['dtype']:
-        processes.print0(f'dtype {kept}, with which {run} was begun')
         device = hardware.with_dtype(device, kept)
+        processes.print0(device.why[1])
     identity['settings']['dtype'] = device.dtype
     return Path(run), saver, state, device
 
@@ -148,8 +149,12 @@ def read_newest(saver: Saver) -> dict:
 
 
 def identity_of(folder: Path) -> dict:
-    """The identity with which a run was begun or last resumed; empty if the log has none."""
-    return next((e['identity'] for e in reversed(events(folder)) if 'identity' in e), {})
+    """The identity with which a run was begun or last resumed, by its log, or else by its newest
+    checkpoint; empty without them."""
+    found = [e['identity'] for e in events(folder) if 'identity' in e]
+    if not found and (steps := checkpoint.steps(folder)):
+        found = [checkpoint.read_state(folder, steps[-1])['identity']]
+    return found[-1] if found else {}
 
 
 def check_changes(base: Path, state: dict, identity: dict) -> dict:
@@ -182,7 +187,8 @@ def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
 
 def told(changes: list[tuple]) -> str:
     """Some differences in words: the first three."""
-    words = [f'{name.removeprefix("source.")} has changed' if name.startswith('source') else
+    words = ['the source of an older version is not known' if name == 'source' else
+             f'{name[7:]} has changed' if name.startswith('source.') else
              f'{name.removeprefix("settings.")} is {now!s:.20}, but was {was!s:.20}'
              for name, was, now in changes[:3]]
     return ', '.join(words) + f' and {len(changes) - 3} more' * (len(changes) > 3)

@@ -193,7 +193,7 @@ def test_dtype_is_kept(door, name, capsys, monkeypatch):
         capsys.readouterr()
         assert door.cut(name, dtype='') == run
         out = capsys.readouterr().out
-    assert 'resuming' in out and f'dtype bfloat16, with which {run} was begun' in out
+    assert 'resuming' in out and 'dtype bfloat16 (with which the run was begun)' in out
     assert rundir.identity_of(run)['settings']['dtype'] == 'bfloat16'
     whole = door(name, dtype='bfloat16', out_dir='out/whole')
     assert door(name, dtype='bfloat16')['val_loss'] == whole['val_loss']
@@ -383,10 +383,25 @@ def test_runs_of_an_older_version(door, capsys):
     files = json.loads((folder / 'manifest.json').read_text())['files']
     (folder / 'manifest.json').write_text(checkpoint.manifest(
         files | {'state.json': checkpoint.flushed(folder / 'state.json')}))
-    stops(lambda: door('train'), 'source', 'has changed', '--init_from=resume')
+    stops(lambda: door('train'), 'source of an older version is not known', '--init_from=resume')
     checkpoint.load_run(str(run))
     assert 'another model.py' not in capsys.readouterr().err
     assert door('train', init_from='resume')['run_dir'] == str(run)
+
+
+def test_the_log_is_lost(door):
+    """Then a checkpoint says which run it is."""
+    run = door.cut('train')
+    (run / 'log.jsonl').unlink()
+    assert door('train')['run_dir'] == str(run)
+
+
+def test_out_dir_is_where_we_are(door, monkeypatch, tmp_path):
+    data = dict(dataset=str(tmp_path / 'data' / 'source_byte'), out_dir='.')
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir('here')
+    door('train', **data)
+    assert door('train', **data)['run_dir'] == str(tmp_path / 'here-2')
 
 
 # ---------------------------------------------------------------------------------------------
