@@ -186,7 +186,8 @@ def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
 
 
 def told(changes: list[tuple]) -> str:
-    """Some differences in words: the first three."""
+    """Three of some differences in words; settings first, which may have caused the others."""
+    changes = sorted(changes, key=lambda change: not change[0].startswith('settings.'))
     words = ['the source of an older version is not known' if name == 'source' else
              f'{name[7:]} has changed' if name.startswith('source.') else
              f'{name.removeprefix("settings.")} is {now!s:.20}, but was {was!s:.20}'
