@@ -304,12 +304,6 @@ def take_stock(at, log, model, before, pairs, rows, dev, ranks, asked) -> bool:
     return False
 
 
-def run_identity(source: dict, facts: dict, tokenizer, config, weights: str) -> dict:
-    """What must be unchanged for a run to be the same run; `weights`: a hash of run_dir's."""
-    return rundir.identity(settings_of(globals()), asdict(config), source=source, data=facts,
-                           weights=weights, tokenizer=tokenizer.hash())
-
-
 def main() -> dict:
     """Learn from preferences; returns the run directory, the last step and its scores."""
     code = source_hashes(__file__)      # before anybody edits it
@@ -338,7 +332,8 @@ def main() -> dict:
     else:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
     del source
-    identity = run_identity(code, facts | {'block_size': size}, tokenizer, config, weights)
+    identity = rundir.identity(settings_of(globals()), config, tokenizer, source=code,
+                               data=facts | {'block_size': size}, weights=weights)
     base = Path(out_dir) if out_dir else rundir.named(
         CONFIG or f'{Path(run_dir).resolve().name}-dpo',
         Path(dataset).resolve().stem if 'dataset' in FLAGS else '')

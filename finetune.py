@@ -241,13 +241,6 @@ def initial_model(source, tokenizer, n_known: int, n_classes: int, dev):
     return model
 
 
-def run_identity(source: dict, facts: dict, tokenizer, config, weights: str) -> dict:
-    """What must be unchanged for a run to be the same run; `weights`: a hash of run_dir's."""
-    return rundir.identity(settings_of(globals()), asdict(config), source=source, data=facts,
-                           weights='random' if random_weights else weights,
-                           tokenizer=tokenizer.hash())
-
-
 def loss_sums(trained, batch, whole: bool = False) -> torch.Tensor:
     """The weighted loss of a micro-batch of Rows; `whole`: all its weights are 0 or 1."""
     x, y, doc, weight = batch
@@ -381,8 +374,10 @@ def main() -> dict:
     else:
         (train_rows, val_rows, test_rows), names, facts = class_data(tokenizer, size, [])
     model = initial_model(source, tokenizer, n_known, len(names), dev)
-    identity = run_identity(code, facts | {'block_size': size}, tokenizer, model.config,
-                            checkpoint.weights_hash(source))
+    identity = rundir.identity(
+        settings_of(globals()), model.config, tokenizer, source=code,
+        data=facts | {'block_size': size},
+        weights='random' if random_weights else checkpoint.weights_hash(source))
     del source
     at.max_steps = max_steps or math.ceil(epochs * len(train_rows) / batch_size)
     between = eval_interval or math.ceil(at.max_steps / 5)

@@ -297,14 +297,6 @@ def default_out_dir(data: Path, fell_back: bool) -> Path:
                         data.resolve().name if 'dataset' in FLAGS else '')
 
 
-def run_identity(source: dict, meta: dict, tokenizer, config: GPTConfig, weights: str) -> dict:
-    """What must be unchanged for a run to be the same run; `weights`: a hash of init_from's."""
-    data = {name: meta[name] for name in ('sha256', 'train_tokens', 'val_tokens')}
-    return rundir.identity(settings_of(globals()), asdict(config), source=source, weights=weights,
-                           tokenizer=tokenizer.hash(),
-                           data=data | {'pack_documents': pack_documents})
-
-
 def build_optimizers(model, device, ranks) -> list:
     """The optimizers that the settings describe; depth scales AdamW's rates by 1 / sqrt(width)."""
     scale = (768 / model.config.n_embd) ** 0.5 if depth else 1.0
@@ -478,7 +470,9 @@ def main() -> dict:
     eos = tokenizer.eos if respects_documents(config) else None
     train_windows = load_split(data, 'train', block_size, seed, eos=eos)
     val_windows = load_split(data, 'val', block_size, shuffle=False, eos=eos)
-    identity = run_identity(source, meta, tokenizer, config, weights)
+    held = {name: meta[name] for name in ('sha256', 'train_tokens', 'val_tokens')}
+    identity = rundir.identity(settings_of(globals()), config, tokenizer, source=source,
+                               weights=weights, data=held | {'pack_documents': pack_documents})
     run, saver, state, dev = rundir.open_run(base, identity, ranks, dev, init_from == 'resume')
     per_rank = math.ceil(batch_size / ranks.dp / ranks.pp)  # a pipeline takes pp or more at a time
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(

@@ -412,15 +412,12 @@ def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch
     which there is none if there was nothing to write: no optimizer has a state before its first
     good step. Stops if one that the manifest names is not there, or is not a safetensors file.
     """
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding='utf-8'))['files']
-        missing = next((name for name in files if not (checkpoint / name).exists()), '')
-    except (OSError, ValueError, KeyError, TypeError):
-        files, missing = {}, MANIFEST
-    if missing:
-        stop(f'{checkpoint}: has no {missing} on this machine; all machines of a run must see the '
+    path = checkpoint / MANIFEST
+    names = sorted(json.loads(path.read_text())['files']) if path.exists() else [MANIFEST]
+    if lost := [name for name in names if not (checkpoint / name).exists()]:
+        stop(f'{checkpoint}: has no {lost[0]} on this machine; all machines of a run must see the '
              'same out_dir')
-    for path in (checkpoint / name for name in sorted(files) if name.startswith(kind)):
+    for path in (checkpoint / name for name in names if name.startswith(kind)):
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError,

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,15 +31,14 @@ MAY_DIFFER = (
     'sample_tokens', 'answers', 'answer_tokens', 'save_adapters', 'wandb', 'tensorboard')
 
 
-def identity(settings: dict, architecture: dict, **facts) -> dict:
-    """All that must be unchanged for a run to be the same run: the architecture, hashes of data,
-    tokenizer, first weights and source, and every setting that is not in MAY_DIFFER.
-
-    So a setting that somebody adds to a script is in it, too. It is as JSON gives it back.
-    """
-    kept = {name: value for name, value in settings.items()
-            if name not in MAY_DIFFER and name not in architecture}
-    return json.loads(json.dumps({'architecture': architecture, 'settings': kept, **facts}))
+def identity(settings: dict, config, tokenizer, **facts) -> dict:
+    """All that must be unchanged for a run to be the same run: architecture, hashes of data,
+    tokenizer, first weights and source, and each setting that is not in MAY_DIFFER: so also one
+    that somebody adds to a script. It is as JSON gives it back."""
+    architecture = asdict(config)
+    kept = {k: x for k, x in settings.items() if k not in architecture and k not in MAY_DIFFER}
+    return json.loads(json.dumps({'architecture': architecture, 'settings': kept,
+                                  'tokenizer': tokenizer.hash(), **facts}))
 
 
 def find_run(base: Path, identity: dict, insist: bool = False) -> tuple[Saver, dict | None]:

@@ -1,5 +1,5 @@
-"""The source that a run is made with: the project's files that its script imports, each as a hash
-of its syntax tree, without docstrings and the text of messages: an edit of these changes no run.
+"""The source that a run is made with: a hash of each file that its script imports from the project,
+of the syntax tree without docstrings and the text of messages, whose edits change no run.
 """
 import ast
 import functools
@@ -13,26 +13,25 @@ MESSAGES = {'stop', 'warn', 'print', 'print0', 'print_above', 'set_postfix_str'}
 
 def source_hashes(script: str) -> dict[str, str]:
     """{file: hash} of a script and of all files in its folder that it or they import: 'model.py',
-    'core/optim.py', ... Takes a tenth of a second.
-    """
-    path, found, collecting = Path(script).resolve(), {}, gc.isenabled()
-    names = [path.name]
+    'core/optim.py', ... Takes a tenth of a second."""
+    script, found, collecting = Path(script).resolve(), {}, gc.isenabled()
+    paths = [script]
     gc.disable()    # so many new objects would set off the collection again and again
-    for name in names:      # grows meanwhile
-        file = path.parent / name
-        if name not in found and file.is_file():
-            found[name], imports = read_source(file, file.stat().st_mtime_ns)
-            for level, module in imports:       # a relative import begins in the file's own folder
-                base = Path(*Path(name).parts[:-level] if level else (), *module.split('.'))
-                names += [f'{base}.py', f'{base}/__init__.py']
+    for path in paths:      # grows meanwhile
+        if path not in found and path.is_file():
+            found[path], imports = read_source(path, path.stat().st_mtime_ns)
+            for level, module in imports:
+                base = path.parents[level - 1] if level else script.parent
+                paths += [base / f'{module}.py', base / module / '__init__.py']
     if collecting:
         gc.enable()
-    return dict(sorted(found.items()))
+    return {path.relative_to(script.parent).as_posix(): found[path] for path in found}
 
 
 @functools.cache
 def read_source(path: Path, changed: int) -> tuple[str, list]:
-    """The hash of a file, last changed at that time, and [(level, module)] that it may import."""
+    """The hash of a file, last changed at that time, and [(level, module)] that it may import, with
+    slashes for dots."""
     words, imports, text = [], [], path.read_bytes()
     try:
         add_words(ast.parse(text), words, imports)
@@ -51,15 +50,18 @@ def add_words(node: ast.AST, words: list[str], imports: list, message: bool = Fa
         words += [repr(node.value)] * (not message or type(node.value) is not str)
         return
     if kind is ast.Import:
-        imports += [(0, alias.name) for alias in node.names]
+        imports += [(0, alias.name.replace('.', '/')) for alias in node.names]
     elif kind is ast.ImportFrom:
-        module = node.module or ''
-        imports += [(node.level, f'{module}.{name}'.strip('.'))
+        module = (node.module or '').replace('.', '/')
+        imports += [(node.level, f'{module}/{name}'.strip('/'))
                     for name in ('', *(alias.name for alias in node.names))]
     elif kind is ast.Raise and type(node.exc) is ast.Call:
         node.exc.raised = True
-    elif kind is ast.Call:
-        message = hasattr(node, 'raised') or is_message(node.func, message)
+    elif kind is ast.Call:      # what a message calls may do more than say something
+        owner = getattr(node.func, 'value', None)
+        name = getattr(node.func, 'id', None) or getattr(node.func, 'attr', '')
+        message = name in MESSAGES or name == 'write' and getattr(owner, 'id', '') == 'tqdm' or \
+            message and type(owner) in (ast.Constant, ast.JoinedStr) or hasattr(node, 'raised')
     words.append(kind.__name__)
     for field in node._fields:
         value = getattr(node, field, None)
@@ -72,13 +74,3 @@ def add_words(node: ast.AST, words: list[str], imports: list, message: bool = Fa
             else:
                 words.append(repr(child))
     words.append(')')
-
-
-def is_message(func: ast.AST, within: bool) -> bool:
-    """Whether strings that a function is called with are a message: it prints or stops, or it is a
-    string's own, as in ', '.join(...), `within` a message. Others may do more than say something.
-    """
-    owner = getattr(func, 'value', None)
-    name = getattr(func, 'id', None) or getattr(func, 'attr', '')
-    return name in MESSAGES or name == 'write' and getattr(owner, 'id', '') == 'tqdm' or \
-        within and type(owner) in (ast.Constant, ast.JoinedStr)
