@@ -6,7 +6,6 @@ before: then it was the reference. Its log-probabilities are computed once, and 
 directory. The first word is a chat model: a run, or a Hugging Face folder.
 """
 import copy
-import functools
 import math
 import sys
 import time
@@ -30,11 +29,11 @@ from core.settings import (
     check_bounds,
     check_choice,
     configure,
-    pick,
     settings_of,
     stop,
     warn,
 )
+from core.source import source_hashes
 from model import build_model, copy_weights, count_parameters
 
 POSITIONAL = ('run_dir',)
@@ -44,6 +43,7 @@ CONFIG, FLAGS, GIVEN = '', (), ()   # filled by configure
 run_dir = ''                # the model to begin with, which is the reference
 step = 0                    # which of its checkpoints; 0: the best one
 out_dir = ''                # run directory; '': out/<config name>
+init_from = ''              # resume: insist on going on with the run in out_dir
 seed = 1337
 # data
 dataset = ''                # a named set (see core/records.py), or a .jsonl, .json, .csv, .tsv file
@@ -103,7 +103,8 @@ def check_settings() -> None:
                  min_lr_fraction=(0, 1), eval_interval=(0, None), log_interval=(1, None),
                  seed=(0, 2 ** 31 - 1), threads=(0, None), timeout_minutes=(0.01, None),
                  step=(0, None))
-    check_choice(globals(), loss=('dpo', 'ipo'), schedule=optim.SCHEDULES)
+    check_choice(globals(), loss=('dpo', 'ipo'), schedule=optim.SCHEDULES,
+                 init_from=('', 'resume'))
     if loss == 'ipo' and label_smoothing:
         stop(f'label_smoothing={label_smoothing}: is for loss=dpo')
     if save_adapters and not lora_rank:
@@ -298,22 +299,9 @@ def take_stock(at, log, model, before, pairs, rows, dev, ranks, asked) -> bool:
     return False
 
 
-def run_identity(facts: dict, tokenizer, weights: str, config) -> dict:
-    """All that must be unchanged for a run to be the same run, by topic."""
-    chosen = functools.partial(pick, globals())
-    return {'architecture': asdict(config), 'tokenizer': tokenizer.hash(),
-            'data': facts | chosen('dataset', 'block_size'),
-            'loss': chosen('loss', 'beta', 'label_smoothing', 'chosen_weight'),
-            'optimizer': chosen('learning_rate', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
-                                'lora_rank', 'lora_alpha', 'lora_targets', 'lora_dropout'),
-            'schedule': chosen('schedule', 'epochs', 'max_steps', 'warmup_steps', 'decay_fraction',
-                               'min_lr_fraction'),
-            'seed': seed, 'batch_size': batch_size, 'init_from': run_dir, 'weights': weights,
-            'source': checkpoint.source_hash(model_module.__file__)}
-
-
 def main() -> dict:
     """Learn from preferences; returns the run directory, the last step and its scores."""
+    code = source_hashes(__file__)      # before anybody edits it
     check_settings()
     ranks = processes.find_ranks()
     why = processes.arrange(ranks)
@@ -339,16 +327,18 @@ def main() -> dict:
     else:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
     del source
+    window = facts.pop('window')        # follows from what else is in the identity
+    identity = rundir.identity(settings_of(globals()), config, tokenizer, source=code,
+                               data=facts | {'block_size': size}, weights=weights)
+    base = Path(out_dir) if out_dir else rundir.named(
+        CONFIG or f'{Path(run_dir).resolve().name}-dpo',
+        Path(dataset).resolve().stem if 'dataset' in FLAGS else '')
+    run, saver, state, dev = rundir.open_run(base, identity, ranks, dev, init_from == 'resume')
     per_rank = math.ceil(batch_size / ranks.dp)
     rows = min(micro_batch_size, per_rank) or max(1, hardware.fit_micro_batch(
         dev, 2 * per_rank, train_pairs.rows.block_size, config.n_layer, config.n_embd,
         ranks.local_world) // 2)
     rows = min(processes.exchange(rows))    # machines may have more memory or less
-    window = facts.pop('window')        # follows from what else is in the identity
-    identity = run_identity(facts, tokenizer, weights, config)
-    base = Path(out_dir) if out_dir else rundir.named(
-        CONFIG or f'{Path(run_dir).name}-dpo', Path(dataset).stem if 'dataset' in FLAGS else '')
-    run, saver, state = rundir.open_run(base, identity, ranks)
     key = '-'.join([weights, dev.dtype, facts['sha256'][:16], facts['val_sha256'][:16],
                     str(train_pairs.rows.block_size)])
     add_reference((train_pairs, val_pairs), run, key, model, rows, dev, ranks)
@@ -379,8 +369,7 @@ def main() -> dict:
     if dev.compile or ranks.world > 1:      # as in train.py
         learner.time_steps(do_step, 1)
     if state:
-        at.restore(state)
-        learner.restore(run, state)
+        rundir.resume(at, state, run, learner)
     log = rundir.Log(None)
     if ranks.rank == 0:
         log = rundir.start_log(

@@ -6,7 +6,6 @@ conversations in a row, with no attention between them. task='classify' gives th
 head, read at the last token of a text. Either in full, in some layers, or with low-rank adapters.
 What comes out is a run directory like any other: out/<config>/.
 """
-import functools
 import math
 import sys
 import time
@@ -24,7 +23,8 @@ from core import device as hardware
 from core.dataset import Rows, share
 from core.learner import Learner, print_above
 from core.processes import print0
-from core.settings import check_bounds, check_choice, configure, pick, settings_of, stop
+from core.settings import check_bounds, check_choice, configure, settings_of, stop
+from core.source import source_hashes
 from model import build_model, copy_weights, count_parameters, generate, init_weights, padded
 
 POSITIONAL = ('run_dir',)
@@ -34,6 +34,7 @@ CONFIG, FLAGS, GIVEN = '', (), ()   # filled by configure
 run_dir = ''                # the model to begin with: a run, a Hugging Face folder, or a name: gpt2
 step = 0                    # which of its checkpoints; 0: the best one
 out_dir = ''                # run directory; '': out/<config name>
+init_from = ''              # resume: insist on going on with the run in out_dir
 random_weights = False      # begin with random ones instead: what is pretraining worth?
 eval_only = False           # evaluate run_dir, on the test part for a classifier; writes nothing
 against = ''                # with eval_only: another run on the same records, compared in pairs
@@ -100,7 +101,8 @@ def check_settings() -> None:
                  min_lr_fraction=(0, 1), eval_interval=(0, None), log_interval=(1, None),
                  answers=(0, None), answer_tokens=(1, None), seed=(0, 2 ** 31 - 1),
                  threads=(0, None), timeout_minutes=(0.01, None), step=(0, None))
-    check_choice(globals(), task=('chat', 'classify'), schedule=optim.SCHEDULES)
+    check_choice(globals(), task=('chat', 'classify'), schedule=optim.SCHEDULES,
+                 init_from=('', 'resume'))
     if layers not in ('all', 'head') and not layers.isdigit():
         stop(f'layers={layers}: must be all, head, or a number of blocks')
     if lora_rank and layers != 'all':
@@ -264,22 +266,6 @@ def initial_model(source, tokenizer, n_known: int, n_classes: int, dev):
     return model
 
 
-def run_identity(facts: dict, tokenizer, source, config) -> dict:
-    """All that must be unchanged for a run to be the same run, by topic."""
-    chosen = functools.partial(pick, globals())
-    return {'architecture': asdict(config), 'tokenizer': tokenizer.hash(),
-            'data': facts | chosen('dataset', 'task', 'prompt_loss_weight', 'balance', 'pack',
-                                   'block_size'),
-            'optimizer': chosen('learning_rate', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
-                                'layers', 'lora_rank', 'lora_alpha', 'lora_targets',
-                                'lora_dropout'),
-            'schedule': chosen('schedule', 'epochs', 'max_steps', 'warmup_steps', 'decay_fraction',
-                               'min_lr_fraction'),
-            'seed': seed, 'batch_size': batch_size, 'init_from': run_dir,
-            'weights': 'random' if random_weights else checkpoint.weights_hash(source),
-            'source': checkpoint.source_hash(model_module.__file__)}
-
-
 def loss_sums(trained, batch, whole: bool = False) -> torch.Tensor:
     """The weighted loss of a micro-batch of Rows; `whole`: all its weights are 0 or 1."""
     x, y, doc, weight = batch
@@ -382,6 +368,7 @@ def evaluate_only(source, tokenizer, state, size: int, dev, ranks) -> dict:
 
 def main() -> dict:
     """Fine-tune; returns the run directory, the last step and the scores."""
+    code = source_hashes(__file__)      # before anybody edits it
     check_settings()
     ranks = processes.find_ranks()
     why = processes.arrange(ranks)
@@ -413,13 +400,17 @@ def main() -> dict:
         (train_rows, val_rows, test_rows), names, facts = class_data(tokenizer, size, [])
     model = initial_model(source, tokenizer, n_known, len(names), dev)
     window = facts.pop('window')        # follows from what else is in the identity
-    identity = run_identity(facts, tokenizer, source, model.config)
+    identity = rundir.identity(
+        settings_of(globals()), model.config, tokenizer, source=code,
+        data=facts | {'block_size': size},
+        weights='random' if random_weights else checkpoint.weights_hash(source))
     del source
     at.max_steps = max_steps or math.ceil(epochs * len(train_rows) / batch_size)
     between = eval_interval or math.ceil(at.max_steps / 5)
     base = Path(out_dir) if out_dir else rundir.named(
-        CONFIG or f'{Path(run_dir).name}-{task}', Path(dataset).stem if 'dataset' in FLAGS else '')
-    run, saver, state = rundir.open_run(base, identity, ranks)
+        CONFIG or f'{Path(run_dir).resolve().name}-{task}',
+        Path(dataset).resolve().stem if 'dataset' in FLAGS else '')
+    run, saver, state, dev = rundir.open_run(base, identity, ranks, dev, init_from == 'resume')
 
     # Optimizer, what a checkpoint says
     n_learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -451,8 +442,7 @@ def main() -> dict:
     if dev.compile or ranks.world > 1:      # as in train.py
         learner.time_steps(do_step, 1)
     if state:
-        at.restore(state)
-        learner.restore(run, state)
+        rundir.resume(at, state, run, learner)
     log = rundir.Log(None)
     if ranks.rank == 0:
         log = rundir.start_log(

@@ -6,7 +6,6 @@ Bare `python train.py` is GPT-2 small on OpenWebText: 12 blocks of 12 x 768^2 we
 A run directory out/<config>/ gets log.jsonl, loss.png and checkpoints; the same command again
 resumes an unfinished run.
 """
-import functools
 import importlib.util
 import math
 import sys
@@ -30,11 +29,11 @@ from core.settings import (
     check_bounds,
     check_choice,
     configure,
-    pick,
     settings_of,
     stop,
     warn,
 )
+from core.source import source_hashes
 from model import (
     GPTConfig,
     allocate,
@@ -244,14 +243,14 @@ def model_config(n_tokens: int) -> GPTConfig:
 
 def initial_model(tokenizer, device, ranks, begun: dict):
     """The model to be trained on a dataset with this tokenizer, or this rank's part of it: a new
-    one, or that in init_from.
+    one, or that in init_from. And the hash of the weights in init_from, parameters, FLOP per token.
 
     `begun` is the identity of a run to be resumed: if that began with a model, its architecture is
     taken. Stops if the model in init_from does not know the same tokens.
     """
-    source = None
-    if 'init_from' in begun:
-        config = GPTConfig(**begun['architecture'])
+    source, weights = None, begun.get('weights', '')
+    if weights:
+        config = checkpoint.read_config(begun['architecture'], 'init_from=resume')
     elif not from_model():
         config = model_config(len(tokenizer))
     else:
@@ -260,6 +259,7 @@ def initial_model(tokenizer, device, ranks, begun: dict):
             stop(f'init_from={init_from}: its tokenizer is not that of the dataset; leave out '
                  f'--tokenizer, or prepare the text with --tokenizer={init_from}')
         config = adapted(source.config, len(tokenizer))
+        weights = checkpoint.weights_hash(source)
         print0(f'begins with the weights of {init_from}: vocabulary '
                f'{source.config.vocab_size:,} -> {config.vocab_size:,}, positions '
                f'{source.config.block_size:,} -> {block_size:,}')
@@ -271,9 +271,9 @@ def initial_model(tokenizer, device, ranks, begun: dict):
     allocate(model, device.name)
     if source:
         copy_weights(source, model, parallel.put)
-    elif 'init_from' not in begun:
+    elif not weights:
         init_weights(model, seed, parallel.put)
-    return model, *numbers
+    return model, weights, *numbers
 
 
 def adapted(config: GPTConfig, n_tokens: int) -> GPTConfig:
@@ -293,27 +293,8 @@ def default_out_dir(data: Path, fell_back: bool) -> Path:
     """out/<config>, with the dataset in its name where it is not the config's own."""
     if fell_back:
         return rundir.named(data.name, '')
-    return rundir.named(CONFIG or (Path(init_from).name if from_model() else 'gpt2'),
-                        data.name if 'dataset' in FLAGS else '')
-
-
-def run_identity(meta: dict, tokenizer, config: GPTConfig, origin: str = '') -> dict:
-    """All that must be unchanged for a run to be the same run, by topic; `origin` is the model that
-    a run which is resumed began with."""
-    chosen = functools.partial(pick, globals())
-    return {'architecture': asdict(config),
-            'data': {name: meta[name] for name in ('name', 'sha256', 'train_tokens', 'val_tokens')}
-                    | ({'pack_documents': True} if pack_documents else {}),
-            'tokenizer': tokenizer.hash(),
-            'optimizer': chosen('optimizer', 'depth', 'learning_rate', 'weight_decay', 'beta1',
-                                'beta2', 'embed_learning_rate', 'muon_learning_rate',
-                                'muon_weight_decay', 'muon_momentum', 'ns_steps', 'grad_clip',
-                                'spike_sigma'),
-            'schedule': chosen('schedule', 'max_steps', 'max_minutes', 'warmup_steps',
-                               'decay_fraction', 'min_lr_fraction'),
-            'seed': seed, 'batch_size': batch_size,
-            'source': checkpoint.source_hash(model_module.__file__),
-            **({'init_from': origin or init_from} if origin or from_model() else {})}
+    return rundir.named(CONFIG or (Path(init_from).resolve().name if from_model() else 'gpt2'),
+                        data.resolve().name if 'dataset' in FLAGS else '')
 
 
 def build_optimizers(model, device, ranks) -> list:
@@ -417,15 +398,6 @@ def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked, p
     return False
 
 
-def resume(at, state: dict, run: Path, learner: Learner) -> None:
-    """Go back to where a checkpoint was saved. Stops if the run has done more than max_steps."""
-    at.restore(state)
-    at.max_steps = max_steps
-    if at.step > max_steps and not max_minutes:
-        stop(f'max_steps={max_steps}: {run} has done {at.step} steps already')
-    learner.restore(run, state)
-
-
 def evaluate_run(ranks, device) -> dict:
     """--eval_only: the best checkpoint of a run on the validation split; writes nothing."""
     data = prepare.find(dataset, data_dir, tokenizer_wanted(), vocab_size)
@@ -471,6 +443,7 @@ def end_run(run: Path, log, at, text: str, fell_back: bool, about: str) -> None:
 
 def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
+    source = source_hashes(__file__)    # before anybody edits it
     check_settings()
     ranks = processes.find_ranks()
     layout = (tp, pp, zero, replicas, sequence_parallel, pp_schedule)
@@ -489,21 +462,23 @@ def main() -> dict:
     data, meta, fell_back = get_data(ranks)
     tokenizer = tokenizers.load(data / 'tokenizer.json')
     base = Path(out_dir) if out_dir else default_out_dir(data, fell_back)
-    begun = init_from == 'resume' and rundir.identity_of(base) or {}
-    model, n_parameters, flops = initial_model(tokenizer, dev, ranks, begun)
+    begun = rundir.identity_of(base) if init_from == 'resume' else {}
+    model, weights, n_parameters, flops = initial_model(tokenizer, dev, ranks, begun)
     config = model.config
     if meta['max_id'] >= config.vocab_size:
         stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
+    eos = tokenizer.eos if respects_documents(config) else None
+    train_windows = load_split(data, 'train', block_size, seed, eos=eos)
+    val_windows = load_split(data, 'val', block_size, shuffle=False, eos=eos)
+    held = {name: meta[name] for name in ('sha256', 'train_tokens', 'val_tokens')}
+    identity = rundir.identity(settings_of(globals()), config, tokenizer, source=source,
+                               weights=weights, data=held | {'pack_documents': pack_documents})
+    run, saver, state, dev = rundir.open_run(base, identity, ranks, dev, init_from == 'resume')
     per_rank = math.ceil(batch_size / ranks.dp / ranks.pp)  # a pipeline takes pp or more at a time
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
         dev, per_rank, block_size, 1 if activation_checkpointing else config.n_layer, config.n_embd,
         ranks.local_world)
     rows = min(processes.exchange(rows))    # machines may have more memory or less
-    eos = tokenizer.eos if respects_documents(config) else None
-    train_windows = load_split(data, 'train', block_size, seed, eos=eos)
-    val_windows = load_split(data, 'val', block_size, shuffle=False, eos=eos)
-    identity = run_identity(meta, tokenizer, config, begun.get('init_from', ''))
-    run, saver, state = rundir.open_run(base, identity, ranks, init_from == 'resume')
     first = ranks.rank == 0
     tokens_per_step = batch_size * block_size
     print0(f'data {data}: {meta["about"]}; {len(tokenizer):,} tokens in its vocabulary')
@@ -537,7 +512,7 @@ def main() -> dict:
     if dev.compile:
         print0(f'compiled in {compile_seconds:.1f} s')
     if state:
-        resume(at, state, run, learner)
+        rundir.resume(at, state, run, learner, limited=not max_minutes)
     log = rundir.Log(None)
     if first:
         settings = settings_of(globals())

@@ -29,6 +29,7 @@ from core import hf, hf_tokenizer, lora
 from core import tokenizer as tokenizers
 from core.download import NoNetwork, file_hash
 from core.settings import stop, warn
+from core.source import source_hashes
 from model import GPTConfig, build_model, named_weights
 
 MANIFEST, VERSION = 'manifest.json', 1
@@ -137,15 +138,18 @@ def read_state(folder, step: int) -> dict:
     return state
 
 
-def source_hash(path) -> str:
-    """First 16 hex digits of the SHA-256 of a source file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def read_config(config: dict, where) -> GPTConfig:
+    """The GPTConfig of a run. Stops if today's model.py does not know such a one."""
+    try:
+        return GPTConfig(**config)
+    except (TypeError, ValueError) as e:
+        stop(f'{where}: {e}')
 
 
 def weights_hash(model) -> str:
     """First 16 hex digits of the SHA-256 of a model's weights on the CPU."""
     digest = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, p in sorted(named_weights(model).items()):
         digest.update(name.encode())
         digest.update(p.detach().numpy())
     return digest.hexdigest()[:16]
@@ -404,15 +408,16 @@ def optimizer_tensors(model, optimizers) -> dict[str, torch.Tensor]:
 
 
 def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """(file, name, tensor) of all tensors in a checkpoint's <kind>.safetensors or <kind>-*.
-
-    Stops if there is none, or one is not a safetensors file.
+    """(file, name, tensor) of all tensors in a checkpoint's <kind>.safetensors or <kind>-*, of
+    which there is none if there was nothing to write: no optimizer has a state before its first
+    good step. Stops if one that the manifest names is not there, or is not a safetensors file.
     """
-    paths = sorted(checkpoint.glob(f'{kind}*.safetensors'))
-    if not paths:
-        stop(f'{checkpoint}: has no {kind}.safetensors on this machine; all machines of a run must '
-             'see the same out_dir')
-    for path in paths:
+    path = checkpoint / MANIFEST
+    names = sorted(json.loads(path.read_text())['files']) if path.exists() else [MANIFEST]
+    if lost := [name for name in names if not (checkpoint / name).exists()]:
+        stop(f'{checkpoint}: has no {lost[0]} on this machine; all machines of a run must see the '
+             'same out_dir')
+    for path in (checkpoint / name for name in names if name.startswith(kind)):
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, OverflowError,
@@ -449,24 +454,23 @@ def all_names(model) -> set[str]:
 
 
 def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_) -> None:
-    """Fill the state of the optimizers from a checkpoint. Stops if it is that of others."""
+    """Fill the state of the optimizers from a checkpoint. Stops if it is that of others.
+
+    Parameters that have had no gradient yet have no state: they begin with an empty one.
+    """
     params, known = named_weights(model), all_names(model)
     owner = {p: o for o in optimizers for group in o.param_groups for p in group['params']}
     for path, name, tensor in read_tensors(step_folder(folder, step), 'optimizer'):
         parameter, _, key = name.rpartition('/')
         if parameter not in known:
             stop(f'{path}: holds {name[:80]!r}, the state of no parameter of this model')
-        if parameter not in params:
+        p = params.get(parameter)
+        if p not in owner:      # of another pipeline stage, or frozen now
             continue
-        p = params[parameter]
         scalar = key == 'step'
         state = torch.zeros((), device=p.device) if scalar else torch.empty_like(p.detach())
         fill(state, tensor, f'{path}: {name}', torch.Tensor.copy_ if scalar else put)
         owner[p].state[p][key] = state
-    without = [name for name, p in params.items() if p in owner and p not in owner[p].state]
-    if 0 < len(without) < len(owner):
-        stop(f'{step_folder(folder, step)}: the state of {without[0]} is missing in '
-             'optimizer*.safetensors; use another checkpoint')
 
 
 @torch.no_grad()
@@ -536,10 +540,7 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
         step = newest(folder, [last, best], unread) if best in found and best != last else last
     state = read_state(folder, step)
     tokenizer = tokenizers.load(step_folder(folder, step) / 'tokenizer.json')
-    try:
-        config = GPTConfig(**state['config'])
-    except (TypeError, ValueError) as e:
-        stop(f'{step_folder(folder, step)}/state.json: {e}')
+    config = read_config(state['config'], step_folder(folder, step))
     if bool(config.n_classes) != classifier:
         stop(f'{folder}: ' + ('is no classifier; make one with finetune.py --task=classify'
              if classifier else f'is a classifier of {config.n_classes} classes, not a language '
@@ -547,7 +548,9 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
     if config.vocab_size < len(tokenizer):
         stop(f'{folder}: its model has vocab_size={config.vocab_size}, its tokenizer.json '
              f'{len(tokenizer)} tokens; they do not belong together')
-    if state['identity'].get('source') != source_hash(model_module.__file__):
+    known = state['identity'].get('source')     # older runs have something else there
+    if isinstance(known, dict) and known.get('model.py') != source_hashes(
+            model_module.__file__)['model.py']:
         warn(f'{folder} was trained with another model.py; a copy of it is {folder}/model.py')
     model = build_model(config, None, device)
     load_weights(model, folder, step)

@@ -105,6 +105,14 @@ def agree(device: Device, exchange: Callable) -> Device:
     return device
 
 
+def with_dtype(device: Device, dtype: str) -> Device:
+    """The same device with the dtype of a run that is resumed. Stops if it does not have that."""
+    choose_dtype(device.kind, dtype, True)
+    torch.set_float32_matmul_precision('high' if dtype == 'tf32' else 'highest')
+    device.why[1] = f'dtype {dtype} (with which the run was begun)'
+    return replace(device, dtype=dtype, peak_flops=peak_flops(device.kind, device.name, dtype))
+
+
 def choose_device(device: str, local_rank: int) -> tuple[str, str, str]:
     """Kind, full name and reason."""
     has_mps = torch.backends.mps.is_available()

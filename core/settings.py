@@ -50,11 +50,6 @@ def is_setting(name: str, value) -> bool:
     return type(value) in (bool, int, float, str) and name.islower() and not name.startswith('_')
 
 
-def pick(script: dict, *names: str) -> dict:
-    """Some settings of a script's globals, by name."""
-    return {name: script[name] for name in names}
-
-
 def settings_of(script: dict) -> dict:
     """All settings of a script with their present values."""
     return {name: value for name, value in script.items() if is_setting(name, value)}

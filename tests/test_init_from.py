@@ -1,5 +1,6 @@
 """train.py --init_from=<model>: training goes on from a run's or a Hugging Face model's weights."""
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def test_from_a_run(run_train):
     run = first['run_dir']
     again = run_train(init_from=run, out_dir='out/b', **STILL)
     assert again['val_loss'] == pytest.approx(first['best_val_loss'], abs=1e-6)
-    assert again['step'] == 1 and rundir.identity_of(Path('out/b'))['init_from'] == run
+    assert again['step'] == 1 and rundir.identity_of(Path('out/b'))['weights'] == \
+        checkpoint.weights_hash(checkpoint.load_run(run)[0])
     assert run_train(init_from=run, **STILL)['run_dir'] == 'out/tiny-2'     # not the run itself
 
 
@@ -54,11 +56,13 @@ def test_resumes(run_train, monkeypatch):
     monkeypatch.setattr(train.Learner, 'step', real)
     out = run_train(out_dir='out/cut', **settings)
     assert out['run_dir'] == 'out/cut' and out['val_loss'] == whole['val_loss']
-    other = run_train(out_dir='out/other')['run_dir']
     Path('out/cut/log.jsonl').write_text(''.join(
         line for line in Path('out/cut/log.jsonl').read_text().splitlines(True)
         if '"end"' not in line))
+    other = run_train(out_dir='out/other', seed=7)['run_dir']
     assert run_train(out_dir='out/cut', init_from=other, seed=5)['run_dir'] == 'out/cut-2'
+    shutil.copytree(run, 'copy')    # other names, the same weights
+    assert run_train(out_dir='out/cut', init_from='copy', seed=5)['run_dir'] == 'out/cut'
 
 
 def test_init_from_resume(run_train):
@@ -67,7 +71,7 @@ def test_init_from_resume(run_train):
     run_train(init_from=run, tokenizer='byte', out_dir='out/b')
     Path(run).rename('elsewhere')
     out = run_train(init_from='resume', tokenizer='byte', out_dir='out/b', max_steps=8, n_layer=1)
-    assert out['step'] == 8 and rundir.identity_of(Path('out/b'))['init_from'] == run
+    assert out['step'] == 8
     assert checkpoint.load_run('out/b')[0].config.n_layer == 2
 
 

@@ -12,6 +12,7 @@ import finetune
 import model as model_module
 from core import checkpoint, hf, lora, optim
 from core.device import Device
+from core.source import source_hashes
 from core.tokenizer import ByteTokenizer
 from model import GPTConfig, build_model, count_parameters, named_weights
 
@@ -203,7 +204,7 @@ def save(model, optimizers, run) -> None:
     """A checkpoint of step 2."""
     state = asdict(checkpoint.Progress(step=2, best_step=2)) | {
         'config': asdict(model.config),
-        'identity': {'source': checkpoint.source_hash(model_module.__file__)}}
+        'identity': {'source': source_hashes(model_module.__file__)}}
     (run / 'log.jsonl').touch()     # which every run has
     saver = checkpoint.Saver(run)
     saver.save(model, optimizers, ByteTokenizer(), state)
@@ -262,7 +263,7 @@ def test_checkpoint_of_other_adapters(tmp_path, capsys, other, message):
 def test_checkpoint_without_adapters(tmp_path, capsys):
     save(tiny('qwen3'), [], tmp_path)
     message = stopped(capsys, lambda: checkpoint.load_weights(learner()[0], tmp_path, 2))
-    assert 'adapters.safetensors' in message
+    assert 'is missing in adapters' in message
 
 
 # ---------------------------------------------------------------------------------------------

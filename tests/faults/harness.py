@@ -26,6 +26,7 @@ ROOT = Path(train.__file__).parent
 TIMES = ('seconds', 'tokens_per_second', 'mfu')     # what may differ between two equal runs
 PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload(['train', 'harness'])
+train.source_hashes(train.__file__)     # which all processes that are forked know then
 
 
 def note(fault: str, tries: int, outcome: str) -> None:

@@ -182,3 +182,17 @@ def test_saved_here_resumed_there(tmp_path_factory, world, layout, new_world, ne
                                 str(folders[key]), 5):
         assert different == []
         assert losses == [pytest.approx(pair, abs=1e-10) for pair in reference[name][5:]]
+
+
+@pytest.mark.parametrize('world, layout, new_world, new_layout', [
+    (1, {}, 2, dict(pp=2)), (2, dict(zero=2), 1, {}),
+    pytest.param(2, dict(pp=2), 4, dict(zero=3, tp=2), marks=pytest.mark.slow),
+    pytest.param(4, dict(zero=3, tp=2), 2, dict(tp=2), marks=pytest.mark.slow)], ids=str)
+def test_saved_before_the_first_good_step(tmp_path, world, layout, new_world, new_layout):
+    """When no optimizer has a state; it goes on as if nothing had been."""
+    (tmp_path / 'log.jsonl').write_text('')
+    do(world, save, Case(layout, TIED, MUON), str(tmp_path), 0, False)
+    assert not list((tmp_path / 'step-00000000').glob('optimizer*'))
+    expected = one_process(Case({}, TIED, MUON))
+    for different, losses in do(new_world, resume, Case(new_layout, TIED, MUON), str(tmp_path), 0):
+        assert different == [] and losses == [pytest.approx(pair, abs=1e-10) for pair in expected]
