@@ -210,17 +210,16 @@ def compile_options(kind: str) -> dict:
 
 def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int, n_embd: int,
                     local_world: int = 1, lasting: int = 0, recompute: bool = False) -> int:
-    """Rows per forward pass: what fits half of this process's memory, and four fifths of what
-    `lasting` bytes of gradients and moments leave of it, at most 32,768 tokens.
+    """Rows per forward pass: what fits half of this process's memory, and four fifths of what is
+    free beside `lasting` bytes of gradients and moments, at most 32,768 tokens.
 
     Activations take about 73 bytes per token, layer and channel in fp32, 40 with 16-bit products;
-    where blocks recompute them those of one layer, and 4 for the input of each. A GPU also has the
-    logits of a chunk of the loss (model.CHUNK_ELEMENTS) and their gradient. The micro-batches of a
+    of blocks that recompute them those of one, and 4 for the input of each. The micro-batches of a
     step are made equally large.
     """
     if device.kind == 'cuda':
         free, memory = torch.cuda.mem_get_info(device.name)     # the weights are there already
-        lasting += 12 << 27
+        lasting += 12 << 27     # logits of a chunk of the loss (model.CHUNK_ELEMENTS), gradients
     else:
         free = memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_world
     each = 73 if DTYPES[device.dtype] == torch.float32 else 40

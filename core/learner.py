@@ -99,20 +99,17 @@ class Learner:
         torch.manual_seed(int(key.generate_state(1)[0]))
 
     def fit_rows(self, rows: int, batch_of, loss_sums) -> int:
-        """Rows per pass for which a GPU has memory: `rows`, or half of them as often as it takes,
-        until a pass over batch_of(range(rows)) fits beside the optimizer's state to come.
-
-        It exchanges nothing: a rank that runs out of memory would leave the others waiting. So it
-        is not tried where ranks share a model.
-        """
+        """`rows`, halved until a GPU has memory for a pass over batch_of(range(rows)) beside the
+        optimizer's state. The pass exchanges nothing: a rank that runs out of memory would leave
+        the others waiting. So nothing is tried where ranks share a model."""
         while self.device.kind == 'cuda' and self.ranks.plain:
             state, full = [], False
             try:
                 state += [p.new_empty(2, *p.shape) for p in self.model.parameters()
                           if p.requires_grad]
                 with parallel.accumulate(self.trained, self.ranks, False), self.device.autocast():
-                    loss_sums(self.trained, to_device(batch_of(range(rows)), self.device))[
-                        0].backward()
+                    batch = to_device(batch_of(range(rows)), self.device)
+                    loss_sums(self.trained, batch)[0].backward()
             except torch.OutOfMemoryError:
                 full = True
             state.clear()
