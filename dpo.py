@@ -337,7 +337,7 @@ def main() -> dict:
     per_rank = math.ceil(batch_size / ranks.dp)
     rows = min(micro_batch_size, per_rank) or max(1, hardware.fit_micro_batch(
         dev, 2 * per_rank, train_pairs.rows.block_size, config.n_layer, config.n_embd,
-        ranks.local_world) // 2)
+        ranks.local_world, parallel.learning_bytes(model, ranks), activation_checkpointing) // 2)
     rows = min(processes.exchange(rows))    # machines may have more memory or less
     key = '-'.join([weights, dev.dtype, facts['sha256'][:16], facts['val_sha256'][:16],
                     str(train_pairs.rows.block_size)])
@@ -366,6 +366,7 @@ def main() -> dict:
         return learner.step(batches, loss_sums, n_pairs, step, factor, *rest)
 
     model.train()
+    rows = learner.fit_rows(rows, train_pairs.batch, loss_sums)
     if dev.compile or ranks.world > 1:      # as in train.py
         learner.time_steps(do_step, 1)
     if state:

@@ -420,7 +420,8 @@ def main() -> dict:
            'epoch')
     per_rank = math.ceil(batch_size / ranks.dp)
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
-        dev, per_rank, size, model.config.n_layer, model.config.n_embd, ranks.local_world)
+        dev, per_rank, size, model.config.n_layer, model.config.n_embd, ranks.local_world,
+        parallel.learning_bytes(model, ranks), activation_checkpointing)
     rows = min(processes.exchange(rows))    # machines may have more memory or less
     trained, n_micro = parallel.wrap(model, ranks, dev, per_rank, rows)
     learner = Learner(model, trained, optim.make_optimizers(
@@ -439,6 +440,7 @@ def main() -> dict:
                             factor, *rest)
 
     model.train()
+    rows = learner.fit_rows(rows, train_rows.batch, loss_sums)
     if dev.compile or ranks.world > 1:      # as in train.py
         learner.time_steps(do_step, 1)
     if state:

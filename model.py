@@ -8,6 +8,8 @@ Shapes: B rows, T positions, C = n_embd channels, H heads of D = head_dim channe
 Nothing here knows of processes: core/parallel.py wraps the model from outside. It may cut heads out
 of the projections, take blocks out of `h`, and set `wte`, `ln_f` or `lm_head` to None.
 """
+import contextlib
+import functools
 import math
 import zlib
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from core.device import compile_options, is_intel
+from core.device import compile_options, has_flex, is_intel
 
 CHOICES = {'arch': ('gpt', 'lstm'),
            'norm': ('rmsnorm', 'layernorm'),
@@ -229,7 +232,7 @@ def attend(q, k, v, mask, dropout: float):
     """
     gqa = {'enable_gqa': True} if q.size(1) != k.size(1) else {}
     if mask is not None and not isinstance(mask, torch.Tensor):
-        return flex_attention(q, k, v, block_mask=mask, **gqa)
+        return fused(flex_attention, q, k, v, block_mask=mask, **gqa)
     causal = mask is None and q.size(2) > 1     # a single query sees all keys
     short = q.device.type == 'cpu' and q.size(2) <= 4 * CAUSAL_BLOCK
     if short and mask is None and not dropout and torch.compiler.is_compiling():
@@ -243,11 +246,27 @@ def attend(q, k, v, mask, dropout: float):
             return F.scaled_dot_product_attention(
                 q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout,
                 is_causal=causal, **gqa).type_as(q)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                          is_causal=causal, **gqa)
+    # cuDNN makes a plan for each new length of keys, and its gradients with a mask can be NaN
+    # (PyTorch's issue 196678): it only trains without one.
+    others = q.device.type == GPU and (mask is not None or not torch.is_grad_enabled())
+    with sdpa_kernel(NOT_CUDNN) if others else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                              is_causal=causal, **gqa)
 
 
 CAUSAL_BLOCK = 128
+GPU = 'cuda'    # where there is flex-attention, and cuDNN among SDPA's kernels
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+compiled = functools.cache(torch.compile)
+
+
+def fused(f, *args, **options):
+    """f(*args, **options), compiled: in the graph under way, or alone where all else runs eagerly,
+    as in evaluation. Otherwise flex-attention and its mask would make tensors of T x T."""
+    if torch.compiler.is_compiling():
+        return f(*args, **options)
+    with torch.compiler.set_stance('default'):
+        return compiled(f)(*args, **options)
 
 
 def attend_in_blocks(q, k, v):
@@ -362,7 +381,8 @@ def flex_mask(T: int, doc, window: int, device):
             seen = seen & (k > q - window)
         return seen if doc is None else seen & (doc[b, q] == doc[b, k])
 
-    return create_block_mask(sees, None if doc is None else doc.size(0), None, T, T, device=device)
+    B = None if doc is None else doc.size(0)
+    return fused(create_block_mask, sees, B, None, T, T, device=device)
 
 
 class KVCache:
@@ -442,23 +462,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):
-        """The sum, a scalar; chunk: rows of x whose logits exist at a time."""
+    def forward(ctx, x, weight, targets, chunk, in_graph):
+        """The sum, a scalar; chunk: rows of x whose logits exist at a time; in_graph: whether the
+        model is compiled, so that this should be."""
         dx = torch.empty_like(x)
         learns = ctx.needs_input_grad[1]    # with adapters it does not
         dweight = torch.zeros_like(weight, dtype=at_least_float32(weight.dtype)) if learns else None
-        total = 0.0
+        total, by_logits = 0.0, compiled(loss_by_logits) if in_graph else loss_by_logits
         for i in range(0, len(x), chunk):
-            rows, target = x[i:i + chunk], targets[i:i + chunk]
-            raw = rows @ weight.T
-            grad = raw.to(at_least_float32(raw.dtype))      # logits, which become the gradient
-            counts, at = (target != -100).to(grad.dtype)[:, None], target.clamp(min=0)[:, None]
-            highest = grad.amax(dim=-1, keepdim=True)
-            right = grad.gather(1, at) - highest
-            mass = grad.sub_(highest).exp_().sum(dim=-1, keepdim=True)
-            total = total + ((mass.log() - right) * counts).sum()
-            grad.div_(mass).scatter_add_(1, at, -torch.ones_like(counts)).mul_(counts)
-            grad = grad.type_as(raw)
+            rows = x[i:i + chunk]
+            loss, grad = by_logits(rows @ weight.T, targets[i:i + chunk])
+            total = total + loss
             dx[i:i + chunk] = grad @ weight
             if learns:
                 dweight += grad.T @ rows
@@ -469,7 +483,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dweight = ctx.saved_tensors
         dweight = dweight if dweight is None else dweight * grad.to(dweight.dtype)
-        return dx * grad.to(dx.dtype), dweight, None, None
+        return dx * grad.to(dx.dtype), dweight, None, None, None
+
+
+def loss_by_logits(raw, target):
+    """Sum of the cross-entropies of logits raw (N, V), which it may change, and its gradient."""
+    grad = raw.to(at_least_float32(raw.dtype))      # logits, which become the gradient
+    counts, at = (target != -100).to(grad.dtype)[:, None], target.clamp(min=0)[:, None]
+    highest = grad.amax(dim=-1, keepdim=True)
+    right = grad.gather(1, at) - highest
+    mass = grad.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+    loss = ((mass.log() - right) * counts).sum()
+    grad.div_(mass).scatter_add_(1, at, -torch.ones_like(counts)).mul_(counts)
+    return loss, grad.type_as(raw)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -484,6 +510,17 @@ def token_losses(x, targets, lm_head) -> torch.Tensor:
     logits = lm_head(x)
     return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, ignore_index=-100,
                            reduction='none')
+
+
+# In a graph, each chunk's gradient of the head would be kept until all of them are added up.
+chunked_sum = torch.compiler.disable(ChunkedCrossEntropy.apply)
+
+
+@torch.compiler.disable
+def recomputed_losses(x, targets, lm_head, chunk: int) -> torch.Tensor:
+    """`token_losses` of so many rows at a time, which the backward pass computes again."""
+    return torch.cat([checkpoint(token_losses, f, t, lm_head, use_reentrant=False)
+                      for f, t in zip(x.split(chunk), targets.split(chunk))])
 
 
 def lm_loss(lm_head, x, targets, reduction: str) -> torch.Tensor:
@@ -501,11 +538,10 @@ def lm_loss(lm_head, x, targets, reduction: str) -> torch.Tensor:
         losses = token_losses(flat, target, lm_head)
     elif reduction != 'none' and torch.is_grad_enabled() and not half and lm_head.bias is None \
             and not lm_head._forward_hooks:     # where calling it is no more than its matrix
-        total = ChunkedCrossEntropy.apply(flat, lm_head.weight, target, chunk)
+        total = chunked_sum(flat, lm_head.weight, target, chunk, torch.compiler.is_compiling())
         return total / (target != -100).sum() if reduction == 'mean' else total
     else:
-        losses = torch.cat([checkpoint(token_losses, f, t, lm_head, use_reentrant=False)
-                            for f, t in zip(flat.split(chunk), target.split(chunk))])
+        losses = recomputed_losses(flat, target, lm_head, chunk)
     if reduction == 'none':
         return losses.view_as(targets)
     total = losses.sum()
@@ -566,8 +602,9 @@ class GPT(nn.Module):
             if config.block_size < T:
                 raise ValueError(f'{T} tokens are more than block_size={config.block_size}')
             position = torch.arange(T, device=device) if doc is None else document_positions(doc)
-            # Compiled for a GPU, flex-attention skips what is masked; elsewhere SDPA gets the mask.
-            flex = idx.is_cuda and torch.compiler.is_compiling() and not config.dropout
+            # On a GPU, flex-attention skips what is masked, but has no dropout; else SDPA gets it.
+            flex = device.type == GPU and (doc is not None or config.window > 0) \
+                and not (config.dropout and self.training) and has_flex(device, config.head_dim)
             mask = (flex_mask if flex else causal_mask)(T, doc, config.window, device)
         x = idx if self.wte is None else self.embed(idx, position)
         rope = None

@@ -476,8 +476,8 @@ def main() -> dict:
     run, saver, state, dev = rundir.open_run(base, identity, ranks, dev, init_from == 'resume')
     per_rank = math.ceil(batch_size / ranks.dp / ranks.pp)  # a pipeline takes pp or more at a time
     rows = min(micro_batch_size, per_rank) or hardware.fit_micro_batch(
-        dev, per_rank, block_size, 1 if activation_checkpointing else config.n_layer, config.n_embd,
-        ranks.local_world)
+        dev, per_rank, block_size, config.n_layer, config.n_embd, ranks.local_world,
+        parallel.learning_bytes(model, ranks), activation_checkpointing)
     rows = min(processes.exchange(rows))    # machines may have more memory or less
     first = ranks.rank == 0
     tokens_per_step = batch_size * block_size
@@ -507,8 +507,11 @@ def main() -> dict:
 
     # A step to warm up. It compiles, and DDP arranges its buckets anew after it: without this, the
     # first step of a resumed run would add up gradients in another order.
-    warm_up = dev.compile or ranks.world > 1
-    compile_seconds = sum(learner.time_steps(do_step, 1)) if warm_up else 0.0
+    began = time.perf_counter()
+    rows = learner.fit_rows(rows, train_windows.batch, lm_loss_sums)
+    if dev.compile or ranks.world > 1:
+        learner.time_steps(do_step, 1)
+    compile_seconds = time.perf_counter() - began
     if dev.compile:
         print0(f'compiled in {compile_seconds:.1f} s')
     if state:

@@ -1,6 +1,7 @@
 """The printed choice of device, dtype, compile and threads; this hardware's peak FLOP/s."""
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -11,7 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from core.settings import stop
+from core.settings import stop, warn
+
+warn_once = functools.cache(warn)
 
 DTYPES = {'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16,
           'float16': torch.float16}
@@ -206,13 +209,30 @@ def choose_compile(kind: str, name: str, compile: bool, dtype: str = 'float32',
         return False, f'to decode in {dtype}, it would convert all weights again for each token'
     if not training and kind == 'cpu' and torch.backends.mkl.is_available() and not is_intel():
         return False, 'it would leave single rows to MKL, which is slow for them on this CPU'
+    if why := no_compiler(kind, name):
+        return False, f'it fails on this machine: {why}'
+    return True, 'the first step takes a while'
+
+
+@functools.cache
+def no_compiler(kind: str, name: str) -> str:
+    """What goes wrong when a small function is compiled for a device; '' if nothing does."""
     try:
-        torch.compile(lambda x: x.sin() + 1, options=compile_options(kind))(
-            torch.ones(8, device=name))
+        with torch.compiler.set_stance('default'):      # also where all else runs eagerly
+            torch.compile(lambda x: x.sin() + 1, options=compile_options(kind))(
+                torch.ones(8, device=name))
     except Exception as e:  # whatever compilers and drivers raise: eager mode needs none of them
         lines = str(e).strip().splitlines() or ['']
-        return False, f'it fails on this machine: {type(e).__name__}: {lines[0]}'
-    return True, 'the first step takes a while'
+        return f'{type(e).__name__}: {lines[0]}'
+    return ''
+
+
+@torch.compiler.assume_constant_result      # Dynamo does not trace it
+def has_flex(device: torch.device, head_dim: int) -> bool:
+    """Whether a GPU's flex-attention takes heads of head_dim channels; says why not."""
+    if why := 'head_dim is below 16' if head_dim < 16 else no_compiler('cuda', str(device)):
+        warn_once(f'no flex-attention ({why}): the masks of documents and windows cost more memory')
+    return not why
 
 
 def compile_options(kind: str) -> dict:
@@ -222,19 +242,23 @@ def compile_options(kind: str) -> dict:
 
 
 def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int, n_embd: int,
-                    local_world: int = 1) -> int:
-    """Rows per forward pass: what fits half of this process's memory, at most 32,768 tokens.
+                    local_world: int = 1, lasting: int = 0, recompute: bool = False) -> int:
+    """Rows per forward pass: what fits half of this process's memory, and four fifths of what is
+    free beside `lasting` bytes of gradients and moments, at most 32,768 tokens.
 
-    Activations take about 73 bytes per token, layer and channel in fp32, 40 with 16-bit products.
-    The micro-batches of a step are made equally large.
+    Activations take about 73 bytes per token, layer and channel in fp32, 40 with 16-bit products;
+    of blocks that recompute them those of one, and 4 for the input of each. The micro-batches of a
+    step are made equally large.
     """
     if device.kind == 'cuda':
-        memory = torch.cuda.mem_get_info(device.name)[1]
+        free, memory = torch.cuda.mem_get_info(device.name)     # the weights are there already
+        lasting += 12 << 27     # logits of a chunk of the loss (model.CHUNK_ELEMENTS), gradients
     else:
-        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_world
-    per_row = block_size * n_layer * n_embd * (73 if device.dtype == 'float32' else 40)
-    most = max(1, min(memory // 2 // per_row, 32_768 // block_size))
-    return math.ceil(per_rank / math.ceil(per_rank / most))
+        free = memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_world
+    each = 73 if DTYPES[device.dtype] == torch.float32 else 40
+    per_row = block_size * n_embd * (each + 4 * n_layer if recompute else each * n_layer)
+    most = min(memory // 2, (free - lasting) * 4 // 5) // per_row
+    return math.ceil(per_rank / math.ceil(per_rank / max(1, min(most, 32_768 // block_size))))
 
 
 def peak_flops(kind: str, name: str, dtype: str) -> float:

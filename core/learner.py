@@ -18,8 +18,11 @@ from core.checkpoint import Progress
 from core.dataset import IGNORE
 from core.device import Device
 from core.optim import LossScale
-from core.processes import Ranks
+from core.processes import Ranks, print0
 from core.settings import stop
+
+NO_MEMORY = ('the GPU has too little memory; give --activation_checkpointing, a smaller '
+             '--micro_batch_size or --block_size, or train.py on several GPUs --zero=3')
 
 
 @dataclass
@@ -95,12 +98,39 @@ class Learner:
         key = np.random.SeedSequence((self.seed, step, micro_step, ranks.dp_rank, *more))
         torch.manual_seed(int(key.generate_state(1)[0]))
 
+    def fit_rows(self, rows: int, batch_of, loss_sums) -> int:
+        """`rows`, halved until a GPU has memory for a pass over batch_of(range(rows)) beside the
+        optimizer's state. The pass exchanges nothing: a rank that runs out of memory would leave
+        the others waiting. So nothing is tried where ranks share a model."""
+        while self.device.kind == 'cuda' and self.ranks.plain:
+            state, full = [], False
+            try:
+                state += [p.new_empty(2, *p.shape) for p in self.model.parameters()
+                          if p.requires_grad]
+                with parallel.accumulate(self.trained, self.ranks, False), self.device.autocast():
+                    batch = to_device(batch_of(range(rows)), self.device)
+                    loss_sums(self.trained, batch)[0].backward()
+            except torch.OutOfMemoryError:
+                full = True
+            state.clear()
+            self.model.zero_grad()
+            if not processes.any_rank(full):
+                break
+            if rows == 1:
+                stop(NO_MEMORY)
+            rows = math.ceil(rows / 2)
+            print0(f'out of memory; tried again with {rows} rows at a time')
+        return rows
+
     def time_steps(self, do_step, n: int) -> list[float]:
         """Seconds of each of n steps that change nothing: their learning rate is 0."""
         times, state = [], self.scaler.state_dict()
         for _ in range(n):
             began = time.perf_counter()
-            do_step(0, 0.0)
+            try:
+                do_step(0, 0.0)
+            except torch.OutOfMemoryError:
+                stop(NO_MEMORY)
             self.device.synchronize()
             times.append(time.perf_counter() - began)
         for o in self.optimizers:

@@ -168,10 +168,9 @@ def shard(part, ranks: Ranks) -> None:
 
 def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
     """What to call for a loss: the model compiled, if so chosen, and with DDP around it if each
-    rank has a copy; with pipelining the Pipeline that has such stages. And how many micro-batches
-    of `rows` sequences it takes for per_rank of them.
+    rank has a copy; with pipelining the Pipeline that has such stages. And the number of which the
+    number of micro-batches, of `rows` of the per_rank sequences, must be a multiple.
     """
-    n_micro = math.ceil(per_rank / rows)
     # On a CPU the whole is at most 5% faster, but takes half a minute to compile, or more.
     # What cuts matrices passes its mesh to operators, which cannot be done from C++.
     options = compile_options(device.kind) if ranks.tp == 1 else {}
@@ -187,9 +186,9 @@ def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
                                          process_group=ranks.mesh['replicas'].get_group())
                  for part in parts]
     if ranks.pp == 1:
-        return parts[0], n_micro
+        return parts[0], 1
     from core import pipeline  # takes half a second
-    n_micro = pipeline.fitting(n_micro, ranks)
+    n_micro = pipeline.fitting(math.ceil(per_rank / rows), ranks)
     return pipeline.Pipeline(parts, ranks, device, n_micro, rows), n_micro
 
 
@@ -236,6 +235,13 @@ def looking_on(model):
 
 # ---------------------------------------------------------------------------------------------
 # Parameters and gradients that lie on several ranks
+
+
+def learning_bytes(model, ranks: Ranks) -> int:
+    """Bytes of this rank's gradients and of AdamW's moments. During a step, ZeRO-2 also has whole
+    weights and gradients."""
+    return sum(12 * local(p).numel() + (8 * p.numel() // ranks.tp if ranks.zero == 2 else 0)
+               for p in model.parameters() if p.requires_grad)
 
 
 def local(x: torch.Tensor) -> torch.Tensor:

@@ -134,3 +134,40 @@ def test_kubernetes_schema():
     name = f'{job["metadata"]["name"]}-0.{service["metadata"]["name"]}'
     port = service['spec']['ports'][0]['port']
     assert f'--rdzv_endpoint={name}:{port} ' in container['args'][0]
+
+
+def script_of(kind: str, folder: Path) -> tuple[list[str], Path]:
+    """The command that cluster/'s file runs on a machine, and a folder of programs that it calls:
+    Slurm's, and a python that prints the interfaces instead of training."""
+    programs = folder / 'bin'
+    programs.mkdir()
+    for name, lines in {
+            'srun': 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+            'scontrol': 'echo here', 'pip': 'true',
+            'python': 'echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $*"'}.items():
+        (programs / name).write_text(f'#!/bin/bash\n{lines}\n')
+        (programs / name).chmod(0o755)
+    if kind == 'slurm':
+        return ['bash', str(ROOT / 'cluster/slurm.sbatch'), 'config/1b.py', '--zero=2'], programs
+    _, job = yaml.safe_load_all((ROOT / 'cluster/kubernetes.yaml').read_text())
+    container, = job['spec']['template']['spec']['containers']
+    return [*container['command'], *container['args']], programs
+
+
+@pytest.mark.parametrize('given', [{}, {'GLOO_SOCKET_IFNAME': 'ib0'},
+                                   {'GLOO_SOCKET_IFNAME': 'ib0', 'NCCL_SOCKET_IFNAME': 'ib1'}])
+@pytest.mark.parametrize('kind', ['slurm', 'kubernetes'])
+def test_machines_listen_on_the_default_route(tmp_path, kind, given):
+    """Not where the machine's own name leads; and what the environment names is kept."""
+    route = Path('/proc/net/route')
+    rows = [line.split() for line in route.read_text().splitlines()] if route.is_file() else []
+    default = next((row[0] for row in rows if row[1] == '00000000'), '')
+    command, programs = script_of(kind, tmp_path)
+    env = {'PATH': f'{programs}:{os.environ["PATH"]}', 'PYTHON': 'python', 'NODES': '2',
+           'PROCESSES': '8', 'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '7',
+           'SLURM_NNODES': '2', 'SLURM_JOB_NODELIST': 'here', **given}
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    gloo, nccl, *rest = said.splitlines()[-1].split(' ')
+    assert gloo == given.get('GLOO_SOCKET_IFNAME', default)
+    assert nccl == given.get('NCCL_SOCKET_IFNAME', default)
+    assert rest[:2] == ['-m', 'torch.distributed.run'] and rest[-2:] == ['config/1b.py', '--zero=2']

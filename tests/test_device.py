@@ -151,12 +151,14 @@ def test_dtype_of_each_kind(monkeypatch):
 
 def test_compile(monkeypatch):
     """A small function is tried first, so that a machine without a compiler trains uncompiled."""
+    hardware.no_compiler.cache_clear()
     assert choose_compile('cpu', 'cpu', False) == (False, 'as asked')
     assert choose_compile('mps', 'mps', True)[0] is False
     tried = []
     monkeypatch.setattr(torch, 'compile', lambda f, options: (
         lambda x: tried.append(x.device.type) or f(x)))
-    assert choose_compile('cpu', 'cpu', True)[0] is True and tried == ['cpu']
+    with torch.compiler.set_stance('force_eager'):      # as in evaluation: it is compiled even so
+        assert choose_compile('cpu', 'cpu', True)[0] is True and tried == ['cpu']
     for intel in (True, False):     # steps of a single row, which others' MKL is slow for
         monkeypatch.setattr(hardware, 'is_intel', lambda value=intel: value)
         compiled, _ = choose_compile('cpu', 'cpu', True, 'float32', training=False)
@@ -167,8 +169,10 @@ def test_compile(monkeypatch):
         raise RuntimeError('no working C++ compiler found\n\nset TORCHDYNAMO_VERBOSE=1')
 
     monkeypatch.setattr(torch, 'compile', no_compiler)
+    hardware.no_compiler.cache_clear()
     assert choose_compile('cpu', 'cpu', True) == (
         False, 'it fails on this machine: RuntimeError: no working C++ compiler found')
+    hardware.no_compiler.cache_clear()
 
 
 def test_autocast():
