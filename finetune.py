@@ -6,6 +6,7 @@ conversations in a row, with no attention between them. task='classify' gives th
 head, read at the last token of a text. Either in full, in some layers, or with low-rank adapters.
 What comes out is a run directory like any other: out/<config>/.
 """
+import functools
 import math
 import sys
 import time
