@@ -26,7 +26,7 @@ from core.learner import Learner, print_above
 from core.processes import print0
 from core.settings import check_bounds, check_choice, configure, settings_of, stop
 from core.source import source_hashes
-from model import build_model, copy_weights, count_parameters, generate, init_weights, padded
+from model import build_model, copy_weights, count_parameters, generate, padded
 
 POSITIONAL = ('run_dir',)
 CONFIG, FLAGS, GIVEN = '', (), ()   # filled by configure
@@ -243,10 +243,9 @@ def initial_model(source, tokenizer, n_known: int, n_classes: int, dev):
                  'for chats; leave it out: the run has the merged weights')
     config = replace(config, dropout=dropout, vocab_size=vocab, n_classes=n_classes,
                      tied=config.tied and not n_classes)
-    model = build_model(config, None, dev.name)
+    model = build_model(config, seed if random_weights else None, dev.name)
     if random_weights:
         print0('begins with random weights')
-        init_weights(model, seed)
     else:
         copy_weights(source, model)
         if len(tokenizer) > n_known:
@@ -260,10 +259,10 @@ def initial_model(source, tokenizer, n_known: int, n_classes: int, dev):
         last = 0 if layers == 'head' else int(layers)
         if last > config.n_layer:
             stop(f'layers={layers}: the model has only {config.n_layer}')
-        model.requires_grad_(False)
         blocks = [model.h[str(i)] for i in range(config.n_layer - last, config.n_layer)]
-        for module in (*blocks, model.ln_f, model.lm_head):
-            module.requires_grad_(True)
+        learns = {p for m in (*blocks, model.ln_f, model.lm_head) for p in m.parameters()}
+        for p in set(model.parameters()) - learns:
+            p.requires_grad_(False)
     return model
 
 

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from core.device import compile_options, has_flex, is_intel
+from core.settings import stop
 
 CHOICES = {'arch': ('gpt', 'lstm'),
            'norm': ('rmsnorm', 'layernorm'),
@@ -683,41 +684,105 @@ class LSTM(nn.Module):
 def build_model(config: GPTConfig, seed: int | None = 0, device='cpu') -> nn.Module:
     """A model with initialized fp32 weights on `device`; the same weights for the same seed.
 
-    With seed None the weights are left as the memory was, for whoever loads others; on the device
-    'meta' there is no memory.
+    With seed None the weights that init_weights would fill are left as the memory was, for whoever
+    loads others; on the device 'meta' there is no memory.
     """
-    with torch.device('meta'):
-        model = LSTM(config) if config.arch == 'lstm' else GPT(config)
-    allocate(model, device)
-    if seed is not None:
-        init_weights(model, seed)
+    model = construct(config, seed or 0)
+    if device != 'meta':
+        allocate(model, device)
+        if seed is not None:
+            init_weights(model, seed)
     return model
 
 
-def allocate(model: nn.Module, device) -> None:
-    """Give a model memory on `device`, without values; tied matrices share theirs."""
+def construct(config: GPTConfig, seed: int, real=()) -> nn.Module:
+    """A model on the device 'meta'. It remembers by name, in
+
+    own      what its constructors set and init_weights has no rule for: buffers, and parameters
+             that are not just as torch's own layers make them; with their values
+    shared   the first name of a parameter that has several
+    saved    what a checkpoint holds: the parameters, and the persistent buffers
+
+    Constructors run on the CPU; their random numbers depend on the seed only. Parameters of torch's
+    layers get no memory. If a constructor goes on to change some, all is made once more, and the
+    parameters registered as number `real` get it.
+    """
+    made = {}
+
+    def register(layer, name, p):
+        if id(p) not in made and is_torchs(layer) and len(made) not in real:
+            p = nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad)
+        return made.setdefault(id(p), p)
+
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'), \
+            nn.modules.module.register_module_parameter_registration_hook(register):
+        torch.default_generator.manual_seed(seed)
+        model = LSTM(config) if config.arch == 'lstm' else GPT(config)
+    first = {}
+    model.shared = {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)
+                    if first.setdefault(p, name) != name}
+    model.own = {name: t for name, t in (*model.named_parameters(), *model.named_buffers())
+                 if not has_rule(model.get_submodule(name.rpartition('.')[0]), name, t)}
+    model.saved = set(model.state_dict())
+    if any(t.is_meta for t in model.own.values()):
+        # needed is also what is no longer there: others may have been derived from it
+        ruled = {id(p) for name, p in model.named_parameters() if name not in model.own}
+        needed = {i for i, p in enumerate(made) if p not in ruled}
+        return construct(config, seed, needed if needed - {*real} else range(len(made)))
+    model.to('meta')
+    tie(model)
+    return model
+
+
+def is_torchs(layer: nn.Module) -> bool:
+    """Whether torch's constructor alone makes a layer, of a kind that init_weights knows."""
+    return any(type(layer).__init__ is known.__init__
+               and type(layer).reset_parameters is known.reset_parameters
+               for known in (Linear, nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm, nn.LSTM))
+
+
+def has_rule(layer: nn.Module, name: str, t: torch.Tensor) -> bool:
+    """Whether init_weights fills a tensor of a newly made layer. A parameter whose version says
+    that it was changed after torch made it stays as it is."""
+    return isinstance(t, nn.Parameter) and is_torchs(layer) and t._version == 1 and (
+        name in ('wte.weight', 'wpe.weight') or not isinstance(layer, nn.Embedding))
+
+
+@torch.no_grad()
+def allocate(model: nn.Module, device, put=torch.Tensor.copy_) -> None:
+    """Give a model memory on `device`, with its constructors' own values, else without any; shared
+    parameters share theirs. put(tensor, values) fills one that may be here in part only."""
     model.to_empty(device=device)
     tie(model)
+    for name, t in (*model.named_buffers(), *named_weights(model).items()):
+        if name in model.own:
+            put(t, model.own[name])
+    model.own = dict.fromkeys(model.own)    # the names stay
 
 
 def tie(model: nn.Module) -> None:
-    """Let embedding and head share their matrix (again, after something has replaced both)."""
-    if model.config.tied and model.wte is not None and model.lm_head is not None:
-        model.lm_head.weight = model.wte.weight
+    """Let parameters be shared again, such as the matrix of embedding and head, after something has
+    replaced them."""
+    for name, first in model.shared.items():
+        owner, _, key = name.rpartition('.')
+        with contextlib.suppress(AttributeError):   # one of them is in another pipeline stage
+            setattr(model.get_submodule(owner), key, model.get_parameter(first))
 
 
-def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name, shared ones once: a tied head is 'wte.weight', also on a pipeline
-    stage that has only the head.
+def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters by name, shared ones once, and the persistent buffers. A tied head is
+    'wte.weight', also on a pipeline stage that has only the head.
     """
     tied = model.config.tied
     return {'wte.weight' if tied and name == 'lm_head.weight' else name: p
-            for name, p in model.named_parameters()}
+            for name, p in model.named_parameters()} | {
+                name: b for name, b in model.named_buffers() if name in model.saved}
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, put=torch.Tensor.copy_) -> None:
-    """All of initialization. put(p, values) fills a parameter that may be here in part only.
+    """All of initialization, but for what constructors set by themselves (model.own), which stays.
+    put(p, values) fills a parameter that may be here in part only.
 
     Norms are 1, biases 0. Matrices that write into the residual stream (o_proj, down_proj) are 0,
     so each block begins as the identity; an untied head is 0, so the first loss is exactly log(V).
@@ -727,6 +792,8 @@ def init_weights(model: nn.Module, seed: int, put=torch.Tensor.copy_) -> None:
     others are made here.
     """
     for name, p in named_weights(model).items():
+        if name in model.own:
+            continue
         if p.ndim < 2:
             p.fill_(1.0 if name.endswith('.weight') else 0.0)
             if 'bias_ih' in name:                 # gates in the order input, forget, cell, output
@@ -749,17 +816,25 @@ def copy_weights(source: nn.Module, target: nn.Module, put=torch.Tensor.copy_) -
     have another kind of head, which is then 0. put(p, values) fills a parameter.
 
     The rows of new tokens are the mean of the others, which makes them as improbable as any: the
-    logit of a row of zeros would be 0, where GPT-2's are around -100.
+    logit of a row of zeros would be 0, where GPT-2's are around -100. A buffer of another shape
+    stays; stops at another parameter of one, which has no rule.
     """
-    known = dict(source.named_parameters())
+    known = named_weights(source)
     new_head = target.config.n_classes != source.config.n_classes
     for name, p in named_weights(target).items():
-        if name == 'lm_head.weight' and new_head:
+        if name.startswith('lm_head.') and new_head:
             p.zero_()
             continue
         old = known[name].to(p.device)
-        new = old.mean(dim=0).expand(max(0, len(p) - len(old)), *old.shape[1:])
-        put(p, torch.cat([old[:len(p)], new]))
+        if old.shape == p.shape:
+            put(p, old)
+        elif name in ('wte.weight', 'wpe.weight', 'lm_head.weight'):
+            new = old.mean(dim=0).expand(max(0, len(p) - len(old)), *old.shape[1:])
+            put(p, torch.cat([old[:len(p)], new]))
+        elif isinstance(p, nn.Parameter):
+            stop(f'{name}: has shape {tuple(old.shape)} in the model to begin with and '
+                 f'{tuple(p.shape)} here; take the same block_size and vocabulary, or say in '
+                 'copy_weights, in model.py, how it is to change')
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import model as model_module
 import prepare
-from core import checkpoint, optim, parallel, processes, rundir
+from core import checkpoint, layout_check, optim, parallel, processes, rundir
 from core import device as hardware
 from core import tokenizer as tokenizers
 from core.dataset import IGNORE, Ahead, load_split, share
@@ -127,6 +127,7 @@ zero = 0                        # sharded over data-parallel ranks: 0 nothing, 2
 replicas = 0                    # with zero: keep so many sharded copies (HSDP); 0: one
 sequence_parallel = False       # with tp: cut norms and residual stream by positions
 pp_schedule = '1f1b'            # 1f1b, gpipe, interleaved (two stages a rank)
+check_layout = False            # try tp, pp and zero on a small copy even if they passed before
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 slower
 # more logging
 wandb = False                   # needs pip install wandb
@@ -264,11 +265,17 @@ def initial_model(tokenizer, device, ranks, begun: dict):
                f'{source.config.vocab_size:,} -> {config.vocab_size:,}, positions '
                f'{source.config.block_size:,} -> {block_size:,}')
     parallel.check_model(ranks, config)
-    model = build_model(config, None, 'meta')
+    if check_layout or not ranks.plain:
+        layout_check.check(
+            ranks, device, config, build_optimizers,
+            {name: globals()[name] for name in ('optimizer', 'pack_documents',
+                                                'activation_checkpointing')},
+            Path(data_dir) / '.layouts-checked.json', check_layout)
+    model = build_model(config, seed, 'meta')
     numbers = count_parameters(model), flops_per_token(model)
     model.recompute = activation_checkpointing
     parallel.place(model, ranks)
-    allocate(model, device.name)
+    allocate(model, device.name, parallel.put)
     if source:
         copy_weights(source, model, parallel.put)
     elif not weights:

@@ -151,7 +151,7 @@ def weights_hash(model) -> str:
     digest = hashlib.sha256()
     for name, p in sorted(named_weights(model).items()):
         digest.update(name.encode())
-        digest.update(p.detach().numpy())
+        digest.update(p.detach().contiguous().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -228,8 +228,9 @@ class Saver:
         files = {'model': self.copies(model_tensors(model)),
                  'adapters': self.copies(lora.learnt(model)),
                  'optimizer': self.copies(optimizer_tensors(model, optimizers))}
+        constant = dict(model.named_buffers())      # such as a mask with infinities
         bad = [name for tensors in files.values() for name, tensor in tensors.items()
-               if not torch.stack(torch.aminmax(tensor)).isfinite().all()]
+               if name not in constant and not torch.stack(torch.aminmax(tensor)).isfinite().all()]
         if bad := sum(self.writers.exchange(bad), []):
             if self.writers.rank:
                 raise SystemExit(2)     # rank 0 says why

@@ -238,6 +238,11 @@ GPT2_NAMES = {
 BUFFERS = re.compile(r'.*(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)')
 
 
+# The parameters that these architectures have, under our names.
+PARAMETERS = re.compile(r'(wte|wpe|lm_head)\.weight|ln_f\.(weight|bias)|h\.\d+\.(ln_[12]|attn\.'
+                        r'([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj)\.(weight|bias)')
+
+
 def hf_name(name: str, kind: str) -> str:
     """Hugging Face's name of our parameter: 'h.0.attn.q_proj.weight' for llama is
     'model.layers.0.self_attn.q_proj.weight'; GPT-2's q, k and v share one tensor."""
@@ -262,6 +267,10 @@ def to_hf(model: GPT) -> dict[str, torch.Tensor]:
     """The model's parameters under Hugging Face's names; GPT-2 without biases gets zero ones."""
     config, kind = model.config, architecture(model.config)
     found = {name: p.detach() for name, p in model.named_parameters()}
+    for name in (*found, *dict(model.named_buffers())):
+        if not PARAMETERS.fullmatch(name):
+            stop(f'{name}: {kind} has nothing like it, so this edited model has no form in Hugging '
+                 "Face's format; nothing was exported")
     if kind == 'gpt2' and not config.bias:
         for name, p in list(found.items()):
             if name.endswith(('_proj.weight', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
@@ -322,7 +331,9 @@ def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
     for name, p in build_model(config, None, 'meta').named_parameters():
         key = found[name] = hf_name(name, kind).removeprefix(prefix)
         if key not in files:
-            stop(f'{folder}: its weights lack {key}, which config.json asks for')
+            known = PARAMETERS.fullmatch(name)
+            stop(f'{folder}: its weights lack {key}, which '
+                 f'{"config.json asks for" if known else "an edit of model.py has added"}')
         stored = files[key].get_slice(key)
         if stored.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
             stop(f'{folder}: {key} has dtype {stored.get_dtype()}; quantized weights are not '

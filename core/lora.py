@@ -17,7 +17,7 @@ from torch import nn
 
 from core import hf
 from core.settings import stop
-from model import named_weights
+from model import Linear, named_weights
 
 TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
@@ -75,6 +75,9 @@ def add(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float,
         parent, _, last = name.rpartition('.')
         if last not in wanted:
             continue
+        if type(layer) not in (nn.Linear, Linear):
+            stop(f'lora_targets={targets}: {name} is a {type(layer).__name__}, which computes '
+                 'something else than a linear layer; only such ones can have adapters')
         new = LoRALinear(layer, rank, alpha, dropout).train(layer.training)
         generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}.lora_A'.encode()))
         bound = 1 / math.sqrt(layer.in_features)

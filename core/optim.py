@@ -105,19 +105,23 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
                     muon_dtype=torch.float32, spread=on_stack) -> list:
     """The optimizers of a model; every group remembers its peak rate as `base_lr`.
 
-    'adamw': AdamW for everything, decay on matrices only. 'muon': Muon for the matrices inside the
-    blocks, AdamW for embeddings, head, norms and biases. The embedding has a rate of its own if
-    embed_learning_rate is not 0. What requires no gradient is left out.
+    'adamw': AdamW for everything, decay on matrices only. 'muon': Muon for the matrices of linear
+    layers inside the blocks, AdamW for embeddings, head, norms, biases and whatever else there is.
+    The embedding has a rate of its own if embed_learning_rate is not 0. What requires no gradient
+    is left out.
     """
     named = {name: p for name, p in named_weights(model).items() if p.requires_grad}
-    hidden = [p for name, p in named.items() if p.ndim == 2 and name.startswith(('h.', 'lstm.'))]
+    hidden = [p for name, p in named.items() if p.ndim == 2 and (
+        name.startswith('lstm.') or name.startswith('h.') and isinstance(
+            model.get_submodule(name.rpartition('.')[0]), nn.Linear))]
     embedding = [p for name, p in named.items() if name in ('wte.weight', 'wpe.weight')]
     apart = {id(p) for p in embedding} if embed_learning_rate else set()
     if optimizer == 'muon':
         apart |= {id(p) for p in hidden}
     rest = [p for p in named.values() if id(p) not in apart]
-    groups = [{'params': [p for p in rest if p.ndim >= 2], 'weight_decay': weight_decay},
-              {'params': [p for p in rest if p.ndim < 2], 'weight_decay': 0.0}]
+    decays = lambda p: sum(n > 1 for n in p.shape) > 1      # not gains of (1, H, 1, 1)
+    groups = [{'params': [p for p in rest if decays(p)], 'weight_decay': weight_decay},
+              {'params': [p for p in rest if not decays(p)], 'weight_decay': 0.0}]
     if embed_learning_rate:
         groups.append({'params': embedding, 'weight_decay': weight_decay,
                        'lr': embed_learning_rate})

@@ -161,9 +161,10 @@ def shard(part, ranks: Ranks) -> None:
     """
     from torch.distributed.fsdp import fully_shard
     mesh = ranks.mesh['replicas', 'shards'] if ranks.replicas > 1 else ranks.mesh['shards']
+    scalars = {p for p in part.parameters() if p.ndim == 0}     # each rank keeps them whole
     for block in part.h.values():
-        fully_shard(block, mesh=mesh, reshard_after_forward=ranks.zero == 3)
-    fully_shard(part, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, reshard_after_forward=ranks.zero == 3, ignored_params=scalars)
+    fully_shard(part, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
 
 
 def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
@@ -261,10 +262,14 @@ def put(target: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def complete_gradients(model, ranks: Ranks) -> None:
-    """Add up what gradients the engines leave in parts: of norms over heads or positions, and of a
-    matrix that the first and the last stage share.
+    """Add up what gradients the engines leave in parts: of norms over heads or positions, of
+    scalars, which are not sharded, and of a matrix that the first and the last stage share.
     """
     for p in model.parameters():
+        if ranks.zero and p.ndim == 0 and p.grad is not None:   # FSDP gives means
+            for name in ('replicas', 'shards'):
+                dist.all_reduce(p.grad, group=ranks.mesh[name].get_group())
+            p.grad /= ranks.dp
         if is_cut(p.grad) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     if ranks.pp > 1 and model.config.tied and ranks.pp_rank in (0, ranks.pp - 1):

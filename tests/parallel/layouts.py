@@ -11,18 +11,19 @@ import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import edits
 import numpy as np
 import pytest
 import torch
 
 import model as model_module
 import train
-from core import checkpoint, optim, parallel, processes
+from core import checkpoint, layout_check, optim, parallel, processes
 from core.dataset import IGNORE, PADDING, share
 from core.device import Device
 from core.learner import Learner, count_targets, lm_loss_sums
 from core.processes import Ranks
-from core.settings import settings_of
+from core.settings import Stop, settings_of
 from model import GPTConfig, allocate, build_model, init_weights, named_weights
 
 STEPS, BATCH, BLOCK, VOCAB = 10, 8, 16, 61     # 61: shards of the vocabulary are uneven
@@ -43,6 +44,7 @@ class Case:
     rows: int = 1                                   # of a micro-batch
     documents: bool = False
     chunk: int = 0                                  # elements of logits held at once; 0: as always
+    edit: str = 'none'                              # of model.py, see tests/edits.py
 
     def __str__(self):
         """As a name of a test: tp=2-GPT2-float64."""
@@ -52,7 +54,15 @@ class Case:
             *(listed(self.layout) or ['ddp']),
             *(['GPT2'] if self.model == GPT2 else ['Qwen3', *listed(self.model)]),
             *listed(self.settings), *['documents'] * self.documents, *['compiled'] * self.compile,
-            self.dtype])
+            *[self.edit] * (self.edit != 'none'), self.dtype])
+
+
+UNEDITED = {name: getattr(model_module, name) for name in ('Attention', 'Block', 'GPT')}
+
+
+def put_edit(name: str) -> None:
+    """Let model.py have an edit, or none."""
+    vars(model_module).update({**UNEDITED, **edits.EDITS[name]})
 
 
 def batch(samples, documents: bool):
@@ -76,6 +86,7 @@ class Trainer:
     def __init__(self, case: Case, ranks: Ranks):
         self.case, self.ranks = case, ranks
         torch.compiler.reset()      # a training process compiles for one layout only
+        put_edit(case.edit)
         model_module.CHUNK_ELEMENTS = case.chunk or 1 << 24
         for name, value in {'optimizer': 'adamw', 'learning_rate': 3e-3, 'muon_learning_rate': 0.02,
                             'embed_learning_rate': 2e-3, 'grad_clip': 0.5, 'dropout': 0.0,
@@ -90,7 +101,7 @@ class Trainer:
             self.model.double()
         self.model.recompute = train.activation_checkpointing
         parallel.place(self.model, ranks)
-        allocate(self.model, 'cpu')
+        allocate(self.model, 'cpu', parallel.put)
         init_weights(self.model, 1, parallel.put)
         for name, p in named_weights(self.model).items():   # zeros would hide errors
             noise = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -145,6 +156,23 @@ def train_steps(ranks: Ranks, case: Case) -> list[tuple[float, float]]:
     laid_out(ranks, case.layout)
     trainer = Trainer(case, ranks)
     return [trainer.step(i) for i in range(STEPS)]
+
+
+def layout_checked(ranks: Ranks, case: Case) -> str:
+    """Why the layout of an edited model is refused; '' if it is not."""
+    laid_out(ranks, case.layout)
+    put_edit(case.edit)
+    settings = {'optimizer': 'adamw', 'pack_documents': case.documents,
+                'activation_checkpointing': False}
+    device = Device('cpu', 'cpu', 'float32', False, 1.0, [])
+    try:
+        layout_check.check(ranks, device, GPTConfig(**{**MODEL, **case.model}),
+                           train.build_optimizers, settings, Path('/no/file'), True)
+    except Stop as e:
+        return e.message
+    finally:
+        put_edit('none')
+    return ''
 
 
 class Validation:
@@ -354,6 +382,7 @@ def settings_put_back():
     """What a test changes in this process is undone."""
     before, chunk = settings_of(vars(train)), model_module.CHUNK_ELEMENTS
     yield
+    put_edit('none')
     vars(train).update(before)
     model_module.CHUNK_ELEMENTS = chunk
 

@@ -1,5 +1,9 @@
 """Every layout of ranks computes what one process computes."""
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import note_row
@@ -9,6 +13,7 @@ from layouts import (  # noqa: F401  fixtures
     Case,
     different_weights,
     evaluations,
+    layout_checked,
     one_process,
     overflow,
     processes_end,
@@ -19,6 +24,7 @@ from layouts import (  # noqa: F401  fixtures
     workers,
 )
 
+import train
 from core.processes import Ranks
 
 SP = dict(tp=2, sequence_parallel=True)
@@ -100,6 +106,67 @@ def test_same_as_one_process(world, case):
              layout + ', compiled' * case.compile, model, optimizer, case.dtype,
              *(f'{x:.1e}' for x in worst))
     assert len(results[0]) == STEPS and max(worst) < BOUNDS[case.dtype, optimizer]
+
+
+@pytest.mark.parametrize('world, case', named(
+    {2: [Case(dict(zero=2), edit='layer scale')]}) + named(
+    {2: [Case(dict(zero=3), GPT2, MUON, edit='layer scale'),
+         Case(dict(tp=2), edit='layer scale'), Case(dict(pp=2), edit='layer scale')],
+     4: [Case(dict(zero=3, replicas=2), edit='layer scale'),
+         Case(dict(zero=2, tp=2), edit='layer scale')]}, slow=True))
+def test_edited_model_as_in_one_process(world, case):
+    """With numbers and gains in its blocks. FSDP does not take numbers."""
+    results = workers(world).do(train_steps, case)
+    expected = one_process(case)
+    assert all(result == [pytest.approx(pair, abs=1e-10) for pair in expected]
+               for result in results)
+
+
+PASS = [(dict(pp=2), 'none'), (dict(zero=2), 'value residual'), (dict(zero=3), 'values')]
+FAIL = [(dict(pp=2), 'value residual', 'the loss is '), (SP, 'layer scale', 'h.0.scale'),
+        (dict(pp=2), 'all', 'the gradient of registers ')]
+MORE = [(dict(tp=2), 'none'), (SP, 'none'), (dict(pp=2, pp_schedule='interleaved'), 'none'),
+        (dict(tp=2), 'value residual'), (dict(tp=2), 'layer scale'), (dict(pp=2), 'values')]
+
+
+@pytest.mark.parametrize('layout, edit, words', [
+    *((*pair, '') for pair in PASS), *FAIL,
+    *(pytest.param(*pair, '', marks=pytest.mark.slow) for pair in MORE)], ids=str)
+def test_check_of_a_layout(layout, edit, words):
+    """A layout that trains another model than one process is refused, and no other one. All ranks
+    say the same."""
+    said = workers(2).do(layout_checked, Case(layout, edit=edit, documents='tp' not in layout))
+    assert said[0] == said[1] and bool(said[0]) == bool(words) and words in said[0]
+
+
+TRY = """import os, sys
+sys.path += [{root!r}, {root!r} + '/tests', {root!r} + '/tests/parallel']
+import layouts, torch
+from core import processes
+from core.device import Device
+ranks = processes.find_ranks()
+processes.arrange(ranks, pp=2)
+processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 10.0, None)
+layouts.meshes[2, 1, 1] = ranks.mesh, processes.tied_group
+layouts.layout_checked(ranks, layouts.Case(dict(pp=2), edit='residual argument'))
+"""
+
+
+@pytest.mark.slow
+def test_error_in_one_stage_ends_all(tmp_path):
+    """The other stage waits for what never comes; it ends, too, and both say why in one line."""
+    root = str(Path(train.__file__).parent)
+    env = {**os.environ, 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
+           'MASTER_PORT': str(28000 + os.getpid() % 900)}
+    ranks = [subprocess.Popen([sys.executable, '-c', TRY.format(root=root)], stderr=subprocess.PIPE,
+                              env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, text=True)
+             for i in range(2)]
+    for rank, process in enumerate(ranks):
+        lines = process.communicate(timeout=120)[1].splitlines()
+        said = [line for line in lines if 'error' in line]
+        assert process.returncode == 2 and len(said) == 1
+        assert said[0].startswith('[rank 1] ' * rank + 'error: pp=2: a small copy of this model '
+                                  "fails, but not in one process: AttributeError: 'PassesOn'")
 
 
 @pytest.mark.parametrize('world, case', named(
