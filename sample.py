@@ -8,7 +8,6 @@ keyboard. Text goes to standard output as it comes, everything else to standard 
 """
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from core.settings import Stop, check_bounds, configure, stop, warn
 from model import generate, pad_rows
 
 POSITIONAL = ('run_dir',)
+ENDS_WITH_STDOUT = True     # when nobody reads the text any more
 FLAGS = ()                  # filled by configure
 
 run_dir = ''                # a run such as out/shakespeare, a Hugging Face folder, or a name: gpt2
@@ -267,7 +267,8 @@ def write_classes(model, tokenizer, state: dict, dev) -> list[dict]:
             best = max(range(len(row)), key=row.__getitem__)
             found.append({'label': labels[best], 'probability': row[best]})
             shown = ' '.join(text.split())
-            print(f'{labels[best]}\t{row[best]:.4f}' + f'\t{shown}' * bool(classify_file))
+            print(f'{labels[best]}\t{row[best]:.4f}' + f'\t{shown}' * bool(classify_file),
+                  flush=True)
     return found
 
 
@@ -303,8 +304,6 @@ def main() -> dict:
                 write_samples(model, tokenizer, input('> '), dev)
     except (KeyboardInterrupt, EOFError):
         print(file=sys.stderr)
-    except BrokenPipeError:  # as under `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return {'texts': []}
 
 
