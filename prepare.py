@@ -596,6 +596,7 @@ def make(folder: Path, work: Path, sources: list[Source], options: dict, ready_t
         os.replace(work / 'tokenizer.part', work / 'tokenizer.json')
         said('tokenizer ready', min(SAMPLE, int(corpus.rows['size'].sum())), began, n_workers)
     tok = ready_tok or tokenizers.load(work / 'tokenizer.json')
+    tok.corpus_normalize = options['normalize']
     began = time.perf_counter()
     for split in splits:
         encode_split(corpus, split, tok, options, n_workers, ready)

@@ -101,7 +101,8 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
               chatting: bool = False) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
     ends = tokenizer.turn_ends() if chatting else {tokenizer.eos}
-    stops = StopStrings([s.replace('\\n', '\n') for s in stop_strings.split(',') if s])
+    stops = StopStrings([tokenizer.as_corpus(s.replace('\\n', '\n'))
+                         for s in stop_strings.split(',') if s])
     to_text, written, n = tokenizer.stream(), [], 0
 
     def write(text):

@@ -113,7 +113,8 @@ SERVED = [      # name, Content-Type, body, suffix
     ('file', '', gzip.compress(LINES.encode()), '.jsonl.gz'),
     ('file', 'text/html', gzip.compress(PAGE.encode()), '.html.gz'),
     ('a.txt.gz', 'application/gzip', gzip.compress(TEXT.encode())[:-20], '.txt.gz'),
-    ('a.txt', PLAIN, '', '.txt'), ('table', 'application/vnd.apache.parquet', b'PAR1' + b'\0' * 20, '.parquet')]
+    ('a.txt', PLAIN, '', '.txt'),
+    ('table', 'application/vnd.apache.parquet', b'PAR1' + b'\0' * 20, '.parquet')]
 
 
 @pytest.mark.parametrize('name,kind,body,suffix', SERVED)
