@@ -361,13 +361,13 @@ def test_a_tokenizer_named_by_a_relative_path(model, tmp_path, monkeypatch):
 
 @pytest.fixture
 def read_only():
-    """A folder, and a function after which nobody may write to it."""
+    """A folder, and a function after which nobody may write to it, but into what is called free."""
     with tempfile.TemporaryDirectory(dir='/tmp') as folder:
         os.chmod(folder, 0o755)
 
         def freeze():
             for path in [Path(folder), *Path(folder).rglob('*')]:
-                path.chmod(0o555 if path.is_dir() else 0o444)
+                path.chmod(0o777 if path.name == 'free' else 0o555 if path.is_dir() else 0o444)
             if os.getuid() == 0:
                 os.seteuid(65534)
             with pytest.raises(PermissionError):
@@ -423,6 +423,25 @@ def test_a_download_in_a_read_only_folder(read_only, serve):
     path = fetch('urls/x', address, folder, any_kind=True)
     freeze()
     assert fetch('urls/x', address, folder, any_kind=True) == path
+
+
+def test_a_run_in_a_read_only_folder(read_only, run_train, monkeypatch):
+    """It can be sampled, evaluated and exported elsewhere; nothing is written into it."""
+    folder, freeze = read_only
+    monkeypatch.chdir(folder)
+    given = dict(max_steps=2, eval_interval=2, dataset='novel.txt', tokenizer='byte')
+    monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)  # no transformers
+    write('novel.txt', TEXT * 5)
+    run_train(**given, out_dir='out/x')
+    os.mkdir('free')
+    freeze()
+    assert run_train(**given, out_dir='out/x', eval_only=True)['val_loss'] > 0
+    for script, chosen in (sample, dict(prompt='It', max_new_tokens=3)), (
+            export, dict(export_dir='free/hf')):
+        for name, value in dict(run_dir='out/x', **chosen).items():
+            monkeypatch.setattr(script, name, value)
+        assert script.main()
+    assert Path('free/hf/model.safetensors').is_file()
 
 
 @pytest.mark.parametrize('error', [OSError(37, 'No locks available')])
