@@ -28,7 +28,6 @@ import json
 import math
 import multiprocessing
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -636,6 +635,7 @@ def time_training(side: str, megabytes: float, n: int, folder: str, sender) -> N
 
     The peak is that of the process plus that of its largest child, so what they share counts twice.
     """
+    import resource  # which only Unix has
     texts, held_out = python_sources(megabytes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()

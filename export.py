@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -57,9 +58,12 @@ def export_hf(model, tokenizer, folder: Path) -> dict:
 
 def probes(tokenizer) -> list[str]:
     """Texts to compare tokenizers on: PROBES, without the characters that the tokenizer lacks."""
-    if tokenizer.kind != 'char':
-        return list(PROBES)
-    return [''.join(c for c in text if c in tokenizer.chars) for text in (*PROBES, tokenizer.chars)]
+    texts, form = PROBES, tokenizer.corpus_normalize
+    if tokenizer.kind == 'char':
+        texts = [''.join(c for c in text if c in tokenizer.chars)
+                 for text in (*PROBES, tokenizer.chars)]
+    texts = [unicodedata.normalize(form, text) if form else text for text in texts]
+    return [text for text in texts if not tokenizer.unknown(text)]
 
 
 def largest_difference(a, b) -> float:

@@ -6,6 +6,7 @@ data/<name>/ with shards of token ids, tokenizer.json, meta.json, and report.htm
 was removed and why. By default only duplicates are removed; what the quality rules would remove is
 counted. A run that was killed goes on where it was. train.py calls `build` by itself.
 """
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -42,7 +44,8 @@ from core.corpus import (
 from core.dataset import HEADER, Tokens, open_shard
 from core.device import cpu_count
 from core.documents import Bad
-from core.download import NoNetwork, fetch, file_hash, locked
+from core.download import NoNetwork, fetch, file_hash, locked, stated
+from core.processes import print0
 from core.recipes import RECIPES
 from core.report import Tally, write_report
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
@@ -111,6 +114,7 @@ data_dir = 'data'           # where datasets and downloads live
 workers = 0                 # processes; 0: one for each core, but one alone for little text
 
 GIVEN = ()                  # filled by configure: the settings that were given
+FILES = ('validation', 'decontaminate', 'bad_words')     # settings that name some
 NOT_IN_META = ('dataset', 'name', 'data_dir', 'workers', 'tokenizer', 'vocab_size')
 BATCH = 1 << 21             # bytes that are cleaned at a time
 SAMPLE = 100_000_000        # most bytes from which a tokenizer is learnt
@@ -165,13 +169,23 @@ def find_or_make(dataset: str, data_dir: str, name: str, tokenizer: str, vocab_s
     folder = Path(data_dir) / name
     for place in places if not folder.exists() else ():
         check_size(place, settings_of(globals()) | given)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f'.{folder.name}.lock')):
-        wanted = {'source': ','.join(os.path.abspath(place) if os.path.exists(place) else place
-                                     for place in places),
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder.with_name(f'.{folder.name}.lock'))
+    except OSError:     # nobody writes here, but it may be there already
+        if not is_made(folder):
+            raise
+        lock = contextlib.nullcontext()
+    with lock:
+        at = lambda path: ','.join(place if place in RECIPES or is_url(place) else path(place)
+                                   for place in places)
+        wanted = {'source': at(os.path.abspath),
+                  # stays the same where the whole project moves
+                  'place': at(lambda place: os.path.relpath(os.path.realpath(place),
+                                                            os.path.realpath(data_dir))),
                   'tokenizer': tokenizer_label(dataset, tokenizer, vocab_size)}
         before = read_meta(folder) if is_made(folder) else {}
-        known = before.get('settings', {}) if before.get('source') == wanted['source'] else {}
+        known = before.get('settings', {})
         if known and not given.get('max_files', 1):
             given = {**given, 'max_files': known['max_files']}      # as many as there are
         options = settings_of(globals()) | known | given
@@ -189,16 +203,16 @@ def find_or_make(dataset: str, data_dir: str, name: str, tokenizer: str, vocab_s
             check_size(place, options)
         tally = Tally()
         sources = find_sources(places, options, data_dir, tally)
-        inputs = hash_files(sources)
+        wanted['inputs'] = hash_files(sources)
         wanted['sha256'] = hashlib.sha256(''.join(
-            found['sha256'] for found in inputs).encode()).hexdigest()
+            found['sha256'] for found in wanted['inputs']).encode()).hexdigest()
         if recipe or not up_to_date(folder, wanted, work):
             about = '; '.join(RECIPES[place].about if place in RECIPES else f'text from {place}'
                               for place in places)
             licence = '; '.join(RECIPES[place].licence if place in RECIPES else
                                 'unknown: your own text' for place in places)
             make(folder, work, sources, options, ready, tally,
-                 {'name': name, 'about': about, 'licence': licence, **wanted, 'inputs': inputs})
+                 {'name': name, 'about': about, 'licence': licence, **wanted})
     return folder
 
 
@@ -223,8 +237,7 @@ def is_there(place: str) -> bool:
 
 def is_made(folder) -> bool:
     """Whether a folder is a dataset, and not text that happens to have a meta.json."""
-    return os.path.isfile(os.path.join(folder, 'meta.json')) and os.path.isfile(
-        os.path.join(folder, 'train-00000.bin'))
+    return documents.made_here(folder) == 'a dataset'
 
 
 def check_size(place: str, options: dict) -> None:
@@ -242,9 +255,11 @@ def check_given(folder: Path, given: dict) -> None:
     found = read_meta(folder)
     known = found.get('settings', {})
     for key in GIVEN:
-        if key in known and key in given and given[key] != known[key]:
+        same = os.path.realpath if key in FILES else lambda value: value
+        if key in known and key in given and same(given[key]) != same(known[key]):
             stop(f'{folder} was made with {key}={known[key]}; to change that, give what it was '
-                 f'made from: python prepare.py {found["source"]} --{key}={given[key]}')
+                 'made from: python prepare.py '
+                 + shlex.join([found['source'], f'--{key}={given[key]}']))
 
 
 def check_tokenizer(folder: Path, tokenizer: str, vocab_size: int) -> None:
@@ -266,7 +281,7 @@ def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
         stop(f'tokenizer={kind}: must be char, byte, bpe, gpt2, or where a model is: a run, a '
              'folder, or a name on the hub such as Qwen/Qwen3-0.6B')
     if kind != 'bpe':   # a model's name may be that of a kind
-        return kind if known else f'of-{Path(kind).name}'
+        return kind if known else f'of-{os.path.basename(os.path.abspath(kind))}'
     size = vocab_size or (recipe.vocab_size if recipe and own == 'bpe' else 4096)
     if size < 256 + len(tokenizers.SPECIAL):
         stop(f'vocab_size={size}: a bpe has at least {256 + len(tokenizers.SPECIAL)} tokens: the '
@@ -315,7 +330,7 @@ def find(dataset: str, data_dir: str = 'data', tokenizer: str = '', vocab_size: 
     known += [] if dataset in RECIPES else [path, Path(data_dir) / dataset]
     found = [folder for folder in known if is_made(folder)]
     if not found:
-        stop(f'dataset {dataset!r}: not prepared yet: python prepare.py {dataset}')
+        stop(f'dataset {dataset!r}: not prepared yet: python prepare.py {shlex.quote(dataset)}')
     return found[0]
 
 
@@ -342,19 +357,28 @@ def up_to_date(folder: Path, wanted: dict, work: Path) -> bool:
     if not is_made(folder):
         stop(f'{folder} is there already and is no dataset; choose another name with --name')
     found = read_meta(folder)
-    if found['source'] != wanted['source']:
+    if all(found.get(key) != wanted.get(key) for key in ('source', 'place', 'sha256')):
         stop(f'{folder} was made from {found["source"]}, not from {wanted["source"]}; give this '
-             f'one another name: python prepare.py {wanted["source"]} --name=<name>')
-    changed = [key for key in {**wanted, 'tokenizer_hash': ''} if key != 'settings'
-               and found.get(key) != wanted.get(key)]
-    known = found.get('settings', {})
-    changed += [key for key, value in wanted['settings'].items() if known.get(key, value) != value]
+             f'one another name: python prepare.py {shlex.quote(wanted["source"])} --name=<name>')
+    old, new = content(found), content(wanted)
+    changed = [key for key, value in new.items() if old.get(key, value) != value]
     changed += ['the program'] * ('settings' not in found)
     if changed:
         print(f'{folder}: {" and ".join(changed)} changed since it was made, so it is made again')
     elif work.exists() and not (work / 'ready').exists():
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     return not changed
+
+
+def content(meta: dict) -> dict:
+    """What makes a dataset what it is, of its meta.json: not how the paths of files are spelled."""
+    found = {key: meta[key] for key in ('tokenizer', 'lists', 'sha256') if key in meta}
+    if 'inputs' in meta:
+        kinds = {documents.suffix(file['file']) for file in meta['inputs'][:1000]}
+        found['kinds of files'] = sorted(kinds)
+    settings = {key: bool(value) if key in FILES else value
+                for key, value in meta.get('settings', {}).items()}
+    return {**found, 'tokenizer_hash': meta.get('tokenizer_hash'), **settings}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,14 +412,18 @@ def find_sources(places: list[str], options: dict, data_dir: str, tally: Tally) 
 
 def find_files(place: str, options: dict, data_dir: str, tally: Tally) -> list[Path]:
     """The files of a path, a folder, a glob or a URL. Stops if there are none."""
-    if is_url(place):   # an address without one of the known suffixes is taken for a web page
+    if is_url(place):
         address = urllib.parse.urlsplit(place)
         last = re.sub(r'[^\w.-]', '_', address.path.rstrip('/').rpartition('/')[2])[-80:]
-        last += '' if documents.suffix(last) in documents.SUFFIXES else '.html'
+        last = last if stated(last) else last.replace('.', '_')
         digest = hashlib.sha256(place.encode()).hexdigest()[:8]     # of the path and the query
         return [fetch(f'urls/{address.hostname}/{digest}-{last.lstrip(".")}', place,
-                      Path(data_dir) / 'downloads')]
-    files, left_out = documents.find_files(place, lambda m: complain(m, options, tally), data_dir)
+                      Path(data_dir) / 'downloads', any_kind=True)]
+    ours, made = (f'{data_dir}/downloads', 'out', os.environ.get('DATA_MIRROR') or 'out'), {}
+    files, left_out = documents.find_files(place, lambda m: complain(m, options, tally), ours, made)
+    if made:
+        print0('made by this program, so not read as text: '
+               + ', '.join(f'{folder} ({what})' for folder, what in made.items()))
     tally.counts.update({f'files left out: {suffix}': n for suffix, n in left_out.items()})
     if not files:
         stop(f'{place}: no text files ({", ".join(documents.SUFFIXES)}, each also as .gz) in this '
@@ -525,7 +553,7 @@ def make(folder: Path, work: Path, sources: list[Source], options: dict, ready_t
     """
     code = [Path(__file__), *sorted(Path(clean.__file__).parent.glob('*.py'))]
     sources_hash = hashlib.sha256(b''.join(path.read_bytes() for path in code)).hexdigest()
-    plan = {'meta': meta, 'source code': sources_hash}
+    plan = {**content(meta), 'source code': sources_hash}
     if not (work / 'plan.json').is_file() or json.loads((work / 'plan.json').read_text()) != plan:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -568,6 +596,7 @@ def make(folder: Path, work: Path, sources: list[Source], options: dict, ready_t
         os.replace(work / 'tokenizer.part', work / 'tokenizer.json')
         said('tokenizer ready', min(SAMPLE, int(corpus.rows['size'].sum())), began, n_workers)
     tok = ready_tok or tokenizers.load(work / 'tokenizer.json')
+    tok.corpus_normalize = options['normalize']
     began = time.perf_counter()
     for split in splits:
         encode_split(corpus, split, tok, options, n_workers, ready)
@@ -673,13 +702,31 @@ def main() -> dict:
     given = settings_of(globals())
     for key in ('dataset', 'data_dir', 'name', 'tokenizer', 'vocab_size'):
         given.pop(key)
+    began = time.time()
     try:
         folder = build(dataset, data_dir, name, tokenizer, vocab_size, **given)
     except NoNetwork as e:
         stop(no_network(dataset, e))
-    preset = folder.name if Path(f'config/{folder.name}.py').is_file() else 'shakespeare'
-    print(f'ready: python train.py config/{preset}.py --dataset={folder.name}')
-    return read_meta(folder)
+    if (folder / 'meta.json').stat().st_mtime < began:
+        print(f'{folder} is up to date: nothing was to be done')
+    meta = read_meta(folder)
+    print(f'next: {next_command(folder, meta)}')
+    return meta
+
+
+def next_command(folder: Path, meta: dict) -> str:
+    """The command that trains on a dataset, for a shell: with its own preset, or one that fits."""
+    here, label, source = Path(os.path.relpath(Path(__file__).parent)), meta['tokenizer'], \
+        meta['source']
+    known = str(folder) if folder.parent != Path('data') else folder.name
+    name = source if label == tokenizer_label(source, '', 0) else f'{source}_{label[:3]}'
+    if source not in RECIPES or not (here / 'config' / f'{name}.py').is_file():
+        name = 'laptop' if label.startswith('bpe') else 'shakespeare' if label in tokenizers.KINDS \
+            else '125m' if label == 'gpt2' and meta['train_tokens'] > 1e8 else 'continue_gpt2'
+    own = {'bpe': [f'--vocab_size={label[3:]}'],
+           'of-': [f'--init_from={tokenizer or "<model>"}', '--tokenizer=']}
+    return shlex.join(['python', str(here / 'train.py'), str(here / 'config' / f'{name}.py'),
+                       f'--dataset={known}', *own.get(label[:3] if name != source else '', [])])
 
 
 def no_network(dataset: str, problem: Exception) -> str:

@@ -8,7 +8,6 @@ keyboard. Text goes to standard output as it comes, everything else to standard 
 """
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from core.settings import Stop, check_bounds, configure, stop, warn
 from model import generate, pad_rows
 
 POSITIONAL = ('run_dir',)
+ENDS_WITH_STDOUT = True     # when nobody reads the text any more
 FLAGS = ()                  # filled by configure
 
 run_dir = ''                # a run such as out/shakespeare, a Hugging Face folder, or a name: gpt2
@@ -101,7 +101,8 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
               chatting: bool = False) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
     ends = tokenizer.turn_ends() if chatting else {tokenizer.eos}
-    stops = StopStrings([s.replace('\\n', '\n') for s in stop_strings.split(',') if s])
+    stops = StopStrings([tokenizer.as_corpus(s.replace('\\n', '\n'))
+                         for s in stop_strings.split(',') if s])
     to_text, written, n = tokenizer.stream(), [], 0
 
     def write(text):
@@ -267,7 +268,8 @@ def write_classes(model, tokenizer, state: dict, dev) -> list[dict]:
             best = max(range(len(row)), key=row.__getitem__)
             found.append({'label': labels[best], 'probability': row[best]})
             shown = ' '.join(text.split())
-            print(f'{labels[best]}\t{row[best]:.4f}' + f'\t{shown}' * bool(classify_file))
+            print(f'{labels[best]}\t{row[best]:.4f}' + f'\t{shown}' * bool(classify_file),
+                  flush=True)
     return found
 
 
@@ -303,8 +305,6 @@ def main() -> dict:
                 write_samples(model, tokenizer, input('> '), dev)
     except (KeyboardInterrupt, EOFError):
         print(file=sys.stderr)
-    except BrokenPipeError:  # as under `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return {'texts': []}
 
 

@@ -8,7 +8,6 @@ know how many processes wrote it, and any number of them can read the parts they
 docs/formats.md has the details.
 """
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import model as model_module
 from core import hf, hf_tokenizer, lora
 from core import tokenizer as tokenizers
-from core.download import NoNetwork, file_hash
+from core.download import NoNetwork, file_hash, locked
 from core.settings import stop, warn
 from core.source import source_hashes
 from model import GPTConfig, build_model, named_weights
@@ -166,17 +165,12 @@ def lock(folder: Path):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / '.lock', 'a')
-    except OSError as e:
-        stop(f'{e.filename}: {e.strerror}; choose another --out_dir')
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return locked(folder / '.lock', wait=False)
     except BlockingIOError:
         stop(f'{folder} is in use by another process that trains in it; wait for it, or give this '
              'run another --out_dir')
     except OSError as e:
-        warn(f'{folder} cannot be locked ({e.strerror}): see to it that nobody else trains in it')
-    return file
+        stop(f'{e.filename}: {e.strerror}; choose another --out_dir')
 
 
 @dataclass

@@ -6,6 +6,7 @@ a record; that is the slow half, which prepare.py gives to several processes.
 Whatever cannot be read raises Bad with file, line or row, and a remedy.
 """
 import codecs
+import functools
 import glob
 import gzip
 import io
@@ -32,6 +33,9 @@ REFUSED = ('.rtf', '.pdf', '.ps', '.doc', '.docx', '.odt', '.epub', '.pptx', '.x
            '.mp3', '.mp4')
 SIGNATURES = {b'{\\rtf': 'RTF', b'%PDF-': 'PDF', b'%!PS': 'PostScript', b'\x1f\x8b': 'gzip',
               b'PK\3\4': 'a ZIP archive, as are .docx, .xlsx, .odt and .epub'}
+MADE = (('a dataset', 'meta.json', 'train-00000.bin'), ('a run', 'log.jsonl', 'model.py'),
+        ('a run', 'manifest.json', 'state.json'), ('a model', 'config.json', 'model.safetensors'),
+        ('a model', 'config.json', 'model.safetensors.index.json'))
 LONGEST = 1 << 22       # characters of a document in memory; a longer one comes in parts
 LONGEST_PAGE = 1 << 24  # bytes of a web page, which takes many times as much to understand
 END = '<|endoftext|>'   # a line of it ends a document
@@ -45,20 +49,40 @@ class Document(NamedTuple):
     continued: bool = False
 
 
-def find_files(place: str, bad, without: str = '') -> tuple[list[Path], Counter]:
-    """The files of a path, a folder with all below it but the folder `without`, or a glob, sorted;
-    and how many were left out of folders by suffix. `bad` is called with a message for what is no
-    file, and for a loop of links."""
+def made_here(folder) -> str:
+    """What this program has made in a folder: 'a dataset', 'a run' or 'a model'; '' if nothing."""
+    return next((what for what, *files in MADE if all(
+        os.path.isfile(os.path.join(folder, file)) for file in files)), '')
+
+
+def find_files(place: str, bad, without=(), made=None) -> tuple[list[Path], Counter]:
+    """The files of a path, a folder with all below it, or a glob, sorted; and how many were left
+    out of folders by suffix. `bad` is called with a message for what is no file, and for a loop of
+    links. Left out are folders below that are in `without` or made_here; they go to dict `made`."""
+    made, without = {} if made is None else made, {os.path.realpath(path) for path in without}
+
+    @functools.cache
+    def is_ours(folder: Path) -> bool:
+        what = 'of this program' if os.path.realpath(folder) in without else made_here(folder)
+        made.update({str(folder): what} if what else {})
+        return bool(what)
+
     if os.path.isfile(place):
         return [Path(place)], Counter()
-    roots = [place] if os.path.isdir(place) else sorted(glob.glob(place, recursive=True))
+    roots, fixed = sorted(glob.glob(place, recursive=True)), re.sub(r'[^/]*[*?[].*', '', place)
+    if os.path.isdir(place):
+        roots, fixed = [place], place
+        if what := made_here(place):
+            made[place], roots = what, []
     files, left_out, folders = [], Counter(), set()
     for root in roots:
-        if not folders.isdisjoint(Path(root).parents):
+        above = list(Path(root, 'x').parents)[::-1]     # the root is the last of them
+        if not folders.isdisjoint(above) or any(
+                is_ours(folder) for folder in above if Path(fixed) in folder.parents):
             continue    # ** matches a folder and what is in it
         if os.path.isdir(root):
             folders.add(Path(root))
-            below = list(walk(Path(root), bad, os.path.realpath(without)))
+            below = list(walk(Path(root), bad, is_ours))
             files += [path for path in below if suffix(path) in SUFFIXES]
             left_out.update(suffix(path) or 'no suffix' for path in below
                             if suffix(path) not in SUFFIXES)
@@ -75,9 +99,9 @@ def is_file(path: Path, bad) -> bool:
     return known
 
 
-def walk(folder: Path, bad, without: str = '', above: tuple = ()) -> Iterator[Path]:
-    """All files below a folder, but hidden ones and the folder `without`, in the order of their
-    names; links are followed, unless they lead back up: that is told to `bad`."""
+def walk(folder: Path, bad, is_ours, above: tuple = ()) -> Iterator[Path]:
+    """All files below a folder, but hidden ones and what is_ours, in the order of their names;
+    links are followed, unless they lead back up: that is told to `bad`."""
     try:
         here = folder.stat()
         entries = sorted(os.listdir(folder))
@@ -92,8 +116,8 @@ def walk(folder: Path, bad, without: str = '', above: tuple = ()) -> Iterator[Pa
         if name.startswith('.'):
             continue
         if os.path.isdir(path):
-            if os.path.realpath(path) != without:
-                yield from walk(path, bad, without, (*above, (here.st_dev, here.st_ino)))
+            if not is_ours(path):
+                yield from walk(path, bad, is_ours, (*above, (here.st_dev, here.st_ino)))
         elif is_file(path, bad):
             yield path
 

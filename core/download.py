@@ -1,24 +1,76 @@
 """Getting files: from a mirror directory, an earlier download, or the web, whole or not at all."""
 import contextlib
 import fcntl
+import gzip
 import hashlib
+import json
 import os
+import re
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import requests
 from tqdm import tqdm
 
-from core.settings import stop
+from core.documents import SUFFIXES
+from core.settings import stop, warn
+
+# What decides how a download is read: its Content-Type, and its first bytes.
+TYPES = {'text/html': '.html', 'application/xhtml+xml': '.html', 'text/csv': '.csv',
+         'text/tab-separated-values': '.tsv', 'application/json': '.json', 'text/json': '.json',
+         'application/x-ndjson': '.jsonl', 'application/jsonl': '.jsonl',
+         'application/vnd.apache.parquet': '.parquet'}
+UNTOLD = ('', 'application/octet-stream', 'binary/octet-stream')
+PAGE = re.compile(rb'\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype html|html)\b', re.I | re.S)
+MARKUP = re.compile(rb'</(html|body|title|div|p|a|span|li|h\d|td|b|i|em|strong)\s*>', re.I)
+JSON = re.compile(rb'\s*(\[\s*[\[{"\]]|\{\s*["}])')
 
 
-@contextlib.contextmanager
-def locked(path: Path):
-    """Hold a file lock, which the system releases even if this process is killed."""
-    with open(path, 'a') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+def stated(name: str) -> str:
+    """The kind of file that a name states: '.txt' for 1342.txt.utf-8, '' for LICENSE."""
+    return next((kind for kind in reversed(Path(name.lower()).suffixes)
+                 if kind in (*SUFFIXES, '.json', '.ipynb')), '')
+
+
+def kind_of(part: Path, content_type: str) -> str:
+    """The suffix that says how to read what was served: Content-Type ('': not given) and first
+    bytes decide; where they leave it open, as text/plain does, its name without .part."""
+    by_name, line, head = stated(part.stem), b'', b''
+    with open(part, 'rb') as f:
+        packed = '.gz' if f.read(2) == b'\x1f\x8b' else ''
+    with (contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error),   # documents.read tells it
+          (gzip.open if packed else open)(part, 'rb') as f):
+        line = f.readline(1 << 26).removeprefix(b'\xef\xbb\xbf')
+        head = line + f.read(1 << 16)
+    given = content_type.partition(';')[0].strip().lower() if not packed else ''
+    told = TYPES.get(given, '')
+    if PAGE.match(head) or told == '.html' and not by_name and MARKUP.search(head):
+        return '.html' + packed
+    if JSON.match(head) and by_name not in ('.jsonl', '.ipynb') and (
+            '.json' in (told, by_name) or not by_name and given in UNTOLD):
+        with contextlib.suppress(ValueError, RecursionError):
+            return ('.jsonl' if isinstance(json.loads(line), dict) else '.json') + packed
+        return '.json' + packed
+    return (by_name or '.txt' if told in ('', '.html', '.json') else told) + packed
+
+
+def locked(path: Path, wait: bool = True):
+    """The file of a lock that is held until the file is closed, or this process ends in any way.
+
+    Raises BlockingIOError if another process has it and we do not `wait`, or another OSError if
+    the file cannot be opened. A file system without locks is a warning.
+    """
+    file = open(path, 'a')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as e:
+        warn(f'{path.parent} cannot be locked ({e.strerror}): see to it that no other process '
+             'works in it')
+    return file
 
 
 class NoNetwork(Exception):
@@ -26,7 +78,7 @@ class NoNetwork(Exception):
 
 
 def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0, headers: dict | None = None,
-          optional: bool = False, mirrored: bool = True) -> Path | None:
+          optional: bool = False, mirrored: bool = True, any_kind: bool = False) -> Path | None:
     """The path of the file `name`: from the mirror directory, an earlier download, or `url`.
 
     DATA_MIRROR=<dir>, if set, is looked at first and used in place. A download goes to `folder`,
@@ -34,7 +86,8 @@ def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0, headers:
     `<name>.sha256`; `sha256` (64 hex digits) and `size` (bytes) are checked when given, otherwise
     the hash of the first download is what later ones must have. `headers` go with the request. If
     the server has no such file, returns None where it is `optional`. Without `mirrored` it is not
-    looked for in the mirror.
+    looked for in the mirror. With `any_kind` the name gets the suffix that kind_of finds, if it has
+    another one; the file with the hash keeps it.
     Raises NoNetwork if no server can be reached. Stops on an answer that is not the file.
     """
     mirror = os.environ.get('DATA_MIRROR')
@@ -43,21 +96,28 @@ def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0, headers:
             stop(f'DATA_MIRROR={mirror}: no such directory; correct it or unset it')
         if (Path(mirror) / name).is_file():
             return verify(Path(mirror) / name, sha256, size)
-    path = Path(folder) / name
-    record = Path(folder) / f'{name}.sha256'
-    if not sha256 and record.is_file():
-        sha256 = record.read_text().partition(' ')[0]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(f'.{path.name}.lock')):
-            part = Path(folder) / f'{name}.part'
+    record, part = Path(folder) / f'{name}.sha256', Path(folder) / f'{name}.part'
+
+    def noted() -> tuple[str, Path]:
+        """The hash and the place that the first download has left; '' and `name` before it."""
+        digest, _, file = (record.read_text() if record.is_file() else '').partition('  ')
+        return digest, record.with_name(Path(file.strip() or name).name)
+
+    if not noted()[1].is_file():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with locked(record.with_name(f'.{Path(name).name}.lock')):
+            first, path = noted()
             if not path.is_file():      # another process may have brought it meanwhile
-                if not download(url, part, size, headers=headers, optional=optional):
+                content_type = download(url, part, size, headers=headers, optional=optional)
+                if content_type is None:
                     return None
-                verify(part, sha256, size, delete=True, shown=url)
+                verify(part, sha256 or first, size, delete=True, shown=url)
+                kind = kind_of(part, content_type) if any_kind else ''
+                path = record.with_name(Path(name).name.removesuffix(kind) + kind)
                 record.write_text(f'{file_hash(part)}  {path.name}\n')  # as sha256sum -c has it
                 os.replace(part, path)
-    return verify(path, sha256, size)
+    first, path = noted()
+    return verify(path, sha256 or first, size)
 
 
 def file_hash(path) -> str:
@@ -87,12 +147,12 @@ def verify(path: Path, sha256: str, size: int, delete: bool = False, shown: str 
 
 
 def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10, 60),
-             headers: dict | None = None, optional: bool = False) -> bool:
-    """Stream `url` into the file `part`, going on where an earlier try stopped; True if it came.
+             headers: dict | None = None, optional: bool = False) -> str | None:
+    """Stream `url` into the file `part`, going on where an earlier try stopped; its Content-Type.
 
     Retries dropped connections, stalls and 5xx answers `attempts` times in all, waiting 1, 2, 4 s.
     An interrupted part is continued only if the server confirms (If-Range) that the file is still
-    the same one. A 404 returns False where the file is `optional`. Raises NoNetwork when no
+    the same one. A 404 returns None where the file is `optional`. Raises NoNetwork when no
     connection could be made, stops on any other failure.
     """
     validator_file = part.with_name(part.name + '.etag')
@@ -116,7 +176,7 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
                     problem = f'HTTP status {answer.status_code}'
                     continue
                 if optional and answer.status_code == 404:
-                    return False
+                    return None
                 if answer.status_code not in (200, 206):
                     stop(f'{url}: HTTP status {answer.status_code} {answer.reason}; '
                          'check the address, or put the file into DATA_MIRROR')
@@ -126,8 +186,9 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
                     part.unlink()
                     problem = 'the server continued at the wrong byte'
                     continue
-                length = answer.headers.get('Content-Length')
-                total = start + int(length) if length else size
+                length = answer.headers.get('Content-Length')   # of the file, unless that is packed
+                total = start + int(length) if length and not answer.headers.get(
+                    'Content-Encoding') else size
                 if validator := answer.headers.get('ETag', answer.headers.get('Last-Modified')):
                     validator_file.write_text(validator)
                 write_body(answer, part, start, total, url)
@@ -139,7 +200,7 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
             stop(f'{url}: {e}; check the address, or put the file into DATA_MIRROR')
         if not total or part.stat().st_size == total:
             validator_file.unlink(missing_ok=True)
-            return True
+            return answer.headers.get('Content-Type', '')
         problem = f'the body ended after {part.stat().st_size:,} of {total:,} bytes'
     if not reached:
         raise NoNetwork(f'{url} cannot be reached ({problem})')
@@ -148,14 +209,15 @@ def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10
 
 
 def write_body(answer, part: Path, start: int, total: int, url: str) -> None:
-    """Append the body of an HTTP answer to `part` from byte `start` on, with a progress bar."""
+    """Append the body of an HTTP answer to `part` from byte `start` on, with a progress bar. Stops
+    at a web page if the name says that it is to be something else."""
     name = part.name.removesuffix('.part')
     with (open(part, 'ab' if start else 'wb') as f,
           tqdm(total=total or None, initial=start, unit='B', unit_scale=True, desc=name) as bar):
         for block in answer.iter_content(1 << 16):
             head = block[:200].lstrip().lower()
             if start == 0 and f.tell() == 0 and head.startswith((b'<!doctype html', b'<html')) \
-                    and not name.endswith(('.html', '.htm')):
+                    and Path(name).suffix not in ('', '.html', '.htm'):
                 bar.close()
                 for file in (part, part.with_name(part.name + '.etag')):
                     file.unlink(missing_ok=True)

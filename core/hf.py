@@ -54,9 +54,13 @@ def find(name: str, downloads='data/downloads', weights: bool = True) -> Path | 
     if not organization or organization[1] == 'out' or Path(organization[1]).exists():
         return None
     folder = Path(downloads) / full
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f'.{folder.name}.lock')):
-        return folder if (folder / COMPLETE).is_file() else download(full, downloads, weights)
+    is_here = lambda: (folder / COMPLETE).is_file() or \
+        not weights and (folder / 'tokenizer_config.json').is_file()    # which comes last
+    if not is_here():       # a lock would need the permission to write
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f'.{folder.name}.lock')):
+            return folder if is_here() else download(full, downloads, weights)
+    return folder
 
 
 def hub() -> tuple[str, dict]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from core.settings import stop
 from core.tokenizer import (
     PATTERNS,
+    SPECIAL,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
@@ -78,7 +79,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     if isinstance(tokenizer, BPETokenizer):
         merges, written = merges_of(tokenizer), tokenizer.written
         splits = [split(tokenizer.pattern), {**BYTE_LEVEL}]
-    normalize = getattr(tokenizer, 'normalize', '')
+    normalize = getattr(tokenizer, 'normalize', '') or tokenizer.corpus_normalize
     return {
         'version': '1.0', 'truncation': None, 'padding': None,
         'added_tokens': [{'id': i, 'content': name, 'single_word': False, 'lstrip': False,
@@ -117,7 +118,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     found = read_json(path)
     try:
-        return make_tokenizer(found, path.parent)
+        tokenizer = make_tokenizer(found, path.parent)
+        tokenizer.corpus_normalize = (found.get('normalizer') or {'type': ''})['type']
+        return tokenizer
     except NotSupported as e:
         stop(f'{path}: {e}; only byte-level BPE, and our own character and byte tokenizers, '
              'can be read')
@@ -156,8 +159,10 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
         raise NotSupported('the ids of its ordinary tokens are not one after another')
     pattern, in_front = split_pattern(found['pre_tokenizer']), front(found.get('post_processor'))
     normalizer = (found.get('normalizer') or {'type': ''})['type']
-    if normalizer not in ('', 'NFC'):
+    ours = tuple(special) == SPECIAL    # which get text that is normalized already: see as_corpus
+    if normalizer not in ('', 'NFC', 'NFKC'[:4 * ours]):
         raise NotSupported(f'its normalizer is {normalizer!r:.80}')
+    normalizer = '' if ours else normalizer
     if pattern in (ANY_CHARACTER, NO_SPLIT):
         plain = not (model['merges'] or normalizer or in_front or first)
         if plain and pattern == ANY_CHARACTER and all(len(token) == 1 for token in ordinary):

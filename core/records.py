@@ -416,7 +416,7 @@ def split_at(keys: list[str], fraction: float) -> tuple[float, bool]:
 def check_known(tokenizer, where: str, texts: list[str]) -> None:
     """Stop if the tokenizer does not know a character of the texts of a record."""
     for text in texts:
-        if what := tokenizer.unknown(text):
+        if what := tokenizer.unknown(tokenizer.as_corpus(text)):
             stop(f'{where}: {what}')
 
 

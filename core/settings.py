@@ -17,6 +17,7 @@ import sys
 import time
 import tokenize
 import traceback
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -86,6 +87,8 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     Stops with a message on anything unknown, of the wrong type or unreadable.
     """
     sys.excepthook = interrupted
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        outlive(stream, script.get('ENDS_WITH_STDOUT', False) and stream is sys.stdout)
     if '--help' in argv or '-h' in argv:
         print_help(script)
         raise SystemExit(0)
@@ -114,6 +117,22 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
         script[name] = ','.join(words[i:]) if i == len(positional) - 1 else words[i]
     for scope in filter(None, (script, also)):
         scope |= {'CONFIG': config, 'FLAGS': tuple(flags), 'GIVEN': (*given, *flags)}
+
+
+def outlive(stream, ends: bool) -> None:
+    """Go on without `stream` when nobody reads it any more, as after `| head -1`, or its disk is
+    full: what is being made does not depend on what is printed. With `ends` the program ends."""
+    def attempt(method, *text):
+        try:
+            return method(*text)
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if not isinstance(e, BrokenPipeError):
+                (stop if ends else warn)(f'{stream.name} cannot be written: {e.strerror}')
+            if ends:
+                raise SystemExit(0) from None
+
+    stream.write, stream.flush = partial(attempt, stream.write), partial(attempt, stream.flush)
 
 
 def interrupted(kind, value, trace) -> None:

@@ -29,6 +29,7 @@ import regex  # comes with tiktoken
 import tiktoken
 from tqdm import tqdm
 
+from core import clean
 from core.device import cpu_count
 from core.download import fetch
 from core.settings import stop
@@ -55,6 +56,7 @@ PATTERNS = {
 class Tokenizer:
     """What all kinds share; a kind adds `encode` and its entry in KINDS."""
     kind = ''
+    corpus_normalize = 'NFC'    # of the text that it is used on: NFC, NFKC, or '' for none
 
     def __init__(self, ordinary: list[bytes], special: dict[str, int] | None = None,
                  first: int = 0):
@@ -77,6 +79,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def as_corpus(self, text: str) -> str:
+        """A text that a user gives, made as prepare.py made the one that was learnt from."""
+        return clean.normalize(text, self.corpus_normalize)
 
     def encode_batch(self, texts: list[str]) -> list:
         """The ids of several texts; BPE encodes them on all cores."""
@@ -117,7 +123,8 @@ class Tokenizer:
 
     def prompt(self, text: str) -> list[int]:
         """The ids to continue from: those of the text, after bos where the model is used to it."""
-        return ([self.bos] if self.add_bos else []) + self.encode(text) or self.start()
+        ids = self.encode(self.as_corpus(text))
+        return ([self.bos] if self.add_bos else []) + ids or self.start()
 
     def knows_chat(self) -> bool:
         """Whether it has the tokens of chats; one that was not made here may lack them."""
@@ -158,7 +165,7 @@ class Tokenizer:
         for message in messages:
             if message['role'] not in ROLES:
                 raise ValueError(f'role {message["role"]!r}: must be one of {", ".join(ROLES)}')
-            ids = [*self.encode(message['content']), self.special['<|end|>']]
+            ids = [*self.encode(self.as_corpus(message['content'])), self.special['<|end|>']]
             before = [*start, self.special[f'<|{message["role"]}|>']]
             said, start = message['role'] == 'assistant', []
             yield before + ids, [False] * len(before) + [said] * len(ids)
@@ -190,17 +197,18 @@ class Tokenizer:
         """What the kind needs beyond its name to be rebuilt, as JSON."""
         return {}
 
-    def to_json(self) -> str:
-        return json.dumps({'kind': self.kind, **self.state(), 'special': self.special},
+    def to_json(self, **more) -> str:
+        return json.dumps({'kind': self.kind, **self.state(), **more, 'special': self.special},
                           ensure_ascii=False) + '\n'
 
     def hash(self) -> str:
-        """16 hex digits that two tokenizers share only if they are the same."""
+        """16 hex digits that two tokenizers share only if they encode all text alike."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def save(self, path) -> None:
         """Write the tokenizer to `path` as one JSON file."""
-        Path(path).write_text(self.to_json(), encoding='utf-8')
+        more = {'corpus_normalize': self.corpus_normalize} if self.corpus_normalize != 'NFC' else {}
+        Path(path).write_text(self.to_json(**more), encoding='utf-8')
 
 
 class CharTokenizer(Tokenizer):
@@ -317,7 +325,9 @@ class BPETokenizer(Tokenizer):
         """The same with the tokens of chats behind all others, where it lacks them."""
         missing = [name for name in CHAT if name not in self.special]
         new = {name: len(self) + i for i, name in enumerate(missing)}
-        return BPETokenizer(**self.state(), special=self.special | new)
+        found = BPETokenizer(**self.state(), special=self.special | new)
+        found.corpus_normalize = self.corpus_normalize
+        return found
 
     def blocks(self, text: str) -> list[str]:
         return super().blocks(text) if self.pattern in PATTERNS.values() else [text]
@@ -500,7 +510,11 @@ def load(path) -> Tokenizer:
     try:
         found = json.loads(Path(path).read_text(encoding='utf-8'))
         kind, special = found.pop('kind'), found.pop('special')
+        form = found.pop('corpus_normalize', 'NFC')
+        if form not in ('', 'NFC', 'NFKC'):
+            raise ValueError(f'corpus_normalize={form!r}')
         tokenizer = KINDS[kind](**found, **({'special': special} if kind == 'bpe' else {}))
+        tokenizer.corpus_normalize = form
     except FileNotFoundError:
         stop(f'{path}: no such tokenizer file')
     except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -5,7 +5,11 @@ import numpy as np
 import pytest
 from conftest import stopped
 
+import prepare
+from core import records
 from core import tokenizer as tokenizers
+from core.dataset import Tokens
+from core.hf_tokenizer import read_tokenizer, tokenizer_json
 from core.tokenizer import SPECIAL, ByteTokenizer, CharTokenizer, Tokenizer, load
 
 # 1 to 4 bytes a character, a combining accent, a joined emoji, control characters, line ends.
@@ -126,6 +130,82 @@ def test_start():
     tok = CharTokenizer.train('ab')
     assert tok.start() == [tok.special['<|endoftext|>']]
     assert ByteTokenizer().start() == [10]
+
+
+# ---------------------------------------------------------------------------------------------
+# Text that comes by another door than prepare.py
+
+COMPOSED, DECOMPOSED, LIGATURE = 'café naïve\n', 'cafe\u0301 nai\u0308ve\n', '\ufb01 ½'
+DOORS = {   # door -> the ids of what is said there, without what stands around it
+    'prompt': lambda tok, text: tok.prompt(text),
+    'chat': lambda tok, text: tok.encode_chat([{'role': 'user', 'content': text}])[1:-1],
+    'system': lambda tok, text: tok.encode_chat([{'role': 'system', 'content': text}])[1:-1],
+    'answer': lambda tok, text: tok.encode_chat([{'role': 'assistant', 'content': text}])[1:-1],
+    'record': lambda tok, text: records.encode(tok, 'x:1', [
+        {'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': text}], 10 ** 6
+        )[0].tolist()[4:-1]}
+
+
+def tokenizer_for(kind: str, form: str) -> Tokenizer:
+    text = (COMPOSED + 'fi 1\u20442') if form else TEXT + DECOMPOSED + LIGATURE
+    tok = tokenizers.BPETokenizer.train([text], 280) if kind == 'bpe' else make(kind, text)
+    tok.corpus_normalize = form
+    return tok
+
+
+@pytest.mark.parametrize('kind', ['byte', 'char', 'bpe'])
+@pytest.mark.parametrize('door', DOORS)
+@pytest.mark.parametrize('given,form,expected', [
+    (DECOMPOSED, 'NFC', COMPOSED), (DECOMPOSED, 'NFKC', COMPOSED), (DECOMPOSED, '', DECOMPOSED),
+    ('\ufeff' + COMPOSED, 'NFC', COMPOSED), ('a\r\nf\rc', 'NFC', 'a\nf\nc'), ('a\0c', '', 'ac'),
+    (LIGATURE, 'NFKC', 'fi 1\u20442'), (LIGATURE, '', LIGATURE), (COMPOSED, 'NFC', COMPOSED)])
+def test_text_at_a_door_is_made_as_the_corpus_was(kind, door, given, form, expected, tmp_path):
+    """Also by the tokenizer of a run, and of an exported model."""
+    tok = tokenizer_for(kind, form)
+    assert DOORS[door](tok, given) == tok.encode(expected)
+    tok.save(tmp_path / 't.json')
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(tokenizer_json(tok)))
+    for again in (load(tmp_path / 't.json'), read_tokenizer(tmp_path / 'tokenizer.json')):
+        assert DOORS[door](again, given) == tok.encode(expected) and again.hash() == tok.hash()
+        assert again.corpus_normalize == form
+
+
+def test_an_unknown_character_is_still_refused(capsys):
+    tok = tokenizer_for('char', 'NFC')
+    for door in DOORS.values():
+        assert "character 'é'" not in stopped(capsys, lambda: door(tok, 'e\u0301 漢'))
+    assert '漢' in stopped(capsys, lambda: tok.prompt('e\u0301 漢'))
+
+
+def test_the_form_of_the_corpus_is_kept(tmp_path):
+    """By a chat's tokenizer, too. An old file does not state it: it was NFC by default; and it is
+    no part of what old runs know as their tokenizer."""
+    tok = tokenizer_for('bpe', 'NFKC')
+    assert tok.with_chat().corpus_normalize == 'NFKC'
+    before = tok.hash()
+    tok.corpus_normalize = 'NFC'
+    tok.save(tmp_path / 't.json')
+    assert 'corpus' not in (tmp_path / 't.json').read_text() and tok.hash() == before
+    assert load(tmp_path / 't.json').corpus_normalize == 'NFC'
+
+
+def test_an_unknown_form(tmp_path, capsys):
+    path = tmp_path / 't.json'
+    path.write_text(json.dumps(json.loads(ByteTokenizer().to_json(corpus_normalize='NFX'))))
+    assert "corpus_normalize='NFX'" in stopped(capsys, lambda: load(path))
+
+
+@pytest.mark.parametrize('form', ['', 'NFC', 'NFKC'])
+@pytest.mark.parametrize('kind', ['char', 'byte', 'bpe'])
+def test_prepare_notes_the_form(tmp_path, monkeypatch, form, kind):
+    """A model's own text is always a prompt for it."""
+    monkeypatch.chdir(tmp_path)
+    text = DECOMPOSED * 9 + LIGATURE + ' Å한국ไทย\r\n'
+    (tmp_path / 'x.txt').write_bytes(text.encode())
+    folder = prepare.build('x.txt', tokenizer=kind, normalize=form, val_fraction=0.0)
+    tok = load(folder / 'tokenizer.json')
+    assert tok.corpus_normalize == form
+    assert tok.prompt(text) == Tokens(folder, 'train').read(0, 10 ** 6).tolist()
 
 
 # ---------------------------------------------------------------------------------------------
