@@ -1,11 +1,13 @@
 """Text as it comes -> text worth learning from: normalization, masks, quality rules, duplicates.
 
-All that is compared is compared by words: runs of letters and digits in lower case (of Chinese and
-Japanese, which have no spaces, single characters). A word is known by its CRC-32, n words in a row
-by a 64-bit hash of these. Nothing here reads or writes files; prepare.py does, and counts.
+All that is compared is compared by words: runs of letters, marks and digits in lower case (of
+Chinese and Japanese, which have no spaces, single characters). A word is known by its CRC-32, n
+words in a row by a 64-bit hash of these. Nothing here reads or writes files; prepare.py does, and
+counts.
 """
 import functools
 import hashlib
+import itertools
 import re
 import unicodedata
 import zlib
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import regex  # comes with tiktoken
 
 # ---------------------------------------------------------------------------------------------
 # Normalization
@@ -77,7 +80,9 @@ def mask(text: str) -> tuple[str, Counter]:
 # Words and their hashes
 
 CJK = '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff'
-WORD = re.compile(rf'[^\W{CJK}]+|[{CJK}]')
+WORD = re.compile(rf'[^\W{CJK}]+|[{CJK}]')     # for texts without marks, since it is faster
+MARK = regex.compile(r'\p{M}')     # accents and vowels that Hindi, Thai, Arabic add to letters
+MARKED_WORD = regex.compile(rf'[\p{{L}}\p{{M}}\p{{N}}_--{CJK}]+|[{CJK}]', regex.V1)
 
 
 def lower(text: str) -> str:
@@ -86,9 +91,15 @@ def lower(text: str) -> str:
     return low if len(low) == len(text) else ''.join(c.lower()[:1] for c in text)
 
 
+def word_pattern(text: str) -> re.Pattern:
+    """The pattern that finds the words of a text in lower case."""
+    return MARKED_WORD if MARK.search(text) else WORD
+
+
 def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
     """The CRC-32 of each word, (number of words,) uint64, and how many characters it has."""
-    words = WORD.findall(lower(text))
+    text = lower(text)
+    words = word_pattern(text).findall(text)
     return (np.fromiter(map(crc, words), np.uint64, len(words)),
             np.fromiter(map(len, words), np.int64, len(words)))
 
@@ -228,14 +239,36 @@ POLICY = ('javascript', 'terms of use', 'privacy policy', 'cookie policy', 'uses
 SENTENCE_END = re.compile(r'[.!?]["”’)\]]*(?:\s+|\Z)')
 
 
+def is_wrapped(lines: list[str]) -> bool:
+    """Whether the lines of a paragraph were broken at a fixed width: four of five lines could hold
+    no word more, or little more than one; the longest has 40 to 120 characters."""
+    lengths = [len(line.rstrip()) for line in lines]
+    width = max(lengths)
+    short = sum(n + len(after.split(None, 1)[0]) < 0.9 * width
+                for n, after in zip(lengths, lines[1:]))
+    return len(lines) > 1 and 40 <= width <= 120 and 5 * short < len(lines)
+
+
 def c4_lines(text: str, min_words: int) -> str:
     """The lines that Raffel et al. 2020, section 2.2, keep: those that end as a sentence does, have
-    min_words or more, and speak of no JavaScript and no cookies."""
-    low = text.lower()
+    min_words or more, and speak of no JavaScript and no cookies.
+
+    A paragraph that was broken at a fixed width counts as one line, as on a web page. It keeps its
+    line breaks and the blank lines after it; other blank lines go.
+    """
+    low = text.lower().replace('\n', ' ')
     words = [some for some in POLICY if some in low]    # most texts have none
-    return ''.join(line for line in text.splitlines(keepends=True)
-                   if line.rstrip().endswith(TERMINAL) and len(line.split()) >= min_words
-                   and not any(some in line.lower() for some in words))
+    kept, wrapped = [''], False
+    for blank, lines in itertools.groupby(text.splitlines(keepends=True), str.isspace):
+        lines = list(lines)
+        if blank and wrapped and kept[-1]:
+            kept += lines
+        elif not blank:
+            wrapped = is_wrapped(lines)
+            kept += [line if line.rstrip().endswith(TERMINAL) and len(line.split()) >= min_words
+                     and not any(some in line.lower().replace('\n', ' ') for some in words) else ''
+                     for line in ([''.join(lines)] if wrapped else lines)]
+    return ''.join(kept)
 
 
 def c4(kept: str, bad_words: dict) -> Iterator[tuple[str, float]]:
@@ -289,7 +322,8 @@ def overlaps(text: str, index: dict[int, np.ndarray], words: np.ndarray | None =
     if not inside.any():
         return []
     edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
-    spans = [found.span() for found in WORD.finditer(lower(text))]
+    text = lower(text)
+    spans = [found.span() for found in word_pattern(text).finditer(text)]
     return [(spans[begin][0], spans[end - 1][1]) for begin, end in zip(edges[::2], edges[1::2])]
 
 
