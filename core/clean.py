@@ -138,8 +138,8 @@ def inside_of(found: list[tuple[np.ndarray, int]], n_words: int) -> np.ndarray:
     return np.cumsum(changes[:-1]) > 0
 
 
-# What prose has little of: digits, brackets, operators and the like; a number counts once.
-SYMBOL = re.compile(r'''\d+|[^\w\s.,;!?\'"\-–—…‘’“”]|_''')
+# What prose has little of: digits, brackets, operators and the like, one or some in a row.
+SYMBOL = re.compile(r'[0-9#$%&()*+/:<=>@[\]^_`{|}~\\±×÷\u2190-\u2bff]+')
 
 
 def is_prose(text: str) -> bool:
@@ -192,7 +192,7 @@ def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
     yield 'bullet_lines', sum(line.lstrip().startswith(BULLETS) for line in lines) / m
     yield 'ellipsis_lines', sum(line.rstrip().endswith(('...', '…')) for line in lines) / m
     yield 'alphabetic_words', sum(map(has_letter, words)) / n
-    yield 'stop_words', len(STOP_WORDS.intersection(text.lower().split()))
+    yield 'stop_words', len(STOP_WORDS.intersection(map(str.lower, {*words})))
 
 
 def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
@@ -240,13 +240,12 @@ SENTENCE_END = re.compile(r'[.!?]["”’)\]]*(?:\s+|\Z)')
 
 
 def is_wrapped(lines: list[str]) -> bool:
-    """Whether the lines of a paragraph were broken at a fixed width: four of five lines could hold
-    no word more, or little more than one; the longest has 40 to 120 characters."""
+    """Whether the lines of a paragraph were broken at a fixed width: it has 40 to 120 characters,
+    and four of five lines, the last one aside, are longer than three quarters of it."""
     lengths = [len(line.rstrip()) for line in lines]
     width = max(lengths)
-    short = sum(n + len(after.split(None, 1)[0]) < 0.9 * width
-                for n, after in zip(lengths, lines[1:]))
-    return len(lines) > 1 and 40 <= width <= 120 and 5 * short < len(lines)
+    return len(lines) > 1 and 40 <= width <= 120 and 5 * sum(
+        length <= 0.75 * width for length in lengths[:-1]) < len(lines)
 
 
 def c4_lines(text: str, min_words: int) -> str:
@@ -375,6 +374,23 @@ A, B = RANDOM[0] | np.uint64(1), RANDOM[1]
 def shingles(words: np.ndarray, n: int) -> np.ndarray:
     """The set of all n words in a row, sorted; of the words themselves if they are fewer."""
     return np.unique(ngram_hashes(words, n) if len(words) >= n else words)
+
+
+TOKEN = re.compile(r'\w+|[^\w\s]|\n[ \t]*')      # sees case, symbols and indentation
+
+
+def same_in_detail(a: str, b: str, threshold: float, n: int) -> bool:
+    """Whether texts with similar words are near duplicates.
+
+    Two texts of prose are. Others, short or rich in symbols, may differ in what is no word: of
+    1,000 characters and more the sets of n tokens in a row, of which each symbol and indentation
+    is one, must be as similar as the words; shorter ones, such as formulas, never are.
+    """
+    if is_prose(a) and is_prose(b):
+        return True
+    tokens = [TOKEN.findall(text) for text in (a, b)]
+    return min(len(a), len(b)) >= 1000 and threshold <= jaccard(*(
+        shingles(np.fromiter(map(crc, some), np.uint64, len(some)), n) for some in tokens))
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
