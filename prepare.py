@@ -549,16 +549,13 @@ def make(folder: Path, work: Path, sources: list[Source], options: dict, ready_t
     given = np.array([source.validation for source in sources])
     stays, pairs = drop_duplicates(corpus, given[corpus.rows['source']], options, n_workers, tally)
     mark_sentences(corpus, stays, tally, options['repeated_sentences'])
-    for i, name, part, example in tally.losses():
-        warn(f'{sources[i].files[0]}{" and others" * (len(sources[i].files) > 1)}: {part:.0%} of '
-             f'the characters went in the step "{name}"'
-             + ''.join(f', such as {where}: {text[:80]!r}' for where, text in example))
+    tally.warn_of_losses([str(source.files[0]) + ' and others' * (len(source.files) > 1)
+                          for source in sources])
     val, cuts = choose_validation(corpus.rows, stays, given, pairs, options['near_duplicates'],
                                   options['val_fraction'])
     splits = split_corpus(corpus, stays, val, cuts,
                           np.array([source.weight for source in sources]))
-    meta['leakage'] = leakage(pairs, splits, options['near_duplicates']) if (
-        options['near_duplicates'] and stays.sum() > 1) else {}
+    meta['leakage'] = leakage(pairs, splits, options['near_duplicates'])
     for i, source in enumerate(sources):
         mine = stays & ~val & (corpus.rows['source'] == i)
         sizes = corpus.rows['characters'].astype(np.int64)
@@ -656,8 +653,8 @@ def print_summary(folder: Path, meta: dict) -> None:
         if characters_in != characters_out:
             print(f'  {name}: {documents_in:,} -> {documents_out:,} documents, {characters_in:,} '
                   f'-> {characters_out:,} characters')
-    if meta['leakage']:
-        print('  validation documents that are like one in training: ' + ', '.join(
+    if meta['leakage'] and meta['documents'] > 1:
+        print('  validation documents like one in training: ' + ', '.join(
             f'{n:,} (Jaccard {low} or more)' for low, n in meta['leakage'].items()))
     for what, n in meta['counts'].items():
         if n and what.startswith(('U+FFFD', 'NUL', 'masked', 'files')):

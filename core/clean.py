@@ -143,10 +143,8 @@ SYMBOL = re.compile(r'[0-9#$%&()*+/:<=>@[\]^_`{|}~\\±×÷\u2190-\u2bff]+')
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text has many words and few symbols: at least ten words, and four for each symbol.
-
-    In Jane Austen's novels there are 100 words for a symbol, in Python's own source one.
-    """
+    """Whether a text has ten words and four more for each symbol. Jane Austen's novels have a
+    hundred for each, Python's own source has one."""
     return len(text.split()) >= 10 + 4 * len(SYMBOL.findall(text))
 
 
@@ -430,20 +428,20 @@ def band_hashes(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
 
 
 def join(first: list | np.ndarray, i: int, j: int) -> None:
-    """Make one cluster of those of i and j (union-find). `first` leads from each member to an
-    earlier one of its cluster, from the first one to itself."""
+    """Make one cluster of those of i and j: `first` leads from each member to an earlier one of
+    its cluster, from the first one to itself (union-find)."""
     i, j = root(first, i), root(first, j)
     first[max(i, j)] = min(i, j)
 
 
 def root(first: list | np.ndarray, i: int) -> int:
-    """The first member of i's cluster; shortens the way for the next time."""
+    """The first member of i's cluster."""
     while first[i] != i:
         first[i] = i = first[first[i]]
     return int(i)
 
 
-def clusters(texts: list[str], threshold: float = 0.7, n: int = 3, equal: str = '') -> list[int]:
+def clusters(texts: list[str], threshold: float = 0.7, n: int = 3) -> list[int]:
     """The cluster of each text, as the number of the cluster's first text.
 
     Texts are in one cluster if they are equal (see text_hash), or if their sets of n words in a row
@@ -453,7 +451,7 @@ def clusters(texts: list[str], threshold: float = 0.7, n: int = 3, equal: str = 
     """
     first, hashes, posted = list(range(len(texts))), {}, {}
     for i, text in enumerate(texts):
-        join(first, i, hashes.setdefault(text_hash(text, equal), i))
+        join(first, i, hashes.setdefault(text_hash(text), i))
     alone = [i for i in range(len(texts) if threshold else 0) if first[i] == i]
     sets = [shingles(word_hashes(texts[i])[0], n) for i in alone]
     _, ids, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *sets]),

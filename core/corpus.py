@@ -117,10 +117,10 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
     tally.counts["characters outside of C4's lines"] += len(body) - len(kept)
     if len(kept) < len(body):
         tally.rules.setdefault('c4: lines', [0, 0])[0] += 1
-        if len(tally.examples.get('c4: lines', ())) < 3:    # the first line that goes
-            lines = {*map(str.strip, kept.splitlines()), ''}
+        if len(tally.examples.get('c4: lines', ())) < 3:
+            left = {*map(str.strip, kept.splitlines()), ''}
             tally.example('c4: lines', where, next(
-                line for line in body.splitlines() if line.strip() not in lines))
+                line for line in body.splitlines() if line.strip() not in left))
     if 'c4' in applied:
         tally.step('c4: lines', [body], [kept], source)
         body = kept
@@ -304,8 +304,9 @@ def step(tally: Tally, name: str, source: np.ndarray, before: np.ndarray, after:
     """Note a step by how many characters of each document were there before and after it."""
     tally.steps[name] = [int(n) for sizes in (before, after)
                          for n in (np.count_nonzero(sizes), sizes.sum())]
-    for i, sizes in enumerate(zip(np.bincount(source, before), np.bincount(source, after))):
-        tally.sizes |= {f'{end} {i} {name}': int(n) for end, n in zip(('in', 'out'), sizes)}
+    for end, sizes in (('in', before), ('out', after)):
+        tally.sizes |= {f'{end} {i} {name}': int(n) for i, n in enumerate(
+            np.bincount(source, sizes))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -313,8 +314,8 @@ def step(tally: Tally, name: str, source: np.ndarray, before: np.ndarray, after:
 
 
 class Split(NamedTuple):
-    """What of a corpus goes into a split: how often each document. Of those in `cuts` only the
-    first characters, so many, go into the training split, and the rest into the other."""
+    """What of a corpus goes into a split: how often each document. Of those in `cuts` so many
+    characters go into the training split, and the rest into the other."""
     name: str
     copies: np.ndarray
     cuts: dict[int, int]
@@ -325,16 +326,16 @@ def choose_validation(rows: np.ndarray, stays: np.ndarray, given: np.ndarray, pa
     """Which documents are for validation, and of which others the last part is: number ->
     characters before it.
 
-    It is what is `given` for it, or `fraction` of the characters: of fewer than MANY documents the
-    last part of all; of more at most VAL_CHARACTERS, taken whole, together with all that are
-    similar, in an order by their hashes, as far as they fit. A document that is too large for that
-    (see fill) would leave most small ones to validation: it gives its last part, too.
+    It is what is `given` for it, or `fraction` of the characters: of MANY documents and more at
+    most VAL_CHARACTERS, taken whole, together with all that are similar, in an order by their
+    hashes, as far as they fit. A document that is larger than a tenth of this share of all that are
+    not larger, and than ten of median size, would leave most small ones to validation: it gives its
+    last part, too. Of fewer documents, or if none fits, it is the last part of the text.
     """
     sizes, number = rows['characters'] * stays.astype(np.int64), np.arange(len(rows))
     val, cuts = given[rows['source']], {}
     if given.any() or not fraction or not sizes.any():
         return val, cuts
-    whole = np.maximum.accumulate(np.where(rows['continued'], 0, number))   # each one's first part
 
     def cut(begin, end):
         ends = np.cumsum(sizes[begin:end])
@@ -343,43 +344,29 @@ def choose_validation(rows: np.ndarray, stays: np.ndarray, given: np.ndarray, pa
         cuts[begin + i] = place - int(ends[i] - sizes[begin + i])
         val[begin + i + 1:end] = True
 
-    if len(np.unique(whole[sizes > 0])) < MANY:
-        cut(0, len(rows))
-        return val, cuts
-    fraction, group = min(fraction, VAL_CHARACTERS / sizes.sum()), whole.copy()
-    for i, j, similarity in pairs:
-        if similarity >= threshold:
-            clean.join(group, i, j)
-    while (group[group] != group).any():
-        group = group[group]
-    for together in (group, whole):     # if nearly all are similar, they are taken apart
-        chosen, large = fill(np.bincount(together, sizes, len(rows)), rows['hash'], fraction)
-        val |= chosen[together]
-        for i in large[np.bincount(together[whole == number], minlength=len(rows))[large] == 1]:
+    whole = np.maximum.accumulate(np.where(rows['continued'], 0, number))   # each one's first part
+    if len(np.unique(whole[sizes > 0])) >= MANY:
+        fraction, group = min(fraction, VAL_CHARACTERS / sizes.sum()), whole.copy()
+        for i, j, similarity in pairs:
+            if similarity >= threshold:
+                clean.join(group, i, j)
+        while (group[group] != group).any():
+            group = group[group]
+        size = np.bincount(group, sizes, len(rows))
+        order = np.argsort(size, kind='stable')[(size == 0).sum():]
+        shares = fraction * np.cumsum(size[order])
+        most = np.maximum(shares / 10, 10 * np.median(size[order]))
+        last = np.flatnonzero(size[order] <= most)[-1]
+        room, fits, large = shares[last], order[:last + 1], order[last + 1:]
+        for i in fits[np.argsort(rows['hash'][fits], kind='stable')]:
+            if size[i] <= room:
+                room, val[i] = room - size[i], True
+        val = val[group]
+        for i in large[np.bincount(group[whole == number], minlength=len(rows))[large] == 1]:
             cut(int(i), int(np.searchsorted(whole, i, side='right')))
-        if val.any() or cuts:
-            break
+    if not (val.any() or cuts):
+        cut(0, len(rows))
     return val, cuts
-
-
-def fill(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which groups of documents are chosen, in the order of their hashes, as far as they fit into
-    `fraction` of all that are not too large; and the numbers of those that are: larger than a tenth
-    of this share, and than ten of median size. If none fits, the smallest one is, if it is small.
-    """
-    order = np.argsort(sizes, kind='stable')[(sizes == 0).sum():]
-    shares = fraction * np.cumsum(sizes[order])
-    fits = sizes[order] <= np.maximum(shares / 10, 10 * np.median(sizes[order]))
-    n = 1 + int(np.flatnonzero(fits)[-1])
-    room, chosen = shares[n - 1], np.zeros(len(sizes), bool)
-    for i in order[:n][np.argsort(hashes[order[:n]], kind='stable')]:
-        if sizes[i] <= room:
-            room, chosen[i] = room - sizes[i], True
-        if room < sizes[order[0]]:
-            break
-    if not chosen.any() and sizes[order[0]] * MANY <= sizes.sum():
-        chosen[order[0]] = True
-    return chosen, order[n:]
 
 
 def split_corpus(corpus: Corpus, stays: np.ndarray, val: np.ndarray, cuts: dict[int, int],
@@ -395,11 +382,11 @@ def split_corpus(corpus: Corpus, stays: np.ndarray, val: np.ndarray, cuts: dict[
 
 def leakage(pairs: set, splits: tuple[Split, Split], threshold: float) -> dict[str, int]:
     """How many documents in validation have one in training that is as similar, by the Jaccard
-    similarity that was found: '0.7' -> 0, '0.5' -> 12."""
+    similarity that was found: '0.7' -> 0, '0.5' -> 12; nothing if threshold is 0."""
     val, train = (split.copies > 0 for split in splits)
     return {f'{low:g}': len({i for *pair, similarity in pairs if similarity >= low
                              for i, j in (pair, pair[::-1]) if val[i] and train[j]})
-            for low in sorted({threshold, 0.5}, reverse=True)}
+            for low in sorted({threshold, 0.5}, reverse=True) if threshold}
 
 
 def jobs(corpus: Corpus, split: Split) -> Iterator[tuple]:

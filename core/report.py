@@ -1,8 +1,9 @@
 """What preparing a dataset did: counted in a Tally, shown as report.html, a page without links."""
 import html
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
+
+from core.settings import warn
 
 
 class Tally:
@@ -26,17 +27,19 @@ class Tally:
             counts[i + 1] += size
             self.sizes[f'{end} {source} {name}'] += size
 
-    def losses(self) -> Iterator[tuple[int, str, float, list]]:
-        """The steps that removed more than half of a source's characters: its number, the step or
-        the rule that dropped most documents, the part that went, and an example or none."""
+    def warn_of_losses(self, sources: list[str]) -> None:
+        """Warn of each step that removed more than half of a source's characters, with the rule
+        that dropped most documents, and an example."""
         for key, size in self.sizes.items():
             end, source, name = key.split(' ', 2)
             left = self.sizes[f'out {source} {name}']
             if end == 'in' and left < size / 2:
-                kind = name.removeprefix('without ')
                 if name == 'good by the rules':
-                    kind = name = max(self.rules, key=lambda rule: self.rules[rule][1])
-                yield int(source), name, 1 - left / size, self.examples.get(kind, [])[:1]
+                    name = max(self.rules, key=lambda rule: self.rules[rule][1])
+                found = self.examples.get(name.removeprefix('without '), [])[:1]
+                warn(f'{sources[int(source)]}: {1 - left / size:.0%} of the characters went in the '
+                     f'step "{name}"' + ''.join(f', such as {where}: {text[:80]!r}'
+                                                for where, text in found))
 
     def rule(self, name: str, dropped: bool, where: str, text: str, value: str) -> None:
         """Note that a document lies outside of a rule, and whether it was dropped for that."""
