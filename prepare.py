@@ -36,6 +36,7 @@ from core.corpus import (
     drop_duplicates,
     encode_split,
     jobs,
+    leakage,
     mark_sentences,
     save_json,
     split_corpus,
@@ -573,12 +574,16 @@ def make(folder: Path, work: Path, sources: list[Source], options: dict, ready_t
         shutil.rmtree(work)
         stop(f'{meta["source"]}: nothing is left to learn from: all of it is empty or dropped')
     began = time.perf_counter()
-    val = choose_validation(corpus.rows, np.array([source.validation for source in sources]),
-                            options['val_fraction'])
-    stays = drop_duplicates(corpus, val, options, n_workers, tally)
+    given = np.array([source.validation for source in sources])
+    stays, pairs = drop_duplicates(corpus, given[corpus.rows['source']], options, n_workers, tally)
     mark_sentences(corpus, stays, tally, options['repeated_sentences'])
-    splits = split_corpus(corpus, stays, val, np.array([source.weight for source in sources]),
-                          options['val_fraction'])
+    tally.warn_of_losses([str(source.files[0]) + ' and others' * (len(source.files) > 1)
+                          for source in sources])
+    val, cuts = choose_validation(corpus.rows, stays, given, pairs, options['near_duplicates'],
+                                  options['val_fraction'])
+    splits = split_corpus(corpus, stays, val, cuts,
+                          np.array([source.weight for source in sources]))
+    meta['leakage'] = leakage(pairs, splits, options['near_duplicates'])
     for i, source in enumerate(sources):
         mine = stays & ~val & (corpus.rows['source'] == i)
         sizes = corpus.rows['characters'].astype(np.int64)
@@ -677,8 +682,11 @@ def print_summary(folder: Path, meta: dict) -> None:
         if characters_in != characters_out:
             print(f'  {name}: {documents_in:,} -> {documents_out:,} documents, {characters_in:,} '
                   f'-> {characters_out:,} characters')
+    if meta['leakage'] and meta['documents'] > 1:
+        print('  validation documents like one in training: ' + ', '.join(
+            f'{n:,} (Jaccard {low} or more)' for low, n in meta['leakage'].items()))
     for what, n in meta['counts'].items():
-        if n and what.startswith(('U+FFFD', 'NUL', 'masked', 'documents outside', 'files')):
+        if n and what.startswith(('U+FFFD', 'NUL', 'masked', 'files')):
             print(f'  {what}: {n:,}')
     if meta['n_bad']:
         print(f'  left out because it cannot be read: {meta["n_bad"]:,}')

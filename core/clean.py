@@ -1,11 +1,13 @@
 """Text as it comes -> text worth learning from: normalization, masks, quality rules, duplicates.
 
-All that is compared is compared by words: runs of letters and digits in lower case (of Chinese and
-Japanese, which have no spaces, single characters). A word is known by its CRC-32, n words in a row
-by a 64-bit hash of these. Nothing here reads or writes files; prepare.py does, and counts.
+All that is compared is compared by words: runs of letters, marks and digits in lower case (of
+Chinese and Japanese, which have no spaces, single characters). A word is known by its CRC-32, n
+words in a row by a 64-bit hash of these. Nothing here reads or writes files; prepare.py does, and
+counts.
 """
 import functools
 import hashlib
+import itertools
 import re
 import unicodedata
 import zlib
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import regex  # comes with tiktoken
 
 # ---------------------------------------------------------------------------------------------
 # Normalization
@@ -77,7 +80,9 @@ def mask(text: str) -> tuple[str, Counter]:
 # Words and their hashes
 
 CJK = '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff'
-WORD = re.compile(rf'[^\W{CJK}]+|[{CJK}]')
+WORD = re.compile(rf'[^\W{CJK}]+|[{CJK}]')     # for texts without marks, since it is faster
+MARK = regex.compile(r'\p{M}')     # accents and vowels that Hindi, Thai, Arabic add to letters
+MARKED_WORD = regex.compile(rf'[\p{{L}}\p{{M}}\p{{N}}_--{CJK}]+|[{CJK}]', regex.V1)
 
 
 def lower(text: str) -> str:
@@ -86,9 +91,15 @@ def lower(text: str) -> str:
     return low if len(low) == len(text) else ''.join(c.lower()[:1] for c in text)
 
 
+def word_pattern(text: str) -> re.Pattern:
+    """The pattern that finds the words of a text in lower case."""
+    return MARKED_WORD if MARK.search(text) else WORD
+
+
 def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
     """The CRC-32 of each word, (number of words,) uint64, and how many characters it has."""
-    words = WORD.findall(lower(text))
+    text = lower(text)
+    words = word_pattern(text).findall(text)
     return (np.fromiter(map(crc, words), np.uint64, len(words)),
             np.fromiter(map(len, words), np.int64, len(words)))
 
@@ -127,15 +138,13 @@ def inside_of(found: list[tuple[np.ndarray, int]], n_words: int) -> np.ndarray:
     return np.cumsum(changes[:-1]) > 0
 
 
-# What prose has little of: digits, brackets, operators and the like; a number counts once.
-SYMBOL = re.compile(r'''\d+|[^\w\s.,;!?\'"\-–—…‘’“”]|_''')
+# What prose has little of: digits, brackets, operators and the like, one or some in a row.
+SYMBOL = re.compile(r'[0-9#$%&()*+/:<=>@[\]^_`{|}~\\±×÷\u2190-\u2bff]+')
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text has many words and few symbols: at least ten words, and four for each symbol.
-
-    In Jane Austen's novels there are 100 words for a symbol, in Python's own source one.
-    """
+    """Whether a text has ten words and four more for each symbol. Jane Austen's novels have a
+    hundred for each, Python's own source has one."""
     return len(text.split()) >= 10 + 4 * len(SYMBOL.findall(text))
 
 
@@ -181,7 +190,7 @@ def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
     yield 'bullet_lines', sum(line.lstrip().startswith(BULLETS) for line in lines) / m
     yield 'ellipsis_lines', sum(line.rstrip().endswith(('...', '…')) for line in lines) / m
     yield 'alphabetic_words', sum(map(has_letter, words)) / n
-    yield 'stop_words', len(STOP_WORDS.intersection(text.lower().split()))
+    yield 'stop_words', len(STOP_WORDS.intersection(map(str.lower, {*words})))
 
 
 def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
@@ -228,14 +237,35 @@ POLICY = ('javascript', 'terms of use', 'privacy policy', 'cookie policy', 'uses
 SENTENCE_END = re.compile(r'[.!?]["”’)\]]*(?:\s+|\Z)')
 
 
+def is_wrapped(lines: list[str]) -> bool:
+    """Whether the lines of a paragraph were broken at a fixed width: it has 40 to 120 characters,
+    and four of five lines, the last one aside, are longer than three quarters of it."""
+    lengths = [len(line.rstrip()) for line in lines]
+    width = max(lengths)
+    return len(lines) > 1 and 40 <= width <= 120 and 5 * sum(
+        length <= 0.75 * width for length in lengths[:-1]) < len(lines)
+
+
 def c4_lines(text: str, min_words: int) -> str:
     """The lines that Raffel et al. 2020, section 2.2, keep: those that end as a sentence does, have
-    min_words or more, and speak of no JavaScript and no cookies."""
-    low = text.lower()
+    min_words or more, and speak of no JavaScript and no cookies.
+
+    A paragraph that was broken at a fixed width counts as one line, as on a web page. It keeps its
+    line breaks and the blank lines after it; other blank lines go.
+    """
+    low = text.lower().replace('\n', ' ')
     words = [some for some in POLICY if some in low]    # most texts have none
-    return ''.join(line for line in text.splitlines(keepends=True)
-                   if line.rstrip().endswith(TERMINAL) and len(line.split()) >= min_words
-                   and not any(some in line.lower() for some in words))
+    kept, wrapped = [''], False
+    for blank, lines in itertools.groupby(text.splitlines(keepends=True), str.isspace):
+        lines = list(lines)
+        if blank and wrapped and kept[-1]:
+            kept += lines
+        elif not blank:
+            wrapped = is_wrapped(lines)
+            kept += [line if line.rstrip().endswith(TERMINAL) and len(line.split()) >= min_words
+                     and not any(some in line.lower().replace('\n', ' ') for some in words) else ''
+                     for line in ([''.join(lines)] if wrapped else lines)]
+    return ''.join(kept)
 
 
 def c4(kept: str, bad_words: dict) -> Iterator[tuple[str, float]]:
@@ -289,7 +319,8 @@ def overlaps(text: str, index: dict[int, np.ndarray], words: np.ndarray | None =
     if not inside.any():
         return []
     edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
-    spans = [found.span() for found in WORD.finditer(lower(text))]
+    text = lower(text)
+    spans = [found.span() for found in word_pattern(text).finditer(text)]
     return [(spans[begin][0], spans[end - 1][1]) for begin, end in zip(edges[::2], edges[1::2])]
 
 
@@ -343,6 +374,23 @@ def shingles(words: np.ndarray, n: int) -> np.ndarray:
     return np.unique(ngram_hashes(words, n) if len(words) >= n else words)
 
 
+TOKEN = re.compile(r'\w+|[^\w\s]|\n[ \t]*')      # sees case, symbols and indentation
+
+
+def same_in_detail(a: str, b: str, threshold: float, n: int) -> bool:
+    """Whether texts with similar words are near duplicates.
+
+    Two texts of prose are. Others, short or rich in symbols, may differ in what is no word: of
+    1,000 characters and more the sets of n tokens in a row, of which each symbol and indentation
+    is one, must be as similar as the words; shorter ones, such as formulas, never are.
+    """
+    if is_prose(a) and is_prose(b):
+        return True
+    tokens = [TOKEN.findall(text) for text in (a, b)]
+    return min(len(a), len(b)) >= 1000 and threshold <= jaccard(*(
+        shingles(np.fromiter(map(crc, some), np.uint64, len(some)), n) for some in tokens))
+
+
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     """|a and b| / |a or b| of two sets of shingles; 0 if both are empty."""
     both = len(np.intersect1d(a, b, assume_unique=True))
@@ -380,20 +428,20 @@ def band_hashes(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
 
 
 def join(first: list | np.ndarray, i: int, j: int) -> None:
-    """Make one cluster of those of i and j (union-find). `first` leads from each member to an
-    earlier one of its cluster, from the first one to itself."""
+    """Make one cluster of those of i and j: `first` leads from each member to an earlier one of
+    its cluster, from the first one to itself (union-find)."""
     i, j = root(first, i), root(first, j)
     first[max(i, j)] = min(i, j)
 
 
 def root(first: list | np.ndarray, i: int) -> int:
-    """The first member of i's cluster; shortens the way for the next time."""
+    """The first member of i's cluster."""
     while first[i] != i:
         first[i] = i = first[first[i]]
     return int(i)
 
 
-def clusters(texts: list[str], threshold: float = 0.7, n: int = 3, equal: str = '') -> list[int]:
+def clusters(texts: list[str], threshold: float = 0.7, n: int = 3) -> list[int]:
     """The cluster of each text, as the number of the cluster's first text.
 
     Texts are in one cluster if they are equal (see text_hash), or if their sets of n words in a row
@@ -403,7 +451,7 @@ def clusters(texts: list[str], threshold: float = 0.7, n: int = 3, equal: str = 
     """
     first, hashes, posted = list(range(len(texts))), {}, {}
     for i, text in enumerate(texts):
-        join(first, i, hashes.setdefault(text_hash(text, equal), i))
+        join(first, i, hashes.setdefault(text_hash(text), i))
     alone = [i for i in range(len(texts) if threshold else 0) if first[i] == i]
     sets = [shingles(word_hashes(texts[i])[0], n) for i in alone]
     _, ids, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *sets]),

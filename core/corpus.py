@@ -75,7 +75,7 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
         if record.kind == 'text':
             tally.counts[f'encoding: {record.encoding}'] += not record.continued
         for text, words, continued in (piece for document in found for piece in clean_document(
-                document, options, index, banned, tally)):
+                document, options, index, banned, tally, source)):
             raw = text.encode('utf-8')
             spans.append(clean.sentence_spans(text, options['repeated_sentences'] or 3))
             rows.append((len(raw), len(text), clean.text_hash(text, options['equal']), source,
@@ -95,7 +95,7 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
     return tally.bad
 
 
-def clean_document(document, options: dict, index: dict, banned: dict, tally: Tally
+def clean_document(document, options: dict, index: dict, banned: dict, tally: Tally, source: int
                    ) -> Iterator[tuple[str, np.ndarray, bool]]:
     """What is left of a document, with its words' hashes and whether it goes on with the part
     before it: one text, none, or the pieces around what it shares with a benchmark."""
@@ -104,19 +104,25 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
     tally.counts['NUL characters removed'] += document.text.count('\0')
     tally.counts['U+FFFD'] += text.count('\ufffd')
     left = [text] if text.strip() else []
-    tally.step('not empty', [document.text], left)
+    tally.step('not empty', [document.text], left, source)
     if not left:
         return
     part = document.continued or len(text) >= documents.LONGEST // 2
     body = clean.strip_gutenberg(text, part)
-    tally.step("without Project Gutenberg's licence", left, [body])
+    tally.step("without Project Gutenberg's licence", left, [body], source)
     if options['mask_pii']:
         body, masked = clean.mask(body)
         tally.counts.update({f'masked: {kind}': n for kind, n in masked.items()})
     kept = clean.c4_lines(body, options['min_line_words'])
     tally.counts["characters outside of C4's lines"] += len(body) - len(kept)
+    if len(kept) < len(body):
+        tally.rules.setdefault('c4: lines', [0, 0])[0] += 1
+        if len(tally.examples.get('c4: lines', ())) < 3:
+            left = {*map(str.strip, kept.splitlines()), ''}
+            tally.example('c4: lines', where, next(
+                line for line in body.splitlines() if line.strip() not in left))
     if 'c4' in applied:
-        tally.step("C4's lines", [body], [kept])
+        tally.step('c4: lines', [body], [kept], source)
         body = kept
     words, lengths = clean.word_hashes(body)
     rules = {'gopher': (*clean.gopher_quality(body),
@@ -130,13 +136,13 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
     for family in bad:
         tally.counts[f'documents outside of {family} rules'] += 1
     dropped = bad & {*applied}
-    tally.step('good by the rules', [body], [] if dropped else [body])
+    tally.step('good by the rules', [body], [] if dropped else [body], source)
     if dropped:
         return
     found = clean.overlaps(body, index, words) if index else []
     pieces = clean.without_overlaps(body, found) if found else [body]
     if index:
-        tally.step('without benchmark items', [body], pieces)
+        tally.step('without benchmark items', [body], pieces, source)
         for begin, end in found[:3]:
             tally.example('benchmark items', where, body[begin:end])
     for i, piece in enumerate(pieces):
@@ -195,38 +201,22 @@ def read_document(work: Path, place: tuple[int, int, int, int]) -> str:
         return f.read(size).decode('utf-8')
 
 
-def choose_validation(rows: np.ndarray, given: np.ndarray, fraction: float) -> np.ndarray:
-    """Which documents are for validation: those of sources that are `given` for it, or of many
-    documents a random part, by their hash; of few none, the last part of the text is taken later.
+def drop_duplicates(corpus: Corpus, given: np.ndarray, options: dict, n_workers: int,
+                    tally: Tally) -> tuple[np.ndarray, set]:
+    """Which documents stay: of equal and of similar ones the first, or one `given` for validation;
+    and what else is similar: (number, number of an earlier one, Jaccard similarity of 0.5 or more).
     """
-    if given.any() or len(rows) < MANY:
-        return given[rows['source']]
-    whole = np.cumsum(~rows['continued'] | (np.arange(len(rows)) == 0)) - 1     # of all parts
-    sizes = np.bincount(whole, rows['characters'])
-    room, chosen = min(VAL_CHARACTERS, fraction * sizes.sum()), np.zeros(len(sizes), bool)
-    _, first = np.unique(whole, return_index=True)
-    for i in np.argsort(rows['hash'][first], kind='stable'):
-        if room >= sizes[i]:
-            room, chosen[i] = room - sizes[i], True
-        if room <= 0:
-            break
-    return chosen[whole]
-
-
-def drop_duplicates(corpus: Corpus, val: np.ndarray, options: dict, n_workers: int,
-                    tally: Tally) -> np.ndarray:
-    """Which documents stay: of equal and of similar ones the first, or one for validation."""
-    rows = corpus.rows
-    order = np.argsort(~val, kind='stable')
+    rows, pairs = corpus.rows, set()
+    order = np.argsort(~given, kind='stable')
     stays = np.ones(len(rows), bool)
     stays[order[clean.repeats(rows['hash'][order])]] = False
     sizes = rows['characters'].astype(np.int64)
-    step(tally, 'without equal documents', sizes, np.ones(len(rows), bool), stays)
+    step(tally, 'without equal documents', rows['source'], sizes, sizes * stays)
     for i in np.flatnonzero(~stays)[:3]:
         tally.example('equal documents', *corpus.example(i))
     if not options['near_duplicates']:
-        return stays
-    before = stays.copy()
+        return stays, pairs
+    before = sizes * stays
     bands = np.lib.format.open_memmap(corpus.work / 'bands.npy', 'w+', np.uint64, (
         clean.bands_and_rows(options['near_duplicates'])[0], len(rows)))
     for number in range(corpus.n_batches):
@@ -243,27 +233,35 @@ def drop_duplicates(corpus: Corpus, val: np.ndarray, options: dict, n_workers: i
                    for start, n in zip(starts[counts > 1], counts[counts > 1]))
         for found in ordered_map(check_bucket, buckets, n_workers, corpus.work,
                                  options['near_duplicates'], options['shingle_words']):
-            for i, like in found:
+            for i, like, similarity, gone in found:
+                if not gone:
+                    pairs.add((i, like, similarity))
+                    continue
                 stays[i] = False
                 if len(tally.examples.get('near duplicates', ())) < 3:
                     where, text = corpus.example(i)
                     tally.example('near duplicates', f'{where}, like {corpus.example(like)[0]}',
                                   text)
-    step(tally, 'without near duplicates', sizes, before, stays)
-    return stays
+    step(tally, 'without near duplicates', rows['source'], before, sizes * stays)
+    return stays, {(i, j, similarity) for i, j, similarity in pairs if stays[i] and stays[j]}
 
 
-def check_bucket(places: list, work: Path, threshold: float, n: int) -> list[tuple[int, int]]:
-    """Which of documents with an equal band are similar to an earlier one that stays: pairs of
-    their numbers."""
+def check_bucket(places: list, work: Path, threshold: float, n: int
+                 ) -> list[tuple[int, int, float, bool]]:
+    """Which of documents with an equal band are similar (0.5 or more) to an earlier one that stays:
+    their numbers, the similarity, and whether they are duplicates."""
     kept, found = [], []
     for place in places:
-        shingles = clean.shingles(clean.word_hashes(read_document(work, place))[0], n)
-        like = next((i for i, other in kept if clean.jaccard(shingles, other) >= threshold), None)
-        if like is not None:
-            found.append((place[0], like))
-        elif len(kept) < 8:     # more kinds than this in one bucket are not worth the time
-            kept.append((place[0], shingles))
+        text = read_document(work, place)
+        shingles = clean.shingles(clean.word_hashes(text)[0], n)
+        like = sorted(((clean.jaccard(shingles, other), -i, other_text)
+                       for i, other, other_text in kept), reverse=True)
+        gone = [some for some in like if some[0] >= threshold and clean.same_in_detail(
+            text, some[2], threshold, n)][:1]
+        found += [(place[0], -i, similarity, bool(gone)) for similarity, i, _ in gone or like[:3]
+                  if similarity >= min(0.5, threshold)]
+        if not gone and len(kept) < 8:  # more kinds than this in one bucket are not worth the time
+            kept.append((place[0], shingles, text))
     return found
 
 
@@ -292,21 +290,23 @@ def mark_sentences(corpus: Corpus, stays: np.ndarray, tally: Tally, n: int) -> N
     if n:
         np.save(corpus.work / 'repeated.npy', repeated)
         np.save(corpus.work / 'spans.npy', ends)
-        before = corpus.rows['characters'].astype(np.int64)
+        before = corpus.rows['characters'] * stays.astype(np.int64)
         for i in touched.tolist():
             text = clean.without_sentences(read_document(corpus.work, corpus.place(i)),
                                            repeated[ends[i]:ends[i + 1]], n)
             corpus.rows['characters'][i], corpus.bytes[i] = len(text), len(text.encode())
-        after = corpus.rows['characters'].astype(np.int64)
-        tally.steps['without repeated sentences'] = [
-            int(k) for k in (stays.sum(), before[stays].sum(), (stays & (after > 0)).sum(),
-                             after[stays].sum())]
+        step(tally, 'without repeated sentences', corpus.rows['source'], before,
+             corpus.rows['characters'] * stays.astype(np.int64))
 
 
-def step(tally: Tally, name: str, sizes: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
-    """Note a step by which of all documents were there before and after it."""
-    tally.steps[name] = [int(n) for n in (before.sum(), sizes[before].sum(), after.sum(),
-                                          sizes[after].sum())]
+def step(tally: Tally, name: str, source: np.ndarray, before: np.ndarray, after: np.ndarray
+         ) -> None:
+    """Note a step by how many characters of each document were there before and after it."""
+    tally.steps[name] = [int(n) for sizes in (before, after)
+                         for n in (np.count_nonzero(sizes), sizes.sum())]
+    for end, sizes in (('in', before), ('out', after)):
+        tally.sizes |= {f'{end} {i} {name}': int(n) for i, n in enumerate(
+            np.bincount(source, sizes))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,30 +314,79 @@ def step(tally: Tally, name: str, sizes: np.ndarray, before: np.ndarray, after: 
 
 
 class Split(NamedTuple):
-    """What of a corpus goes into a split: how often each document; in one of them the text begins
-    or ends at `cut`."""
+    """What of a corpus goes into a split: how often each document. Of those in `cuts` so many
+    characters go into the training split, and the rest into the other."""
     name: str
     copies: np.ndarray
-    cut_document: int = -1
-    cut: int = 0
+    cuts: dict[int, int]
 
 
-def split_corpus(corpus: Corpus, stays: np.ndarray, val: np.ndarray, weights: np.ndarray,
-                 fraction: float) -> tuple[Split, Split]:
+def choose_validation(rows: np.ndarray, stays: np.ndarray, given: np.ndarray, pairs: set,
+                      threshold: float, fraction: float) -> tuple[np.ndarray, dict[int, int]]:
+    """Which documents are for validation, and of which others the last part is: number ->
+    characters before it.
+
+    It is what is `given` for it, or `fraction` of the characters: of MANY documents and more at
+    most VAL_CHARACTERS, taken whole, together with all that are similar, in an order by their
+    hashes, as far as they fit. A document that is larger than a tenth of this share of all that are
+    not larger, and than ten of median size, would leave most small ones to validation: it gives its
+    last part, too. Of fewer documents, or if none fits, it is the last part of the text.
+    """
+    sizes, number = rows['characters'] * stays.astype(np.int64), np.arange(len(rows))
+    val, cuts = given[rows['source']], {}
+    if given.any() or not fraction or not sizes.any():
+        return val, cuts
+
+    def cut(begin, end):
+        ends = np.cumsum(sizes[begin:end])
+        place = int(ends[-1] * (1 - fraction))
+        i = min(int(np.searchsorted(ends, place, side='right')), len(ends) - 1)
+        cuts[begin + i] = place - int(ends[i] - sizes[begin + i])
+        val[begin + i + 1:end] = True
+
+    whole = np.maximum.accumulate(np.where(rows['continued'], 0, number))   # each one's first part
+    if len(np.unique(whole[sizes > 0])) >= MANY:
+        fraction, group = min(fraction, VAL_CHARACTERS / sizes.sum()), whole.copy()
+        for i, j, similarity in pairs:
+            if similarity >= threshold:
+                clean.join(group, i, j)
+        while (group[group] != group).any():
+            group = group[group]
+        size = np.bincount(group, sizes, len(rows))
+        order = np.argsort(size, kind='stable')[(size == 0).sum():]
+        shares = fraction * np.cumsum(size[order])
+        most = np.maximum(shares / 10, 10 * np.median(size[order]))
+        last = np.flatnonzero(size[order] <= most)[-1]
+        room, fits, large = shares[last], order[:last + 1], order[last + 1:]
+        for i in fits[np.argsort(rows['hash'][fits], kind='stable')]:
+            if size[i] <= room:
+                room, val[i] = room - size[i], True
+        val = val[group]
+        for i in large[np.bincount(group[whole == number], minlength=len(rows))[large] == 1]:
+            cut(int(i), int(np.searchsorted(whole, i, side='right')))
+    if not (val.any() or cuts):
+        cut(0, len(rows))
+    return val, cuts
+
+
+def split_corpus(corpus: Corpus, stays: np.ndarray, val: np.ndarray, cuts: dict[int, int],
+                 weights: np.ndarray) -> tuple[Split, Split]:
     """The validation and the training split; `weights` are those of the sources."""
     weight = weights[corpus.rows['source']]
     copies = np.floor(weight).astype(np.int64)      # of a part of a copy that part of the documents
     copies += (corpus.rows['hash'] & np.uint64(0xffffffff)) < np.uint64(2 ** 32) * (weight % 1)
-    copies *= stays
-    if val.any() or len(corpus.rows) >= MANY:
-        return Split('val', (stays & val).astype(np.int64)), Split('train', copies * ~val)
-    ends = np.cumsum(corpus.rows['characters'] * stays, dtype=np.int64)
-    cut = int(ends[-1] * (1 - fraction))
-    document = min(int(np.searchsorted(ends, cut, side='right')), len(ends) - 1)
-    inside = cut - int(ends[document] - corpus.rows['characters'][document] * stays[document])
-    number = np.arange(len(ends))
-    return (Split('val', stays * (number >= document).astype(np.int64), document, inside),
-            Split('train', copies * (number <= document), document, inside))
+    once = (stays & val).astype(np.int64)
+    once[[*cuts]] = 1
+    return Split('val', once, cuts), Split('train', copies * stays * ~val, cuts)
+
+
+def leakage(pairs: set, splits: tuple[Split, Split], threshold: float) -> dict[str, int]:
+    """How many documents in validation have one in training that is as similar, by the Jaccard
+    similarity that was found: '0.7' -> 0, '0.5' -> 12; nothing if threshold is 0."""
+    val, train = (split.copies > 0 for split in splits)
+    return {f'{low:g}': len({i for *pair, similarity in pairs if similarity >= low
+                             for i, j in (pair, pair[::-1]) if val[i] and train[j]})
+            for low in sorted({threshold, 0.5}, reverse=True) if threshold}
 
 
 def jobs(corpus: Corpus, split: Split) -> Iterator[tuple]:
@@ -366,8 +415,8 @@ def texts_of(job: tuple, corpus: Corpus, split: Split, n_sentences: int) -> Iter
             begin, end = np.load(corpus.work / 'spans.npy', mmap_mode='r')[i:i + 2]
             repeated = np.load(corpus.work / 'repeated.npy', mmap_mode='r')[begin:end]
             text = clean.without_sentences(text, repeated, n_sentences) if repeated.any() else text
-        if i == split.cut_document:
-            text = text[:split.cut] if split.name == 'train' else text[split.cut:]
+        if i in split.cuts:
+            text = text[:split.cuts[i]] if split.name == 'train' else text[split.cuts[i]:]
         yield text
 
 

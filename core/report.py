@@ -3,24 +3,43 @@ import html
 from collections import Counter
 from pathlib import Path
 
+from core.settings import warn
+
 
 class Tally:
     """Counts that can be added up over batches of documents, and the first examples of each kind.
 
     steps: name -> documents and characters before, documents and characters after
     rules: name -> documents outside of it, documents it dropped
+    sizes: 'in' or 'out', number of the source, name of the step -> characters
     """
 
     def __init__(self):
-        self.steps, self.rules, self.counts = {}, {}, Counter()
+        self.steps, self.rules, self.counts, self.sizes = {}, {}, Counter(), Counter()
         self.examples, self.bad = {}, []
 
-    def step(self, name: str, before: list[str], after: list[str]) -> None:
-        """Note what a step made of a document: lists of texts."""
+    def step(self, name: str, before: list[str], after: list[str], source: int = 0) -> None:
+        """Note what a step made of a document of a source: lists of texts."""
         counts = self.steps.setdefault(name, [0, 0, 0, 0])
-        for i, texts in ((0, before), (2, after)):
+        for i, end, texts in ((0, 'in', before), (2, 'out', after)):
+            size = sum(map(len, texts))
             counts[i] += len(texts)
-            counts[i + 1] += sum(map(len, texts))
+            counts[i + 1] += size
+            self.sizes[f'{end} {source} {name}'] += size
+
+    def warn_of_losses(self, sources: list[str]) -> None:
+        """Warn of each step that removed more than half of a source's characters, with the rule
+        that dropped most documents, and an example."""
+        for key, size in self.sizes.items():
+            end, source, name = key.split(' ', 2)
+            left = self.sizes[f'out {source} {name}']
+            if end == 'in' and left < size / 2:
+                if name == 'good by the rules':
+                    name = max(self.rules, key=lambda rule: self.rules[rule][1])
+                found = self.examples.get(name.removeprefix('without '), [])[:1]
+                warn(f'{sources[int(source)]}: {1 - left / size:.0%} of the characters went in the '
+                     f'step "{name}"' + ''.join(f', such as {where}: {text[:80]!r}'
+                                                for where, text in found))
 
     def rule(self, name: str, dropped: bool, where: str, text: str, value: str) -> None:
         """Note that a document lies outside of a rule, and whether it was dropped for that."""
@@ -44,6 +63,7 @@ class Tally:
             for name, counts in theirs.items():
                 mine[name] = [a + b for a, b in zip(mine.get(name, [0] * 4), counts)]
         self.counts.update(other['counts'])
+        self.sizes.update(other['sizes'])
         self.bad += other['bad']
         for kind, found in other['examples'].items():
             self.examples[kind] = [*self.examples.get(kind, []), *found][:3]
@@ -69,6 +89,8 @@ def write_report(path: Path, meta: dict) -> None:
     sizes = [('documents', f'{meta["documents"]:,}'), ('characters', f'{meta["characters"]:,}'),
              ('tokens to train on', f'{meta["train_tokens"]:,}'),
              ('tokens to validate on', f'{meta["val_tokens"]:,}'),
+             *((f'validation documents like one in training (Jaccard {low} or more)', f'{n:,}')
+               for low, n in meta['leakage'].items()),
              ('tokenizer', f'{meta["tokenizer"]}, {meta["vocab_size"]:,} tokens'),
              ('bytes per token', f'{meta["bytes_per_token"]:.3f}'),
              ("bytes per token of GPT-2's tokenizer on the same text",
@@ -124,6 +146,8 @@ def allowed(measure: str, settings: dict) -> str:
     low, high = settings.get(f'min_{measure}'), settings.get(f'max_{measure}')
     if low is not None and high is not None:
         return f'{low:,} to {high:,}'
+    if low is None and high is None:
+        return 'lines that end as sentences do'
     return f'at least {low:,}' if high is None else f'at most {high:,}'
 
 

@@ -1,6 +1,7 @@
 """core/clean.py: every measure by hand, every method against a slow one that does the same."""
 import random
 import re
+import textwrap
 import time
 from collections import Counter
 from itertools import product
@@ -163,6 +164,31 @@ def test_text_hash():
     assert len({clean.text_hash(str(i)) for i in range(10_000)}) == 10_000
 
 
+HINDI = 'यह एक सुन्दर दिन है और हम सब बाज़ार में घूम रहे'   # 12 words
+
+
+def test_words_of_all_scripts():
+    words = lambda text: [text.lower()[a:b] for a, b in (
+        found.span() for found in clean.word_pattern(text.lower()).finditer(text.lower()))]
+    assert words(HINDI) == HINDI.split() and len(HINDI.split()) == 12
+    assert words('Cafe\u0301, naïve_1; x² 東京 สวัสดี עִבְרִית') == [
+        'cafe\u0301', 'naïve_1', 'x²', '東', '京', 'สวัสดี', 'עִבְרִית']
+    assert len(word_hashes(HINDI)[0]) == 12 == measures(HINDI)['words']
+    other = HINDI.replace('दिन', 'दान').replace('सब', 'सेब').replace('में', 'मैं')
+    sets = [clean.shingles(word_hashes(text)[0], 3) for text in (HINDI, other)]
+    assert clean.jaccard(*sets) < 0.3
+    item = HINDI.upper()
+    (begin, end), = clean.overlaps(f'और {item}। और', clean.ngram_index([HINDI], 12))
+    assert f'और {item}। और'[begin:end] == item
+
+
+def test_word_patterns_agree_where_there_are_no_marks():
+    chance = random.Random(0)
+    for _ in range(200):
+        text = ''.join(chance.choices('abÉß_ 09²½,.-–‘ⅷд東ひカ\n', k=50))
+        assert clean.WORD.findall(text) == clean.MARKED_WORD.findall(text)
+
+
 def test_repeats():
     assert clean.repeats(np.array([5, 7, 5, 5], np.uint64)).tolist() == [False, False, True, True]
     assert clean.repeats(np.empty(0, np.uint64)).tolist() == []
@@ -181,6 +207,9 @@ def measures(text: str) -> dict:
                  *clean.c4(text, clean.ngram_index(['darn', 'heck no'], 9, 1))])
 
 
+PROSE = ('It was the best of times, it was the worst of times, or so they said, all of them, and '
+         'nobody asked what came of it, for there was a time for everything, and another one for '
+         'everyone who had none.')
 TEN = 'one two three four five six seven eight nine ten'    # 39 letters
 
 
@@ -243,6 +272,31 @@ def test_c4_lines(line, stays):
     assert clean.c4_lines(line, 5) == line * stays
     rest, line = 'Here is another line, which stays.\n', f'{line}\n'
     assert clean.c4_lines(f'{rest}\n{line}{rest}', 5) == rest + line * stays + rest
+
+
+WRAPPED = textwrap.fill(PROSE, 70)
+
+
+@pytest.mark.parametrize('text', [
+    WRAPPED, textwrap.fill(PROSE, 50), textwrap.fill(PROSE, 100, initial_indent='    '),
+    textwrap.fill(PROSE, 72, initial_indent='> ', subsequent_indent='> '),
+    f'{WRAPPED}\n\n{WRAPPED}\n\n\n{WRAPPED}', PROSE])
+def test_c4_lines_of_wrapped_paragraphs(text):
+    """They count as the one line that they were, and keep their line breaks."""
+    assert clean.c4_lines(text, 5) == text
+    after = '\n\n' if '\n' in text else '\n'
+    assert clean.c4_lines(f'CHAPTER I\n\n{text}\n\nTHE END\n', 5) == text + after
+
+
+@pytest.mark.parametrize('text,left', [
+    (WRAPPED.removesuffix('.'), ''), (WRAPPED.replace(',\nall', ', uses\ncookies'), ''),
+    ('\n'.join(f'One line of a list of many, number {i}' for i in range(9)), ''),
+    ('Buy\nSell\nAbout us and all that we do for everyone in this great town\nCall\n'
+     'This is a whole sentence.', 'This is a whole sentence.'),
+    (f'{PROSE}\n{PROSE.rstrip(".")}\n{PROSE}', f'{PROSE}\n{PROSE}'),
+    ('A short line\nand this is the end.', 'and this is the end.')])
+def test_c4_lines_of_other_paragraphs(text, left):
+    assert clean.c4_lines(text, 5) == left
 
 
 def test_c4_without_bad_words():

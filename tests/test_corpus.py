@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import bench
 import prepare
-from core import corpus, planted
+from core import clean, corpus, planted
 from core.clean import text_hash
 from core.dataset import Tokens, open_shard
 from core.tokenizer import load
@@ -118,6 +119,172 @@ def test_weights():
     assert len(val) == len({*val}) and not {*val} & {*train}
 
 
+def near(text: str, i: int) -> str:
+    """A near copy: one word in forty is another one, a different one for each i."""
+    words = text.split()
+    words[i % 40::40] = [f'copy{i}'] * len(words[i % 40::40])
+    return ' '.join(words) + '\n'
+
+
+def shares(folder) -> tuple[list[str], list[str], float]:
+    """Documents to train and to validate on, and the part of the characters that validates."""
+    train, val = (documents_of(folder, split) for split in ('train', 'val'))
+    sizes = [sum(map(len, texts)) for texts in (train, val)]
+    return train, val, sizes[1] / sum(sizes)
+
+
+def like(texts: list[str], others: list[str], low: float) -> int:
+    """How many of the texts have a similar one among the others, by comparing all with all."""
+    sets = [[clean.shingles(clean.word_hashes(text)[0], 3) for text in some]
+            for some in (texts, others)]
+    return sum(any(clean.jaccard(mine, other) >= low for other in sets[1]) for mine in sets[0])
+
+
+@pytest.mark.parametrize('settings', [{}, {'weights': '3'}, {'weights': '0.5'}, {'workers': 2},
+                                      {'val_fraction': 0.3}, {'repeated_sentences': 1}])
+def test_share_of_validation_with_many_copies(settings):
+    """A share of what stays, whatever the number of copies, and nothing like it in training."""
+    texts = [near(prose(i), j) for j in range(5) for i in range(120)]
+    folder = prepare.build(write_jsonl('a.jsonl', texts), **settings)
+    train, val, share = shares(folder)
+    wanted = settings.get('val_fraction', 0.1) * 120
+    assert abs(len(val) - wanted) <= 1 and len({*val}) == len(val) and like(val, train, 0.5) == 0
+    assert len({*train}) + len(val) == 120 or settings.get('weights') == '0.5'
+    meta = json.loads((folder / 'meta.json').read_text())
+    assert meta['leakage'] == {'0.7': 0, '0.5': 0}
+
+
+def test_leakage_is_measured():
+    """Similar documents below the threshold stay on both sides, and are counted."""
+    half = lambda i: ' '.join(prose(i % 120).split()[:150] + prose(1000 + i).split()[:50])
+    texts = [half(i) for i in range(240)]       # in pairs with a similarity of 0.6
+    folder = prepare.build(write_jsonl('a.jsonl', texts))
+    train, val, _ = shares(folder)
+    meta = json.loads((folder / 'meta.json').read_text())
+    assert len(train) + len(val) == 240 and meta['leakage']['0.7'] == 0 == like(val, train, 0.7)
+    assert 0.5 * like(val, train, 0.5) < meta['leakage']['0.5'] <= like(val, train, 0.5)
+    folder = prepare.build('a.jsonl', name='off', near_duplicates=0.0)
+    assert json.loads((folder / 'meta.json').read_text())['leakage'] == {}
+
+
+def test_equal_copies_are_one_document():
+    """With near_duplicates=0, too; few documents in many copies are few."""
+    texts = [prose(i % 150) for i in range(900)]
+    train, val, share = shares(prepare.build(write_jsonl('a.jsonl', texts), near_duplicates=0.0))
+    assert len(train) == 135 and len(val) == 15
+    train, val, share = shares(prepare.build(write_jsonl('b.jsonl', texts[:20] * 50)))
+    assert abs(share - 0.1) < 0.001 and len(train) + len(val) <= 21
+
+
+def test_copies_of_given_validation_go_from_training():
+    """Near copies of it, in any number; what differs in a symbol only is no copy."""
+    val = [prose(i) for i in range(10)] + ['a = 3 + 4']
+    train = [near(text, j) for text in val[:10] for j in range(5)] + [
+        *(prose(i) for i in range(20, 40)), 'a = 3 - 4', 'a = 3 + 4']
+    folder = prepare.build(write_jsonl('train.jsonl', train),
+                           validation=write_jsonl('val.jsonl', val))
+    assert documents_of(folder, 'train') == train[50:-1] and documents_of(folder, 'val') == val
+
+
+SIZES = {'a giant': [120_000] + [360] * 149, 'two giants': [54_000, 180_000] + [300] * 130,
+         'steps': [120_000, *[24_000] * 5, *[240] * 145], 'equal': [600] * 150,
+         'doubling': [60 * 2 ** min(12, i // 10) for i in range(140)],
+         'growing': list(range(120, 1320, 6))}
+
+
+@pytest.mark.parametrize('fraction', [0.1, 0.02, 0.5])
+@pytest.mark.parametrize('kind', SIZES)
+def test_share_of_validation_whatever_the_sizes(kind, fraction):
+    """The share is met within a document of median size, and most small ones are trained on."""
+    sizes = np.array(SIZES[kind])
+    rows = np.zeros(len(sizes), corpus.DOCUMENT)
+    for seed in range(5):
+        chance = np.random.default_rng(seed)
+        rows['characters'] = chance.permutation(sizes)
+        rows['hash'] = chance.permutation(len(sizes))
+        stays, none = np.ones(len(sizes), bool), np.zeros(1, bool)
+        val, cuts = corpus.choose_validation(rows, stays, none, set(), 0.7, fraction)
+        chars = rows['characters'].astype(int)
+        got = chars[val].sum() + sum(chars[i] - at for i, at in cuts.items())
+        assert abs(got - fraction * chars.sum()) <= max(np.median(chars), 1 + len(cuts))
+        small = chars <= np.median(chars)
+        # where sizes differ by thousands, all small ones are no more than the last gap
+        assert kind == 'doubling' or (val & small).sum() <= max(1, (fraction + 0.12) * small.sum())
+
+
+def test_a_giant_document_and_small_ones():
+    texts = [prose(0, 20_000), *(prose(i, 60) for i in range(1, 150))]
+    train, val, share = shares(prepare.build(write_jsonl('a.jsonl', texts)))
+    assert abs(share - 0.1) < 0.005 and 130 <= len(train) <= 140
+    giants = [max(some, key=len) for some in (train, val)]
+    assert ''.join(giants) == texts[0] and {*train, *val} - {*giants} == {*texts[1:]}
+
+
+def test_a_long_document_is_one(monkeypatch):
+    """Though it comes in more parts than would be many documents."""
+    monkeypatch.setattr(prepare.documents, 'LONGEST', 1000)
+    Path('long.txt').write_text(text := prose(0, 20_000))
+    train, val, share = shares(prepare.build('long.txt'))
+    assert abs(share - 0.1) < 1e-4 and ''.join(train + val) == text
+
+
+def test_all_alike_can_be_split():
+    """Small records whose words are the same are no duplicates; validation is not empty."""
+    texts = [f'{a} x = {b} y {c} z' for a in '+-*/%' for b in '<>!&|' for c in '+-*/%^']
+    folder = prepare.build(write_jsonl('a.jsonl', texts))
+    train, val, share = shares(folder)
+    assert sorted(filter(None, train + val)) == sorted(texts) and 0 < len(val) < 20
+    leak = json.loads((folder / 'meta.json').read_text())['leakage']
+    assert leak['0.7'] == len(val) == like(val, train, 0.7)
+
+
+SUMS = [f'{name} = {a} {sign} {b}' for name in 'ab' for a in range(5) for b in range(5)
+        for sign in '+-*/']
+CODE = [f'def f(a, b):\n    if a {less} b:\n        return a {sign} b\n{space}return b {sign} a\n'
+        for less in ('<', '>', '<=') for sign in '+-*/' for space in ('    ', '        ')]
+
+
+@pytest.mark.parametrize('texts', [
+    SUMS, CODE, [f'return a {sign} b' for sign in '+-*/%&|^'],
+    ['c1ccccc1', 'C1CCCCC1', 'c1ccncc1', 'C1CCNCC1', 'CO', 'Co'], ['3<5', '3>5', '3 < 5'],
+    ['मैं कल घर गया था।', 'मैं कल घर गई थी।', 'मैं कल घर जाऊँगा।', 'मैं कल घर जाऊँगी।'],
+    ['x \u2264 y', 'x \u2265 y'], ['{"a": 1}', '{"a": -1}', '["a", 1]'], ['!!!', '???', '...'],
+    ['SELECT a FROM t WHERE b = 1', 'SELECT a FROM t WHERE b <> 1'], ['Yes.', 'Yes?', 'yes']])
+def test_short_texts_that_differ_in_symbols_or_case_stay(texts):
+    for flags in ({}, {'near_duplicates': 0.0, 'name': 'equal'}):
+        folder = prepare.build(write_jsonl('a.jsonl', texts * 2), **flags)
+        assert sorted(documents_of(folder)) == sorted(texts) or len(texts) < 100 and sorted(
+            ''.join(documents_of(folder))) == sorted(''.join(texts))
+
+
+@pytest.mark.parametrize('change,goes', [
+    (lambda text: text.replace('value', 'number', 1), True), (lambda text: text.upper(), False),
+    (lambda text: '# a licence\n' + text, True), (lambda text: text.replace(' + ', ' - '), False)])
+def test_near_copies_of_code(change, goes):
+    """Long texts that are rich in symbols are compared with all their symbols."""
+    code = ''.join(f'def f{i}(a, value):\n    x = a + value + {i} + a + value + x + a\n'
+                   f'    return x + a[{i}]\n\n' for i in range(40))
+    folder = prepare.build(write_jsonl('a.jsonl', [code, change(code)]), val_fraction=0.0)
+    assert len(documents_of(folder)) == 2 - goes
+
+
+@pytest.mark.parametrize('settings,texts,words', [
+    ({'quality': 'c4'}, ['Home\nAbout us and more\n' * 30 + 'This is one whole line of text.\n'
+                         * 5] * 3, 'c4: lines.*Home'),
+    ({'quality': 'gopher'}, [prose(i, 30) for i in range(9)], 'gopher: words.*a.jsonl:1: 30'),
+    ({}, [near(prose(1), i) for i in range(9)], 'without near duplicates.*a.jsonl:2'),
+    ({}, [prose(1)] * 9, 'without equal documents.*a.jsonl:2'),
+    ({}, [prose(i) for i in range(9)], '')])
+def test_loss_of_more_than_half_is_loud(settings, texts, words, capsys):
+    """Of any source: the step or rule is named, with the share and an example."""
+    other = write_jsonl('b.jsonl', [prose(i, 400) for i in range(100, 150)])
+    rest = {'min_stop_words': 0, 'min_sentences': 0} if settings else {}
+    prepare.build(f'{write_jsonl("a.jsonl", texts)},{other}', name='it', **settings, **rest)
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'characters went' in line]
+    assert bool(lines) == bool(words)
+    assert not words or re.search(f'a.jsonl: ([6-9].|100)%.*{words}', lines[0])
+
+
 @pytest.mark.parametrize('weights', ['1', '1,x', '1,0', '1,-1', '1,nan', '1,2,3'])
 def test_bad_weights(weights, capsys):
     first, second = write_jsonl('a.jsonl', ['a']), write_jsonl('b.jsonl', ['b'])
@@ -130,7 +297,7 @@ def test_bad_weights(weights, capsys):
 # Rules
 
 
-def test_rules_are_counted_or_applied():
+def test_rules_are_counted_or_applied(capsys):
     good = 'The cat sat on the mat and looked at all that we have to be. ' + prose(1, 80)
     short, symbols = 'nothing but these short words', prose(2, 80) + '# ' * 40
     path = write_jsonl('a.jsonl', [good, short, symbols])
@@ -138,6 +305,7 @@ def test_rules_are_counted_or_applied():
     assert documents_of(folder, 'train') == [good, short, symbols]
     meta = json.loads((folder / 'meta.json').read_text())
     assert meta['rules']['gopher: words'] == [1, 0] and meta['rules']['gopher: symbols'] == [1, 0]
+    assert 'outside of' not in capsys.readouterr().out      # what nobody asked for is no news
     folder = prepare.build(path, val_fraction=0.0, quality='gopher')
     assert documents_of(folder, 'train') == [good]
     meta = json.loads((folder / 'meta.json').read_text())
@@ -151,6 +319,9 @@ def test_c4_drops_lines():
     text = 'Home | About | Contact\n' + 'This is a good line of text. ' * 3 + '\nno end to this one'
     folder = prepare.build(write_jsonl('a.jsonl', [text]), val_fraction=0.0, quality='c4')
     assert documents_of(folder, 'train') == ['This is a good line of text. ' * 3 + '\n']
+    meta = json.loads((folder / 'meta.json').read_text())
+    assert meta['rules']['c4: lines'] == [1, 0]
+    assert meta['examples']['c4: lines'] == [['a.jsonl:1', 'Home | About | Contact']]
 
 
 def test_masks():

@@ -17,6 +17,7 @@ META = {
     'val_tokens': 400_000, 'bytes_per_token': 3.4567, 'gpt2_bytes_per_token': 4.5678,
     'steps': {'not empty': [20_001, 9_000_003, 20_000, 9_000_000],
               'without equal documents': [20_000, 9_000_000, 12_345, 6_789_012]},
+    'leakage': {'0.7': 0, '0.5': 12_321},
     'rules': {'gopher: words': [77, 0], 'gopher: symbols': [1_078, 1_078], 'c4: sentences': [9, 9]},
     'counts': {'U+FFFD': 31_337, 'encoding: <b>': 2, 'masked: nothing': 0},
     'examples': {'gopher: words': [[f'a.txt<{i}>: 3', f'example {i} {EVIL}'] for i in range(3)],
