@@ -513,11 +513,13 @@ def token_losses(x, targets, lm_head) -> torch.Tensor:
                            reduction='none')
 
 
-# In a graph, each chunk's gradient of the head would be kept until all of them are added up.
-chunked_sum = torch.compiler.disable(ChunkedCrossEntropy.apply)
+# In a graph, each chunk's gradient of the head would be kept until all of them are added up. (This
+# is torch.compiler.disable, but imports the compiler only when it is called.)
+out_of_graph = torch._disable_dynamo
+chunked_sum = out_of_graph(ChunkedCrossEntropy.apply)
 
 
-@torch.compiler.disable
+@out_of_graph
 def recomputed_losses(x, targets, lm_head, chunk: int) -> torch.Tensor:
     """`token_losses` of so many rows at a time, which the backward pass computes again."""
     return torch.cat([checkpoint(token_losses, f, t, lm_head, use_reentrant=False)
