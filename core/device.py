@@ -218,6 +218,7 @@ def choose_compile(kind: str, name: str, compile: bool, dtype: str = 'float32',
 def no_compiler(kind: str, name: str) -> str:
     """What goes wrong when a small function is compiled for a device; '' if nothing does."""
     try:
+        torch.compiler.assume_constant_result(has_flex)     # Dynamo does not trace it
         with torch.compiler.set_stance('default'):      # also where all else runs eagerly
             torch.compile(lambda x: x.sin() + 1, options=compile_options(kind))(
                 torch.ones(8, device=name))
@@ -227,7 +228,6 @@ def no_compiler(kind: str, name: str) -> str:
     return ''
 
 
-@torch.compiler.assume_constant_result      # Dynamo does not trace it
 def has_flex(device: torch.device, head_dim: int) -> bool:
     """Whether a GPU's flex-attention takes heads of head_dim channels; says why not."""
     if why := 'head_dim is below 16' if head_dim < 16 else no_compiler('cuda', str(device)):
