@@ -99,7 +99,9 @@ def test_commands(folder, second):
 @pytest.mark.parametrize('diff', [block for block in BLOCKS if block.startswith('--- a/')])
 def test_worked_edit(folder, tmp_path, diff):
     copy = shutil.copytree(folder, tmp_path / 'copy')
-    subprocess.run(['patch', '-p1'], input=diff, text=True, cwd=copy, check=True)
+    done = subprocess.run(['patch', '-p1'], input=diff, text=True, cwd=copy, check=True,
+                          capture_output=True)
+    assert 'offset' not in done.stdout and 'fuzz' not in done.stdout, done.stdout
     name = 'unicode_names' if 'unicode_names' in diff else 'shakespeare'
     run(f'python train.py config/shakespeare.py --dataset={name}', copy)
 
