@@ -516,7 +516,11 @@ def token_losses(x, targets, lm_head) -> torch.Tensor:
 # In a graph, each chunk's gradient of the head would be kept until all of them are added up. (This
 # is torch.compiler.disable, but imports the compiler only when it is called.)
 out_of_graph = torch._disable_dynamo
-chunked_sum = out_of_graph(ChunkedCrossEntropy.apply)
+
+
+@out_of_graph
+def chunked_sum(*args) -> torch.Tensor:
+    return ChunkedCrossEntropy.apply(*args)
 
 
 @out_of_graph
