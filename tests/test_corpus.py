@@ -169,10 +169,10 @@ def test_leakage_is_measured():
 
 def test_equal_copies_are_one_document():
     """With near_duplicates=0, too; few documents in many copies are few."""
-    texts = [prose(i % 150) for i in range(900)]
+    texts = [prose(i % 150) for i in range(450)]
     train, val, share = shares(prepare.build(write_jsonl('a.jsonl', texts), near_duplicates=0.0))
     assert len(train) == 135 and len(val) == 15
-    train, val, share = shares(prepare.build(write_jsonl('b.jsonl', texts[:20] * 50)))
+    train, val, share = shares(prepare.build(write_jsonl('b.jsonl', texts[:20] * 10)))
     assert abs(share - 0.1) < 0.001 and len(train) + len(val) <= 21
 
 
