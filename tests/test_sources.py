@@ -155,7 +155,7 @@ def test_packed_on_the_way(serve):
     ('a.txt', PAGE, 'the server sent an HTML page instead of'),
     ('1342.txt.utf-8', PAGE, 'the server sent an HTML page instead of'),
     ('a.json', ' \n<html><p>Log in', 'the server sent an HTML page instead of'),
-    ('a.pdf', '%PDF-1.4\n1 0 obj\n', 'it is PDF'), ('get', '{\\rtf1 a}', 'it is RTF'),
+    ('a.pdf', '%PDF-1.4\n1 0 obj\n', 'is PDF, which'), ('get', '{\\rtf1 a}', 'is RTF, which'),
     ('image', b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR', 'a binary file')])
 def test_refused_addresses(serve, capsys, name, body, part):
     address = serve(name, 'text/html', body)
