@@ -10,6 +10,7 @@ import json
 import math
 import os
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,8 +166,9 @@ def ending_all(layout: str):
             if store.check(['layout']):
                 try:
                     stop(store.get('layout').decode())
-                finally:    # the interpreter would wait for threads that wait for other ranks
-                    os._exit(2)
+                finally:
+                    time.sleep(2)   # the store may be rank 0's, and others still have to look
+                    os._exit(2)     # the interpreter would wait for threads that wait for ranks
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -269,10 +269,11 @@ def different_weights(ranks: Ranks, case: Case) -> list[str]:
     all that are missing on all ranks.
     """
     laid_out(ranks, case.layout)
+    put_edit(case.edit)
     expected = named_weights(build_model(GPTConfig(**{**MODEL, **case.model}), 1))
     model = build_model(GPTConfig(**{**MODEL, **case.model}), None, 'meta')
     parallel.place(model, ranks)
-    allocate(model, 'cpu')
+    allocate(model, 'cpu', parallel.put)
     init_weights(model, 1, parallel.put)
     mine = {name: parallel.gathered(p.detach()) for name, p in named_weights(model).items()}
     everywhere = set(sum(processes.exchange(list(mine)), []))

@@ -164,7 +164,7 @@ def test_error_in_one_stage_ends_all(tmp_path):
     for rank, process in enumerate(ranks):
         lines = process.communicate(timeout=120)[1].splitlines()
         said = [line for line in lines if 'error' in line]
-        assert process.returncode == 2 and len(said) == 1
+        assert process.returncode == 2 and len(said) == 1, lines
         assert said[0].startswith('[rank 1] ' * rank + 'error: pp=2: a small copy of this model '
                                   "fails, but not in one process: AttributeError: 'PassesOn'")
 
