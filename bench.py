@@ -17,7 +17,8 @@ data       prepare.py on a made-up corpus with planted duplicates, repeated pass
 What a machine can do is measured, too, by one large product of matrices and by reading memory, and
 speeds come as fractions of it (MFU, MBU). Sides take turns, round by round, after warm-up: median
 and spread. A peer runs in a process of its own, for ours sets much for its process; only memory is
-counted in one. Presets and flags may set whatever train.py knows. The last line is JSON.
+counted in one. Presets and flags may set whatever train.py knows. In a pipe or a file the last line
+is JSON.
 """
 import contextlib
 import functools
@@ -194,20 +195,17 @@ def output(name: str) -> Path:
 
 def draw(name: str, panels: list[tuple[str, str, dict]]) -> None:
     """Write a picture with a panel for each (label of x, label of y, {name of a line: (x, y)})."""
-    if not importlib.util.find_spec('matplotlib'):
-        stop('plot=True: matplotlib is not installed: pip install matplotlib')
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6 * len(panels), 4.5), layout='constrained')
-    for axes, (x_label, y_label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0],
-                                               panels):
-        for label, (x, y) in lines.items():
-            axes.plot(x, y, '.-', label=label, markersize=4)
-        axes.set(xlabel=x_label, ylabel=y_label)
-        axes.grid(alpha=0.3)
-        axes.legend()
+    def fill(figure):
+        places = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (x_label, y_label, lines) in zip(places, panels):
+            for label, (x, y) in lines.items():
+                axes.plot(x, y, '.-', label=label, markersize=4)
+            axes.set(xlabel=x_label, ylabel=y_label)
+            axes.grid(alpha=0.3)
+            axes.legend()
     path = output(name + '.png')
-    figure.savefig(path, dpi=120)
-    print(f'drawn in {path}')
+    if rundir.draw(path, fill, figsize=(6 * len(panels), 4.5), layout='constrained'):
+        print(f'drawn in {path}')
 
 
 def draw_speeds(times: dict[str, list[float]], n_tokens: int) -> None:
@@ -741,7 +739,8 @@ def bench_data() -> dict:
             stop(f'prepare.py ended with status {process.returncode}; its output was: '
                  f'{" ".join("".join(output).split())[-500:]}')
         seconds = time.perf_counter() - began
-        print(''.join(output))
+        # without what to do with it: it is gone in a moment
+        print(''.join(line for line in output if not re.search(r'report\.html|python ', line)))
         speeds = {what: float(speed) for what, speed in re.findall(
             r'^  ([a-z ]+): [\d,]+ MB in [\d,]+ s, ([\d.]+) MB/s', ''.join(output), re.MULTILINE)}
         result = {'what': 'data', 'corpus_mb': corpus_mb, 'line_mb': line_mb,
@@ -768,7 +767,8 @@ def main() -> dict:
     if vs and what in ('train', 'memory', 'race'):
         peers.nanogpt_source(vs)    # before ours takes its time
     result = ways[what]()
-    print(json.dumps(result))
+    if not sys.stdout.isatty():     # for programs; people have read it
+        print(json.dumps(result))
     return result
 
 

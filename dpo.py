@@ -7,6 +7,7 @@ directory. The first word is a chat model: a run, or a Hugging Face folder.
 """
 import copy
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import model as model_module
@@ -109,8 +110,7 @@ def check_settings() -> None:
         stop(f'label_smoothing={label_smoothing}: is for loss=dpo')
     if save_adapters and not lora_rank:
         stop('save_adapters=True: needs a lora_rank')
-    if not run_dir:
-        stop('no model given: python dpo.py out/sft --dataset=preference')
+    checkpoint.check_named(run_dir, 'dpo.py {} --dataset=preference')
     if not dataset:
         stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
 
@@ -236,7 +236,7 @@ def add_reference(parts, run: Path, key: str, model, rows, dev, ranks) -> None:
             for name, pairs in zip(names, parts)}
         if ranks.rank == 0:
             try:
-                save_file(tensors, run / '.tmp-reference')
+                hf.save_file(tensors, run / '.tmp-reference')
                 (run / '.tmp-reference').replace(path)
             except (OSError, SafetensorError) as e:
                 warn(f'{path} cannot be written ({e}); a resumed run will compute it again')
@@ -422,10 +422,10 @@ def main() -> dict:
             lora.save(model, run / 'adapter', run_dir, lora_dropout)
         log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
                   best_step=at.best_step)
-        rundir.plot_losses(run)
+        plotted = rundir.plot_losses(run)
         print(f'best validation loss {at.best_val_loss or math.nan:.4f} at step {at.best_step}; '
-              f'{run}/ has the checkpoints, log.jsonl and loss.png\n\nnext:\n'
-              f'  python sample.py {run}')
+              f'{run}/ has the checkpoints, log.jsonl' + ' and loss.png' * plotted + '\n\nnext:\n'
+              f'  python sample.py {shlex.quote(str(run))}')
     if ranks.rank == 0:
         saver.lock.close()
     processes.finish()

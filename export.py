@@ -30,9 +30,9 @@ PROBES = ("It's 12,345 words: DON'T\n\n\t  stop…\r\n", 'naïve façade Ωμέ�
           '👩‍🚀 x_y(); ', '  lead and trail  ', '\x00\x7f\u2028\u3000')
 
 
-def export_hf(model, tokenizer, folder: Path) -> dict:
+def export_hf(model, tokenizer, folder: Path, chat: bool) -> dict:
     """Write, read back, compare; returns the largest differences of logits that were found."""
-    hf.save(model, tokenizer, folder, dtype, int(shard_gb * 1e9))
+    hf.save(model, tokenizer, folder, dtype, int(shard_gb * 1e9), chat)
     for p in model.parameters():    # what the file can hold of the weights
         p.data = p.data.to(getattr(torch, dtype)).float()
     generator = torch.Generator().manual_seed(0)
@@ -73,6 +73,8 @@ def largest_difference(a, b) -> float:
 def compare_with_transformers(model, tokenizer, folder: Path, ids) -> float:
     """The largest difference of logits from those of transformers. Stops if its ids differ."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     again = AutoTokenizer.from_pretrained(folder)
     for text in probes(tokenizer):
@@ -87,8 +89,7 @@ def main() -> dict:
     """Export; returns the folder and the differences that the comparison found."""
     check_choice(globals(), to=('hf',), dtype=('float32', 'bfloat16', 'float16'))
     check_bounds(globals(), step=(0, None), shard_gb=(1e-6, None))
-    if not run_dir:
-        stop('no run given: python export.py out/shakespeare')
+    checkpoint.check_named(run_dir, 'export.py {}')
     folder = Path(export_dir or f'{run_dir.rstrip("/")}-hf')
     if folder.exists():
         stop(f'{folder} is there already; delete it, or give another --export_dir')
@@ -96,7 +97,7 @@ def main() -> dict:
     tmp = folder.with_name(f'.tmp-{folder.name}')
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        differences = export_hf(model, tokenizer, tmp)
+        differences = export_hf(model, tokenizer, tmp, state.get('task') == 'chat')
         os.rename(tmp, folder)
     except (OSError, SafetensorError) as e:
         stop(f'{folder}: {e}; nothing was exported')

@@ -8,6 +8,7 @@ What comes out is a run directory like any other: out/<config>/.
 """
 import functools
 import math
+import shlex
 import sys
 import time
 from collections import Counter
@@ -79,7 +80,8 @@ min_lr_fraction = 0.0       # what is left of the rate at the end
 # intervals, in steps
 eval_interval = 0           # 0: five times in all
 log_interval = 10
-answers = 3                 # chat: so many validation prompts are answered at each evaluation
+answers = 3                 # chat: so many validation prompts are answered at each evaluation, in
+                            # log.jsonl, and at the end on the screen
 answer_tokens = 100         # ... with at most so many tokens
 # system
 device = ''                 # '': cuda, else mps, else cpu
@@ -118,8 +120,7 @@ def check_settings() -> None:
             stop(f'{name}={globals()[name]}: does nothing with task={task}; leave it out')
     if against and not eval_only:
         stop(f'against={against}: is for --eval_only')
-    if not run_dir:
-        stop('no model given: python finetune.py out/python --dataset=my_chats.jsonl')
+    checkpoint.check_named(run_dir, 'finetune.py {} --dataset=my_chats.jsonl')
     if not dataset:
         stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
 
@@ -336,7 +337,8 @@ def take_stock(at, log, model, tokenizer, data, conversations, rows, dev, ranks,
     for record, text in zip(conversations, said):
         log.write('answer', step=at.step, question=record.messages[-2]['content'], answer=text,
                   expected=record.messages[-1]['content'])
-        print_above(ranks, f'--- {record.messages[-2]["content"]}\n{text}\n---')
+        if at.step == at.max_steps:     # those of other steps are in the log only
+            print_above(ranks, f'--- {record.messages[-2]["content"]}\n{text}\n---')
     return False
 
 
@@ -516,11 +518,10 @@ def end_run(run, at, log, test_rows, names, rows, dev, ranks, model) -> dict:
         lora.save(model, run / 'adapter', run_dir, lora_dropout)
     log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
               best_step=at.best_step, **{f'test_{k}': v for k, v in scores.items()})
-    if ranks.rank == 0:
-        rundir.plot_losses(run)
-    use = f'python sample.py {run}' + (' --classify="some text"' if names else '')
+    plotted = ranks.rank == 0 and rundir.plot_losses(run)
     print0(f'best validation loss {at.best_val_loss or math.nan:.4f} at step {at.best_step}; '
-           f'{run}/ has the checkpoints, log.jsonl and loss.png\n\nnext:\n  {use}')
+           f'{run}/ has the checkpoints, log.jsonl' + ' and loss.png' * plotted + '\n\nnext:\n'
+           f'  python sample.py {shlex.quote(str(run))}' + ' --classify="some text"' * bool(names))
     return scores
 
 

@@ -75,7 +75,8 @@ def main() -> dict:
         found = results[name] = figures(train)
         in_all = f'; {found["tokens"] / 1e6:,.1f} million tokens, {found["flops"]:.2e} FLOP in all'
         print(f'{name}\n  {line(found)}' + in_all * bool(found['tokens']))
-    print(json.dumps(results))
+    if not sys.stdout.isatty():     # for programs; people have read it
+        print(json.dumps(results))
     return results
 
 

@@ -84,17 +84,22 @@ def read_prompt() -> str | None:
                 return f.read()
         except (OSError, UnicodeDecodeError) as e:
             stop(f'prompt_file={prompt_file}: {e.strerror if isinstance(e, OSError) else e}')
-    on_terminal = sys.stdin is not None and sys.stdin.isatty()
-    if on_terminal and not prompt and not prompt_file:
-        return None
-    try:
-        text = prompt
-        if prompt_file == '-' or not (prompt or sys.stdin is None):
-            text = sys.stdin.read()
-        text.encode()
-    except UnicodeError as e:
-        stop(f'the prompt is not valid UTF-8 ({e.reason} at {e.start})')
-    return text
+    if prompt or sys.stdin is None:
+        return prompt
+    return None if sys.stdin.isatty() and not prompt_file else sys.stdin.read()
+
+
+def check_flags(chats: bool, asked: bool) -> None:
+    """Stop at a flag that does nothing in what is done: classes, a chat, or text that goes on."""
+    idle = ('prompt', 'prompt_file', 'num_samples', 'system', 'chat') if asked else \
+        ('num_samples',) if chats else ('system', 'chat' if chat else '')
+    for name in idle:
+        if name in FLAGS:
+            stop(f'{name}={globals()[name]}: does nothing ' + (
+                'with a classifier; leave it out' if asked else
+                'in a chat; add --chat=False' if chats else
+                f'here: {run_dir} continues text; leave it out, or give a chat model (see '
+                'finetune.py) and no --chat=False'))
 
 
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
@@ -278,20 +283,18 @@ def main() -> dict:
     check_bounds(globals(), num_samples=(1, None), max_new_tokens=(1, None), temperature=(0, None),
                  top_k=(0, None), top_p=(1e-6, 1), min_p=(0, 1), repetition_penalty=(1e-6, None),
                  step=(0, None), seed=(0, 2 ** 31 - 1), threads=(0, None))
+    checkpoint.check_named(run_dir, 'sample.py {}')
     asked = bool(classify or classify_file)
-    text = None if asked else read_prompt()
-    dev = hardware.choose(device, dtype, compile and not asked, threads, training=False)
-    model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name, classifier=asked)
-    print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:3])}', file=sys.stderr)
     try:
+        ''.join((prompt, system, classify)).encode()
+        text = None if asked else read_prompt()
+        dev = hardware.choose(device, dtype, compile and not asked, threads, training=False)
+        model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name, classifier=asked)
+        print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:3])}', file=sys.stderr)
+        chats = chat and state.get('task') == 'chat'
+        check_flags(chats, asked)
         if asked:
             return {'classes': write_classes(model, tokenizer, state, dev)}
-        chats = chat and state.get('task') == 'chat'
-        for name in ('num_samples',) if chats else ('system',):
-            if name in FLAGS:
-                stop(f'{name}={globals()[name]}: does nothing ' + (
-                    'in a chat; add --chat=False' if chats else
-                    'without a chat; leave it out, or give a run of finetune.py'))
         if chats:
             talk = Chat(model, tokenizer, dev)
             if text is not None:
@@ -303,6 +306,8 @@ def main() -> dict:
         while True:
             with contextlib.suppress(Stop):  # a character it does not know: that has been said
                 write_samples(model, tokenizer, input('> '), dev)
+    except UnicodeError as e:   # of standard input, or of a flag that holds other bytes
+        stop(f'the text given is not valid {e.encoding.upper()} ({e.reason} at {e.start})')
     except (KeyboardInterrupt, EOFError):
         print(file=sys.stderr)
     return {'texts': []}

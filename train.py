@@ -8,6 +8,7 @@ resumes an unfinished run.
 """
 import importlib.util
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -46,8 +47,9 @@ from model import (
     padded,
 )
 
-# filled by configure: the config file's name, what flags changed, what flags or it changed
-CONFIG, FLAGS, GIVEN = '', (), ()
+# filled by configure: the config file's name, the paths of all, what flags changed, what flags or
+# they changed
+CONFIG, CONFIGS, FLAGS, GIVEN = '', (), (), ()
 
 # run
 out_dir = ''                    # run directory; '': out/<config name>
@@ -433,16 +435,16 @@ def end_run(run: Path, log, at, text: str, fell_back: bool, about: str) -> None:
     if text:
         print(f'\n{text}\n')
     plotted = rundir.plot_losses(run)
-    config = f'config/{CONFIG}.py ' if CONFIG else ''
+    name = shlex.quote(str(run))
     best = f'{at.best_val_loss:.4f}' if at.best_val_loss else 'none'
     if at.skipped:
         print(f'{at.skipped} steps were skipped; log.jsonl says which and why ("event": "skip")')
     print(f'best validation loss {best} at step {at.best_step}, after {at.seconds:.0f} s of '
           f'training; {run}/ has the checkpoints, log.jsonl' + (' and loss.png' if plotted else '')
           + '\n\nnext:\n'
-          f'  python sample.py {run}                  # type a prompt, it goes on\n'
-          f'  python sample.py {run} --num_samples=3 --temperature=1.0 </dev/null\n'
-          f'  python train.py {config}--dataset=my_text.txt')
+          f'  python sample.py {name}                  # type a prompt, it goes on\n'
+          f'  python sample.py {name} --num_samples=3 --temperature=1.0 </dev/null\n'
+          '  python ' + shlex.join(['train.py', *CONFIGS, '--dataset=my_text.txt']))
     if fell_back:
         print(f'*** THIS WAS NOT {dataset.upper()} but {about}. With a network, or with '
               'DATA_MIRROR set, run the same command again ***')

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import model as model_module
 from core import hf, hf_tokenizer, lora
@@ -164,8 +165,11 @@ def lock(folder: Path):
     Stops if another process has it: two trainers in one directory would undo each other's work.
     """
     try:
+        str(folder).encode()    # safetensors could not read what it has written there
         folder.mkdir(parents=True, exist_ok=True)
         return locked(folder / '.lock', wait=False)
+    except UnicodeEncodeError:
+        stop(f'{folder}: is not a name in UTF-8; choose another --out_dir')
     except BlockingIOError:
         stop(f'{folder} is in use by another process that trains in it; wait for it, or give this '
              'run another --out_dir')
@@ -264,7 +268,7 @@ class Saver:
                     for kind, tensors in files.items():
                         if tensors:
                             name = f'{kind}{self.writers.suffix}.safetensors'
-                            save_file(tensors, tmp / name)
+                            hf.save_file(tensors, tmp / name)
                             written[name] = None
                     if self.writers.rank == 0:
                         tokenizer.save(tmp / 'tokenizer.json')
@@ -494,10 +498,22 @@ def find_model(name: str, data_dir: str = 'data', weights: bool = True,
     if folder.is_dir():
         names = ', '.join(sorted(path.name for path in folder.iterdir())[:5]) or 'nothing'
         stop(f'{folder}: holds no checkpoint (step-*) and no config.json, only {names}' + NO_PICKLE)
-    runs = ', '.join(sorted(str(path.parent) for path in Path('out').glob('*/log.jsonl')))
     return stop(f'{setting}={name}: {"is a file" if folder.exists() else "no such directory"}, '
-                'and no name on the hub; '
-                + (f'there are {runs}' if runs else 'train first: python train.py') + NO_PICKLE)
+                f'and no name on the hub; {known_runs()[1]}' + NO_PICKLE)
+
+
+def known_runs() -> tuple[str, str]:
+    """The newest run in out/, and a phrase that names all of them, the newest first."""
+    logs = sorted(Path('out').glob('*/log.jsonl'), key=os.path.getmtime, reverse=True)
+    runs = [shlex.quote(str(path.parent)) for path in logs] or ['out/shakespeare']
+    return runs[0], f'there are {", ".join(runs)}' if logs else 'train first: python train.py'
+
+
+def check_named(run_dir: str, command: str) -> None:
+    """Stop with the runs that there are, and how `command` takes one, if no model is given."""
+    newest_run, runs = known_runs()
+    if not run_dir:
+        stop(f'no model given: python {command.format(newest_run)} ({runs})')
 
 
 def load_tokenizer(name: str, data_dir: str = 'data'):
@@ -524,7 +540,9 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
         if classifier:
             stop(f'run_dir={run_dir}: is no classifier; make one with finetune.py --task=classify')
         model, tokenizer = hf.load(folder, device)
-        return model, tokenizer, {'step': 0, 'config': asdict(model.config), 'identity': {}}
+        task = 'chat' if hf.is_chat(folder, tokenizer) else ''
+        return model, tokenizer, {'step': 0, 'config': asdict(model.config), 'identity': {},
+                                  'task': task}
     if step and step not in found:
         stop(f'step={step}: {folder} has checkpoints of steps {", ".join(map(str, found))} only')
     if step:

@@ -121,7 +121,7 @@ def choose_device(device: str, local_rank: int) -> tuple[str, str, str]:
     has_mps = torch.backends.mps.is_available()
     if not device:
         device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
-        why = 'the best there is'
+        why = 'no GPU found' if device == 'cpu' else 'found'
     else:
         why = 'as asked'
     kind, _, index = device.partition(':')

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file as save_private
 
 from core.download import fetch, locked
 from core.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
-from core.settings import stop
+from core.settings import stop, warn
 from core.tokenizer import CHAT_TEMPLATE, Tokenizer
 from model import GPT, GPTConfig, build_model
 
@@ -377,9 +377,36 @@ def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer]:
     return model.eval(), tokenizer
 
 
+def save_file(tensors: dict, path: Path, metadata: dict | None = None) -> None:
+    """Write a safetensors file that others may read, too, as the umask and the folder say; the
+    library's own function makes it for its owner only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_private(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
+def template_of(tokenizer: Tokenizer) -> str:
+    """The chat template of a model that finetune.py has tuned."""
+    return '{{- bos_token -}}' * tokenizer.add_bos + CHAT_TEMPLATE
+
+
+def is_chat(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a folder holds a chat model of ours. Warns if it has another chat template."""
+    path = folder / 'tokenizer_config.json'
+    found = read_json(path).get('chat_template') if path.is_file() else None
+    if (folder / 'chat_template.jinja').is_file():      # transformers 5 writes it there
+        found = (folder / 'chat_template.jinja').read_text(encoding='utf-8', errors='replace')
+    ours = found == template_of(tokenizer) and tokenizer.knows_chat()
+    if found and not ours:
+        warn(f'{folder}: has a chat template that is not ours and is not used: it continues text')
+    return ours
+
+
 def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
-         shard_bytes: int = 5_000_000_000) -> None:
-    """Write a folder that transformers 4 and 5 load without any code of ours."""
+         shard_bytes: int = 5_000_000_000, chat: bool = False) -> None:
+    """Write a folder that transformers 4 and 5 load without any code of ours; of a `chat` model
+    with its template, by which is_chat knows it again."""
     config = model.config
     tensors = {key: p.to(getattr(torch, dtype)) for key, p in to_hf(model).items()}
     groups, room = [{}], shard_bytes
@@ -408,8 +435,7 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
             'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': names.get(bos),
             'eos_token': names[eos], 'pad_token': names[eos], 'add_bos_token': tokenizer.add_bos,
             'model_max_length': config.block_size, 'clean_up_tokenization_spaces': False,
-            **({'chat_template': '{{- bos_token -}}' * tokenizer.add_bos + CHAT_TEMPLATE}
-               if ends else {})}}
+            **({'chat_template': template_of(tokenizer)} if chat else {})}}
     if len(groups) > 1:
         files[INDEX] = {'metadata': {'total_size': sum(p.nbytes for p in tensors.values())},
                         'weight_map': index}

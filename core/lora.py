@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from core import hf
@@ -147,6 +146,6 @@ def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
               'target_modules': sorted(targets), 'lora_dropout': dropout, 'bias': 'none',
               'fan_in_fan_out': kind == 'gpt2', 'inference_mode': True}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
+    hf.save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
     (folder / 'adapter_config.json').write_text(json.dumps(config, indent=1) + '\n',
                                                 encoding='utf-8')

@@ -4,6 +4,7 @@
 variables; without torchrun there is one process and everything here is a no-op.
 """
 import atexit
+import contextlib
 import functools
 import json
 import logging
@@ -143,7 +144,6 @@ def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
     if ranks.world == 1:    # to measure what sharding costs
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress)
         store, rank, world = next(dist.rendezvous('env://', timeout=timeout))
         if ranks.local_world == world:
             # torchrun keeps its store when it starts processes again: what those before them left
@@ -151,6 +151,8 @@ def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
             # count restarts differently; they can be told not to share their store.)
             count = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
             store = dist.PrefixStore(f'start-{count}', store)
+        sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress, store)
+        atexit.register(tell_end, store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
     # files take some ranks longer than others
@@ -176,8 +178,15 @@ def form_mesh(ranks: Ranks, kind: str, timeout=timedelta(minutes=10)) -> None:
         _set_pg_timeout(timeout, ranks.mesh.get_group(name))
 
 
+def tell_end(store) -> None:
+    """Leave word for the other ranks that this one has ended by itself, and said why."""
+    with contextlib.suppress(RuntimeError):     # it may have gone with rank 0
+        store.set('ended', '')
+
+
 def finish() -> None:
     """Leave the process group."""
+    atexit.unregister(tell_end)
     if dist.is_initialized():
         # Gloo's threads need the interpreter to let go of their last tensors; if it ends at that
         # moment, both wait for each other for ever.
@@ -244,8 +253,9 @@ def broadcast(value, patient: bool = False):
     return json.loads(bytes(data.tolist()))
 
 
-def explain(otherwise, ranks: Ranks, progress, kind, error, trace) -> None:
-    """Says in one line that other ranks are silent or lost, if that is what ended this process."""
+def explain(otherwise, ranks: Ranks, progress, store, kind, error, trace) -> None:
+    """Says in one line that other ranks are silent or lost, if that is what ended this process; and
+    nothing if one of them has ended by itself: then its message stands above."""
     cause = error
     while cause.__cause__:      # a pipeline's stage wraps what ended it
         cause = cause.__cause__
@@ -254,9 +264,13 @@ def explain(otherwise, ranks: Ranks, progress, kind, error, trace) -> None:
         otherwise(kind, error, trace)
         return
     what = 'heard nothing from' if 'imed out' in str(cause) else 'lost'
-    print(f'[rank {ranks.rank}] error: {what} another of {ranks.world} ranks in step '
-          f'{progress.step + 1} ({str(cause).strip().splitlines()[0]}); so this one ends, and the '
-          'same command resumes the run', file=sys.stderr, flush=True)
+    said = False
+    with contextlib.suppress(RuntimeError):
+        said = store.check(['ended'])
+    if not said:
+        print(f'[rank {ranks.rank}] error: {what} another of {ranks.world} ranks in step '
+              f'{progress.step + 1} ({str(cause).strip().splitlines()[0]}); so this one ends, and '
+              'the same command resumes the run', file=sys.stderr, flush=True)
     # The interpreter would wait for gloo's threads, and those for ranks that are gone. It has
     # waited for other threads, such as one that saves, when this is called.
     atexit.register(os._exit, 2)

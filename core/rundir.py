@@ -9,6 +9,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -334,24 +335,31 @@ def service_loggers(run: Path, settings: dict, wandb: bool, tensorboard: bool) -
 
 
 def plot_losses(run: Path) -> bool:
-    """Draw loss.png from log.jsonl; False where that cannot be done (no matplotlib, no room)."""
+    """Draw loss.png from log.jsonl; returns whether that was possible."""
+    def fill(figure):
+        axes = figure.subplots()
+        for event, key, style in (('step', 'train_loss', '-'), ('eval', 'val_loss', 'o-')):
+            found = read_log(run, event)
+            axes.plot([e['step'] for e in found], [e[key] for e in found], style,
+                      label=key.replace('_', ' '))
+        axes.set(xlabel='step', ylabel='nats per token', title=run.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return draw(run / 'loss.png', fill, figsize=(8, 5))
+
+
+def draw(path: Path, fill, **options) -> bool:
+    """Write the picture that fill(figure) draws. A failure, whatever it is, is a warning: the
+    numbers are more important than their picture. Returns whether it was drawn."""
     try:
+        if '~' in os.path.expanduser('~'):  # a user without a home, as in a container
+            os.environ.setdefault('MPLCONFIGDIR', f'{tempfile.gettempdir()}/mpl-{os.getuid()}')
         from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(8, 5))
-    axes = figure.subplots()
-    for event, key, style in (('step', 'train_loss', '-'), ('eval', 'val_loss', 'o-')):
-        found = read_log(run, event)
-        axes.plot([e['step'] for e in found], [e[key] for e in found], style,
-                  label=key.replace('_', ' '))
-    axes.set(xlabel='step', ylabel='nats per token', title=run.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        figure.savefig(run / 'loss.png', dpi=120)
-    except OSError as e:
-        warn(f'{run}/loss.png could not be written ({e.strerror})')
+        figure = Figure(**options)
+        fill(figure)
+        figure.savefig(path, dpi=120)
+    except Exception as e:
+        warn(f'{path} was not drawn ({type(e).__name__}: {" ".join(str(e).split())[:200]})')
         return False
     return True
 

@@ -13,16 +13,31 @@ import io
 import math
 import os
 import runpy
+import symtable
 import sys
 import time
 import tokenize
 import traceback
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 from tqdm import tqdm
+
+# What nanoGPT, Hugging Face and others call our settings.
+OTHER_NAMES = {
+    'epochs': 'num_epochs num_train_epochs',
+    'max_steps': 'max_iters num_iters lr_decay_iters steps epochs num_epochs num_train_epochs',
+    'learning_rate': 'lr max_lr', 'min_lr_fraction': 'min_lr', 'grad_clip': 'max_grad_norm',
+    'micro_batch_size': 'gradient_accumulation_steps accumulate', 'eval_tokens': 'eval_iters',
+    'block_size': 'context_length n_ctx seq_len max_seq_len max_seq_length max_length',
+    'max_new_tokens': 'max_length', 'n_embd': 'd_model hidden_size', 'lora_rank': 'r lora_r',
+    'log_interval': 'logging_steps', 'dtype': 'precision bf16 fp16', 'prompt': 'start',
+    'temperature': 'temp', 'num_samples': 'n', 'run_dir': 'model model_name_or_path',
+    'init_from': 'model model_name_or_path', 'val_fraction': 'val_split test_size'}
+NOT_RUN = '; it was not run: a config file assigns settings, and names of its own that begin with _'
 
 
 class Stop(SystemExit):
@@ -43,8 +58,9 @@ def stop(message: str) -> NoReturn:
 
 
 def warn(message: str) -> None:
-    """Print a one-line warning on standard error; the work goes on."""
-    tqdm.write('warning: ' + message, file=sys.stderr)  # does not tear a progress bar
+    """Print a one-line warning on standard error, if this is rank 0; the work goes on."""
+    if os.environ.get('RANK', '0') == '0':  # what others would warn of is the same
+        tqdm.write('warning: ' + message, file=sys.stderr)  # does not tear a progress bar
 
 
 def is_setting(name: str, value) -> bool:
@@ -79,15 +95,16 @@ def check_choice(settings: dict, **choices) -> None:
 def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     """Apply the command line `argv` to the globals `script` of a script, in place.
 
-    Words ending in .py are config files, --name=value are flags, other words fill the settings
-    listed in the script's POSITIONAL, the last of them taking the rest. Sets
-    CONFIG to the name of the last config file, FLAGS to the names of the settings given as flags,
-    and GIVEN to all that were given. `also` are the globals of another script, for the names that
-    `script` lacks.
+    Words ending in .py are config files if the script has a CONFIG, --name=value are flags, other
+    words fill the settings listed in the script's POSITIONAL, the last of them taking the rest.
+    Sets CONFIG to the name of the last config file, CONFIGS to the paths of all, FLAGS to the names
+    of the settings given as flags, and GIVEN to all that were given. `also` are the globals of
+    another script, for the names that `script` lacks.
     Stops with a message on anything unknown, of the wrong type or unreadable.
     """
     sys.excepthook = interrupted
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    open_streams()
+    for stream in (sys.stdout, sys.stderr):
         outlive(stream, script.get('ENDS_WITH_STDOUT', False) and stream is sys.stdout)
     if '--help' in argv or '-h' in argv:
         print_help(script)
@@ -95,28 +112,40 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     known = {name: script for name in settings_of(script)}
     known = {name: also for name in settings_of(also or {})} | known
     positional = list(script.get('POSITIONAL', ()))
-    words, flags, given, config = [], [], [], ''
+    takes_configs = 'CONFIG' in script or 'CONFIG' in (also or {})
+    words, flags, given, configs = [], [], [], []
     for word in argv:
-        if word.startswith('--'):
-            name, equals, text = word[2:].partition('=')
+        if word.startswith('-'):
+            name, equals, text = word.removeprefix('--').partition('=')
             owner = find_owner(known, name, word)
             owner[name] = parse(owner[name], name, text if equals else None, word)
             flags.append(name)
-        elif word.endswith('.py'):
-            for name, value in read_config(word).items():
+        elif takes_configs and word.endswith('.py'):
+            for name, value in read_config(word, known).items():
                 owner = find_owner(known, name, f'{word}: {name}={value!r}')
                 owner[name] = convert(owner[name], name, value, f'{word}: {name}={value!r}')
                 given.append(name)
-            config = Path(word).stem
+            configs.append(word)
         elif positional:
             words.append(word)
         else:
             stop(f'{word}: unexpected word; {script_name(script)} takes config files (*.py) and '
-                 f'flags (--setting=value); --help lists the settings')
+                 f'flags (--setting=value)' + (near_config(word) or '; --help lists the settings'))
     for i, name in enumerate(positional[:len(words)]):
         script[name] = ','.join(words[i:]) if i == len(positional) - 1 else words[i]
     for scope in filter(None, (script, also)):
-        scope |= {'CONFIG': config, 'FLAGS': tuple(flags), 'GIVEN': (*given, *flags)}
+        scope |= {'FLAGS': tuple(flags), 'GIVEN': (*given, *flags)}
+        if takes_configs:
+            scope |= {'CONFIG': Path(configs[-1]).stem if configs else '', 'CONFIGS': configs}
+
+
+def open_streams() -> None:
+    """See to it that no output fails: what the encoding lacks is written as \\u2026, and a stream
+    that is closed (Python has None for it) takes all. Input must be in its encoding."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, 'w', encoding='utf-8')
+                              for stream in (sys.stdout, sys.stderr))
+    for stream in filter(lambda x: isinstance(x, io.TextIOWrapper), (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors='strict' if stream is sys.stdin else 'backslashreplace')
 
 
 def outlive(stream, ends: bool) -> None:
@@ -143,12 +172,15 @@ def interrupted(kind, value, trace) -> None:
         sys.__excepthook__(kind, value, trace)
 
 
-def find_owner(known: dict[str, dict], name: str, word: str) -> dict:
+def find_owner(known: dict[str, dict], name: str, word: str, more: str = '') -> dict:
     """The globals that hold the setting `name`, or stop and suggest the nearest name."""
     if name not in known:
-        near = difflib.get_close_matches(name.replace('-', '_'), known, n=1, cutoff=0.5)
-        stop(f'{word}: no setting named {name!r}'
-             + (f', did you mean {near[0]!r}?' if near else '; --help lists the settings'))
+        same = name.replace('-', '_')
+        near = [ours for ours, others in OTHER_NAMES.items()
+                if same in others.split() and ours in known] or \
+            difflib.get_close_matches(same, known, n=1, cutoff=0.5)
+        stop(f'{word}: no setting named {name!r}' + (
+            f', did you mean {near[0]!r}?' if near else '; --help lists the settings') + more)
     return known[name]
 
 
@@ -156,12 +188,29 @@ def script_name(script: dict) -> str:
     return Path(script.get('__file__', 'this script')).name
 
 
-def read_config(path: str) -> dict:
-    """Run the config file `path` and return the names it defines, without modules and _private."""
+def near_config(word: str) -> str:
+    """A question that offers the config file which `word` may mean, '' if there is none."""
+    beside = Path(word).parent.glob('*.py') if word.endswith('.py') else ()
+    paths = {path.stem: path for path in (*Path('config').rglob('*.py'), *beside)}
+    near = difflib.get_close_matches(Path(word).stem, paths, n=1)
+    return f', did you mean {paths[near[0]]}?' if near else ''
+
+
+def read_config(path: str, known: dict) -> dict:
+    """Run the config file `path` and return what it defines, without _private names, modules,
+    functions and classes. A file that assigns anything but settings is refused before it runs: it
+    is another program."""
     if not Path(path).is_file():
-        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob('*.py')), n=1)
-        stop(f'{path}: no such config file' + (f', did you mean {near[0]}?' if near else ''))
+        stop(f'{path}: no such config file' + near_config(path))
     try:
+        text = Path(path).read_bytes()
+        bound = {symbol.get_name(): symbol for symbol in symtable.symtable(
+            text, path, 'exec').get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+        for name, symbol in bound.items():
+            if not (symbol.is_imported() or symbol.is_namespace() or name.startswith('_')):
+                find_owner(known, name, f'{path}: {name}', NOT_RUN)
+        if b'import *' not in text and not known.keys() & bound.keys():
+            stop(f'{path}: assigns no setting' + NOT_RUN)
         found = runpy.run_path(path)
     except SyntaxError as e:
         stop(f'{path}, line {e.lineno}: {e.msg}')
@@ -169,8 +218,8 @@ def read_config(path: str) -> dict:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
         text = ' '.join(str(e).split())
         stop(f'{path}, line {lines[-1] if lines else "?"}: {type(e).__name__}: {text}')
-    return {name: value for name, value in found.items()
-            if not name.startswith('_') and not isinstance(value, ModuleType)}
+    return {name: value for name, value in found.items() if name in known or not (
+        name.startswith('_') or isinstance(value, ModuleType) or callable(value))}
 
 
 def parse(default, name: str, text: str | None, word: str):
@@ -206,13 +255,21 @@ def print_help(script: dict) -> None:
     comments = setting_comments(Path(script['__file__']).read_text(encoding='utf-8'))
     print((script.get('__doc__') or '').strip() + '\n\nsettings:')
     for name, value in settings_of(script).items():
-        print(f'  --{name}={value}'.ljust(36) + comments.get(name, ''))
+        comment = comments.get(name, '').replace('\n', f'\n{"":36}')
+        print(f'  --{name}={value}'.ljust(36) + comment)
 
 
 def setting_comments(source: str) -> dict[str, str]:
-    """The trailing comment of each module-level assignment in `source`, by name."""
-    by_line = {t.start[0]: t.string.lstrip('# ') for t in
+    """The trailing comment of each module-level assignment in `source`, by name, with the lines
+    below it on which it goes on."""
+    by_line = {t.start[0]: t for t in
                tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-    return {node.targets[0].id: by_line[node.end_lineno] for node in ast.parse(source).body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-            and node.end_lineno in by_line}
+    goes_on = lambda t: t and t.start[1] and t.line.lstrip().startswith('#')
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and \
+                node.end_lineno in by_line:
+            below = takewhile(goes_on, map(by_line.get, count(node.end_lineno + 1)))
+            found[node.targets[0].id] = '\n'.join(
+                t.string.lstrip('# ') for t in (by_line[node.end_lineno], *below))
+    return found

@@ -472,7 +472,8 @@ def learn_merges(pieces: dict[str, int], n_tokens: int) -> list[bytes]:
                 places[key] = part
 
     add(np.flatnonzero((ids >= 0) & (ids[after] >= 0)))
-    with tqdm(total=n_tokens, initial=256, desc='merging', unit='token', leave=False) as bar:
+    with tqdm(total=n_tokens, initial=256, desc='merging', unit='token', leave=False,
+              delay=2) as bar:
         while len(tokens) < n_tokens and heap:
             n, key = heapq.heappop(heap)
             a, b = key >> 32, key & 0xffffffff

@@ -47,7 +47,7 @@ def test_choice_on_a_cpu(monkeypatch):
         'cpu', 'cpu', 'float32', False)
     assert chosen.peak_flops == 0
     device, dtype, compile, peak = chosen.why
-    assert device == 'device cpu (Some CPU, the best there is, 1 threads)'
+    assert device == 'device cpu (Some CPU, no GPU found, 1 threads)'
     assert dtype.startswith('dtype float32 (') and 'bfloat16' in dtype
     assert compile == 'compile off (as asked)'
     assert peak.startswith('peak unknown')
@@ -132,7 +132,7 @@ def test_gpu_that_is_not_there(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda number: f'GPU {number}')
-    assert hardware.choose_device('', 1) == ('cuda', 'cuda:1', 'GPU 1, the best there is')
+    assert hardware.choose_device('', 1) == ('cuda', 'cuda:1', 'GPU 1, found')
     assert hardware.choose_device('cuda:0', 1) == ('cuda', 'cuda:0', 'GPU 0, as asked')
     for device, local_rank in (('cuda:2', 0), ('cuda', 2), ('', 2)):
         message = stopped(capsys, lambda d=device, r=local_rank: hardware.choose_device(d, r))

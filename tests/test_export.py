@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import stopped_at_last as stopped
 
+import dpo
 import export
+import finetune
 import sample
 from core import checkpoint, hf
 
@@ -75,9 +77,62 @@ def test_the_folder_is_a_model_again(run_train, run_export, monkeypatch, capsys)
         assert (Path(again) / file).read_bytes() == (Path(folder) / file).read_bytes()
 
 
+@pytest.fixture
+def tuned(run_stage, chats):
+    """A chat model."""
+    return run_stage(finetune, dataset=str(chats), max_steps=2, answers=0)['run_dir']
+
+
+@pytest.mark.parametrize('way', ['ours', 'jinja', 'theirs', 'base'])
+def test_a_chat_model_comes_back(tuned, base, run_export, monkeypatch, capsys, way):
+    """In every stage; someone else's template is named, and a base model stays one."""
+    folder = Path(run_export(run_dir=base if way == 'base' else tuned)['folder'])
+    path = folder / 'tokenizer_config.json'
+    found = json.loads(path.read_text())
+    assert ('chat_template' in found) == (way != 'base')
+    if way == 'jinja':      # as transformers 5 writes it
+        (folder / 'chat_template.jinja').write_text(found.pop('chat_template'))
+    elif way == 'theirs':
+        found['chat_template'] = found['chat_template'].replace('<|end|>', '<|im_end|>')
+    path.write_text(json.dumps(found))
+    capsys.readouterr()
+    model, tokenizer, state = checkpoint.load_run(str(folder))
+    assert (state['task'] == 'chat') == (way in ('ours', 'jinja'))
+    err = capsys.readouterr().err
+    assert err.count('has a chat template that is not ours') == (way == 'theirs')
+    seen = []
+    monkeypatch.setattr(sample, 'generate', lambda model, prompts, n, stop_tokens, **options: (
+        seen.append((prompts[0], stop_tokens)) or iter([[tokenizer.encode('n')[0]],
+                                                        [tokenizer.special['<|end|>']]])))
+    monkeypatch.setattr(sample, 'run_dir', str(folder))
+    monkeypatch.setattr(sample, 'prompt', 'x')
+    texts = sample.main()['texts']
+    if state['task'] == 'chat':
+        assert texts == ['n'] and tokenizer.special['<|end|>'] in seen[0][1]
+        assert seen[0][0] == tokenizer.encode_chat([{'role': 'user', 'content': 'x'}], reply=True)
+    else:
+        assert seen[0][0] == tokenizer.encode('x') and seen[0][1] == {tokenizer.eos}
+
+
+@pytest.mark.parametrize('mask', [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_gives(run_stage, run_export, chats, preferences, mask):
+    before = os.umask(mask)
+    try:
+        tuned = run_stage(finetune, dataset=str(chats), max_steps=2, answers=0, lora_rank=2,
+                          save_adapters=True, out_dir='out/tuned')['run_dir']
+        run_stage(dpo, run_dir=tuned, dataset=str(preferences), max_steps=2, out_dir='out/dpo')
+        run_export(run_dir=tuned)
+    finally:
+        os.umask(before)
+    files = [path for path in Path('out').rglob('*') if path.is_file() and path.suffix != '.py'
+             and not str(path).startswith('out/base')]      # made before
+    assert len({path.name for path in files if path.suffix == '.safetensors'}) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
 def test_what_is_refused(run_train, run_export, capsys):
     run_dir = run_train(max_steps=2)['run_dir']
-    assert stopped(capsys, run_export).startswith('no run given')
+    assert stopped(capsys, run_export).startswith('no model given')
     assert 'out/tiny' in stopped(capsys, lambda: run_export(run_dir='out/none'))
     assert stopped(capsys, lambda: run_export(run_dir=run_dir, to='gguf')).startswith('to=gguf')
     assert stopped(capsys, lambda: run_export(run_dir=run_dir, dtype='int8')).startswith('dtype=')

@@ -233,7 +233,7 @@ def test_llama3_rope_in_full(folder):
 
 
 def test_chat_template(tokenizer, tmp_path):
-    hf.save(our_model('qwen3'), tokenizer, tmp_path / 'chat')
+    hf.save(our_model('qwen3'), tokenizer, tmp_path / 'chat', chat=True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'chat')
     chat = [{'role': 'system', 'content': 'Be brief.\n'}, {'role': 'user', 'content': ' {{x}} é '},
             {'role': 'assistant', 'content': ''}, {'role': 'user', 'content': "'<b>'"}]
@@ -369,7 +369,8 @@ def test_bos_in_front(tokenizer, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'bos')
     assert theirs('x').input_ids == ours.prompt('x') and theirs.bos_token_id == 700
     chats = ours.with_chat()
-    hf.save(our_model('llama', vocab_size=len(chats)), chats, tmp_path / 'chat')
+    hf.save(our_model('llama', vocab_size=len(chats)), chats, tmp_path / 'chat', chat=True)
+    assert hf.is_chat(tmp_path / 'chat', chats) and not hf.is_chat(tmp_path / 'bos', ours)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'chat')
     chat = [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]
     found = theirs.apply_chat_template(chat)

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+import dpo
+import export
+import finetune
 import sample
 import train
 from core.settings import Stop
@@ -116,7 +119,36 @@ def test_prompt_that_is_no_utf8(trained):
                           input=b'\xff', capture_output=True, timeout=120)
     assert done.returncode == 2
     message, = done.stderr.decode().strip().splitlines()
-    assert message.startswith('error: the prompt is not valid UTF-8 (')
+    assert message.startswith('error: the text given is not valid UTF-8 (')
+
+
+@pytest.mark.parametrize('flag, value', [('chat', True), ('system', 'Be brief.')])
+def test_a_base_model_does_not_chat(run_sample, monkeypatch, capsys, flag, value):
+    monkeypatch.setattr(sample, 'FLAGS', (flag,))
+    with pytest.raises(Stop):
+        run_sample(**{flag: value}, prompt='def ')
+    assert f'{flag}={value}: does nothing here: out/tiny continues' in capsys.readouterr().err
+    assert run_sample(**{flag: value, 'chat': False}, prompt='def ') if flag == 'chat' else True
+
+
+@pytest.mark.parametrize('stage', [sample, export, finetune, dpo], ids=lambda x: x.__name__)
+def test_no_model_given(run_sample, monkeypatch, capsys, stage):
+    monkeypatch.setattr(stage, 'run_dir', '')
+    Path('out/my run').mkdir()
+    Path('out/my run/log.jsonl').touch()
+    with pytest.raises(Stop):
+        stage.main()
+    message = capsys.readouterr().err
+    assert f"python {stage.__name__}.py 'out/my run'" in message
+    assert "there are 'out/my run', out/tiny" in message
+
+
+@pytest.mark.parametrize('settings', [dict(prompt='x\udce9'), dict(system='x\udce9'),
+                                      dict(classify='x\udce9')])
+def test_a_flag_that_is_no_utf8(run_sample, capsys, settings):
+    with pytest.raises(Stop):
+        run_sample(**settings)
+    assert 'error: the text given is not valid UTF-8 (' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('settings, parts', [

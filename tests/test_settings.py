@@ -1,4 +1,5 @@
 """core/settings.py: the command line, config files, and the one way to stop."""
+import io
 import os
 import runpy
 import subprocess
@@ -7,7 +8,13 @@ from pathlib import Path
 
 import pytest
 from conftest import stopped
+from tqdm import tqdm
 
+import bench
+import dpo
+import export
+import finetune
+import plan
 import prepare
 import sample
 import train
@@ -33,6 +40,11 @@ others = ''
 pair = (1, 2)               # no setting either
 long_one = ('a'
             'b')            # on its last line
+more = 0                    # begins here
+                            # and ends here
+
+# a section
+last = 0                    # alone
 
 
 def helper():
@@ -43,8 +55,8 @@ def helper():
 def fake(**more) -> dict:
     """The globals of a script."""
     return {'__file__': 'stage.py', 'batch_size': 12, 'block_size': 64, 'learning_rate': 6e-4,
-            'compile': False, 'out_dir': '', 'LIMIT': 10, '_private': 1, 'pair': (1, 2),
-            'main': lambda: None, 'os': os, **more}
+            'compile': False, 'out_dir': '', 'CONFIG': '', 'LIMIT': 10, '_private': 1,
+            'pair': (1, 2), 'main': lambda: None, 'os': os, **more}
 
 
 def config(tmp_path, text: str, name: str = 'tiny.py') -> str:
@@ -142,7 +154,7 @@ def test_settings_of_another_script(tmp_path, capsys):
     path = config(tmp_path, 'n_layer = 3\nbatch_size = 5\n')
     configure(script, [path, '--block_size=7', '--n_layer=4'], also)
     assert (script['batch_size'], script['block_size'], 'n_layer' in script) == (5, 7, False)
-    assert also == {'n_layer': 4, 'batch_size': 99, 'CONFIG': 'tiny',
+    assert also == {'n_layer': 4, 'batch_size': 99, 'CONFIG': 'tiny', 'CONFIGS': [path],
                     'FLAGS': ('block_size', 'n_layer'),
                     'GIVEN': ('n_layer', 'batch_size', 'block_size', 'n_layer')}
     assert all(script[name] == also[name] for name in ('CONFIG', 'FLAGS', 'GIVEN'))
@@ -151,8 +163,8 @@ def test_settings_of_another_script(tmp_path, capsys):
 
 
 def test_unexpected_word(capsys):
-    message = refused(capsys, 'shakespeare')
-    assert message.startswith('shakespeare: unexpected word; stage.py takes')
+    message = refused(capsys, 'nothing')
+    assert message.startswith('nothing: unexpected word; stage.py takes')
     assert '--help' in message
 
 
@@ -174,7 +186,7 @@ def test_what_is_no_setting_cannot_be_set(capsys, tmp_path, name):
     assert f'no setting named {name!r}' in refused(capsys, f'--{name}=1')
     if not name.startswith('_'):
         path = config(tmp_path, f'{name} = 1\n')
-        assert f'{path}: {name}=1: no setting named {name!r}' in refused(capsys, path)
+        assert f'{path}: {name}: no setting named {name!r}' in refused(capsys, path)
 
 
 @pytest.mark.parametrize('word,kind,default', [
@@ -223,7 +235,7 @@ def test_config_arithmetic_modules_and_private_names(tmp_path):
 
 
 @pytest.mark.parametrize('line,part', [
-    ('batchsize = 3', "batchsize=3: no setting named 'batchsize', did you mean 'batch_size'?"),
+    ('batchsize = 3', "batchsize: no setting named 'batchsize', did you mean 'batch_size'?"),
     ('batch_size = "3"', "batch_size='3': batch_size takes a"),
     ('batch_size = True', 'batch_size=True: batch_size takes a'),
     ('batch_size = 1.5', 'batch_size=1.5: batch_size takes a'),
@@ -245,16 +257,16 @@ def test_config_that_does_not_run(capsys, tmp_path):
     assert refused(capsys, path).startswith(f'{path}, line 3: ZeroDivisionError: ')
     path = config(tmp_path, 'def f():\n    return unknown\n\nbatch_size = f()\n')
     assert refused(capsys, path).startswith(f'{path}, line 2: NameError: ')
-    path = config(tmp_path, 'import no_such_module\n')
-    assert refused(capsys, path).startswith(f'{path}, line 1: ModuleNotFoundError: ')
+    path = config(tmp_path, 'batch_size = 5\nimport no_such_module\n')
+    assert refused(capsys, path).startswith(f'{path}, line 2: ModuleNotFoundError: ')
 
 
 def test_config_error_names_the_line_of_the_config(capsys, tmp_path):
     """Also where the exception came from deep inside a library."""
     path = config(tmp_path, 'import json\n\nbatch_size = json.loads("{")\n')
     assert refused(capsys, path).startswith(f'{path}, line 3: JSONDecodeError: ')
-    path = config(tmp_path, 'raise ValueError("one\\ntwo")\n')
-    assert refused(capsys, path).startswith(f'{path}, line 1: ValueError: one')
+    path = config(tmp_path, 'batch_size = 5\nraise ValueError("one\\ntwo")\n')
+    assert refused(capsys, path).startswith(f'{path}, line 2: ValueError: one')
 
 
 def test_missing_config(capsys, tmp_path, monkeypatch):
@@ -267,6 +279,99 @@ def test_missing_config(capsys, tmp_path, monkeypatch):
     (tmp_path / 'folder.py').mkdir()
     for path in ('nowhere/q.py', 'folder.py'):
         assert refused(capsys, path).startswith(f'{path}: no such config file')
+
+
+RAN = 'raise SystemExit("it was run")\n'
+DOORS = {'train': vars(train), 'finetune': vars(finetune), 'dpo': vars(dpo), 'bench': vars(bench)}
+
+
+@pytest.mark.parametrize('text', [
+    RAN, '', 'x = 5\n' + RAN, 'batch_size = 4\nmodel = 3\n' + RAN, 'class Net: pass\n' + RAN,
+    'import torch\nprint(seed)\n' + RAN, 'for i in range(3): pass\nseed = 3\n' + RAN,
+    'def main(): pass\n' + RAN, (ROOT / 'train.py').read_text(), (ROOT / 'sample.py').read_text(),
+    (ROOT / 'core' / 'optim.py').read_text(), (ROOT / 'model.py').read_text()],
+    ids=lambda text: str(len(text)))
+@pytest.mark.parametrize('door', [*DOORS, 'plan'])
+def test_a_program_is_no_config(capsys, tmp_path, door, text):
+    """It is refused by its name, and never run."""
+    path = config(tmp_path, text)
+    message = stopped(capsys, lambda: plan.load_preset([path]) if door == 'plan' else configure(
+        DOORS[door].copy(), [path], also=vars(train).copy() if door == 'bench' else None))
+    assert message.startswith(f'{path}: ') and 'it was not run' in message
+
+
+@pytest.mark.parametrize('stage', [prepare, sample, export], ids=lambda stage: stage.__name__)
+def test_python_files_are_data_where_no_config_is_taken(tmp_path, stage):
+    script, name = vars(stage).copy(), stage.POSITIONAL[0]
+    paths = [config(tmp_path, RAN, file) for file in ('a.py', 'b.py')]
+    configure(script, paths)
+    assert script[name] == ','.join(paths) and script['GIVEN' if name == 'dataset' else 'FLAGS'] \
+        == ()
+
+
+@pytest.mark.parametrize('text', [
+    'from pathlib import Path\nfrom glob import *\n', 'def double(x): return 2 * x\n',
+    'class Size:\n    wide = 3\n', 'import json, math\n', '_sizes = [i for i in range(3)]\n',
+    'from pathlib import *\n'])
+def test_what_a_config_imports_and_defines_is_its_own_affair(tmp_path, text):
+    script = fake()
+    configure(script, [config(tmp_path, text + 'batch_size = 4\n')])
+    assert script['batch_size'] == 4 and script['GIVEN'] == ('batch_size',)
+
+
+def test_a_class_is_no_value(capsys, tmp_path):
+    path = config(tmp_path, 'from pathlib import Path as out_dir\n')
+    assert 'out_dir takes a str' in refused(capsys, path)
+
+
+@pytest.mark.parametrize('name, ours', [
+    ('max_iters', 'max_steps'), ('lr', 'learning_rate'), ('min_lr', 'min_lr_fraction'),
+    ('num_epochs', 'max_steps'), ('context_length', 'block_size'), ('n_ctx', 'block_size'),
+    ('gradient_accumulation_steps', 'micro_batch_size'), ('d_model', 'n_embd'),
+    ('max_grad_norm', 'grad_clip'), ('bf16', 'dtype'), ('logging-steps', 'log_interval')])
+def test_names_of_other_programs(capsys, name, ours):
+    message = stopped(capsys, lambda: configure(vars(train).copy(), [f'--{name}=5']))
+    assert message.endswith(f'did you mean {ours!r}?')
+    assert f'did you mean {ours!r}?' in stopped(capsys, lambda: plan.load_preset([f'--{name}']))
+
+
+def test_one_dash_is_no_word(capsys):
+    assert '-n=5: no setting named' in stopped(
+        capsys, lambda: configure(vars(sample).copy(), ['out/base', '-n=5']))
+
+
+@pytest.mark.parametrize('word, near', [
+    ('shakespeare', 'config/shakespeare.py'), ('shakespear', 'config/shakespeare.py'),
+    ('shakespeare.py', 'config/shakespeare.py'), ('sft', 'config/tune/sft.py'),
+    ('configs/7b.py', 'config/7b.py')])
+def test_a_preset_is_offered(capsys, monkeypatch, word, near):
+    monkeypatch.chdir(ROOT)
+    assert stopped(capsys, lambda: plan.load_preset([word])).endswith(f'did you mean {near}?')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252', 'utf-8'])
+def test_output_never_fails(monkeypatch, encoding):
+    """Characters that the encoding lacks, file names that are not UTF-8, no stream at all."""
+    found = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(found, encoding))
+    monkeypatch.setattr(sys, 'stderr', None)
+    configure(fake(), [])
+    print('± 漢 caf\udce9', flush=True)
+    tqdm.write('± 漢')
+    warn('± 漢')
+    with pytest.raises(Stop):
+        stop('± 漢')
+    with tqdm(total=2) as bar:
+        bar.update()
+    text = found.getvalue().decode(encoding)
+    assert '\\udce9' in text and ('漢' if encoding == 'utf-8' else '\\u6f22') in text
+
+
+def test_closed_output(monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', None)
+    configure(fake(), [])
+    print('x')
+    tqdm.write('x')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -299,6 +404,7 @@ def test_stop_and_warn(capsys, monkeypatch):
     warn('cropped')
     assert capsys.readouterr() == ('', 'warning: cropped\n')
     monkeypatch.setenv('RANK', '3')
+    warn('cropped')
     with pytest.raises(Stop):
         stop('no such thing')
     assert capsys.readouterr().err == '[rank 3] error: no such thing\n'
@@ -318,12 +424,13 @@ def test_help(tmp_path, capsys):
     assert err == '' and out.startswith('A fake stage.\n\nIts second paragraph.')
     lines = {line.split('=')[0].strip(): line for line in out.splitlines() if '--' in line}
     assert list(lines) == ['--batch_size', '--learning_rate', '--compile', '--first', '--others',
-                           '--long_one']
+                           '--long_one', '--more', '--last']
     assert lines['--batch_size'].split() == ['--batch_size=12', 'sequences', 'a', 'step']
     assert '--learning_rate=0.0006' in lines['--learning_rate']
     assert lines['--learning_rate'].endswith('the peak # not the end')
     assert lines['--others'].strip() == '--others='
     assert lines['--long_one'].endswith('on its last line')
+    assert f'begins here\n{"":36}and ends here\n  --last=0' in out
 
 
 def test_comments_of_module_level_settings_only():

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY
 
+import sample
 import train
 from core import checkpoint, optim, rundir
 from core import device as hardware
@@ -21,7 +23,7 @@ from core.dataset import IGNORE, ShardWriter, load_split, share
 from core.learner import Learner, count_targets, lm_loss_sums
 from core.optim import LossScale
 from core.processes import Ranks
-from core.settings import Stop, read_config
+from core.settings import Stop, configure, read_config, settings_of
 from model import GPT, LSTM, GPTConfig, flops_per_token
 
 ROOT = Path(train.__file__).parent
@@ -67,6 +69,45 @@ def test_loss_png(run_train):
     pytest.importorskip('matplotlib')
     out = run_train()
     assert (Path(out['run_dir']) / 'loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('error', [
+    RuntimeError('Could not determine home directory.'), ImportError('no matplotlib'),
+    OSError(28, 'No space left on device'), TypeError('a glyph\nthat fails'), KeyError('getpwuid')])
+def test_a_picture_that_fails_is_a_warning(run_train, monkeypatch, capsys, error):
+    def fail(*args, **options):
+        raise error
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', fail)
+    assert run_train(max_steps=2)['step'] == 2
+    out, err = capsys.readouterr()
+    assert err.count('warning: out/tiny/loss.png was not drawn (') == 1
+    assert 'has the checkpoints, log.jsonl\n' in out and rundir.is_finished(Path('out/tiny'))
+
+
+def test_a_user_without_a_home(run_train, monkeypatch):
+    """As in a container: no HOME, and no entry in passwd."""
+    monkeypatch.setattr('os.path.expanduser', lambda path: path)
+    monkeypatch.delenv('MPLCONFIGDIR', raising=False)
+    monkeypatch.delenv('HOME', raising=False)
+    assert (Path(run_train(max_steps=2)['run_dir']) / 'loss.png').is_file()
+    monkeypatch.delenv('MPLCONFIGDIR')
+
+
+@pytest.mark.parametrize('name', ["out/it's my run", 'out/tiny', 'out/[a] $b; c'])
+def test_what_to_do_next_can_be_pasted(run_train, monkeypatch, capsys, name):
+    monkeypatch.setattr(train, 'CONFIGS', ['my configs/a.py', 'b.py'])
+    run_train(max_steps=2, out_dir=name)
+    commands = [shlex.split(line, comments=True) for line in
+                capsys.readouterr().out.split('\nnext:\n')[1].splitlines()]
+    assert [words[2] for words in commands[:2]] == [name] * 2
+    assert commands[2] == ['python', 'train.py', 'my configs/a.py', 'b.py',
+                           '--dataset=my_text.txt']
+    script = vars(sample).copy()
+    configure(script, commands[0][2:])
+    with monkeypatch.context() as patch:
+        for key, value in {**settings_of(script), 'prompt': 'x', 'max_new_tokens': 3}.items():
+            patch.setattr(sample, key, value)
+        assert sample.main()['texts']
 
 
 def test_first_loss_is_log_v_and_training_lowers_it(run_train):
@@ -518,7 +559,7 @@ def test_wandb(run_train, monkeypatch, capsys):
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
 def test_every_preset_builds(path, monkeypatch):
-    for name, value in read_config(str(path)).items():
+    for name, value in read_config(str(path), vars(train)).items():
         monkeypatch.setattr(train, name, value)
     train.check_settings()
     config = train.model_config(70)

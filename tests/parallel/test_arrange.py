@@ -74,6 +74,7 @@ def test_coordinates():
     (['--device=cuda'], 'device=cuda: this machine'),
     pytest.param(['--tp=3'], 'tp=3, pp=1: 2 processes cannot', marks=pytest.mark.slow),
     pytest.param(['--zero=4'], 'zero=4: must be at least 0 and at most 3', marks=pytest.mark.slow),
+    (['--dataset=nowhere'], "dataset 'nowhere': neither"),    # rank 1 waits for rank 0's data
     (['--tp=2', '--n_head=3', '--n_embd=48', '--dataset=text.txt'], 'tp=2: must divide n_head=3'),
 ])
 def test_one_line_from_rank_0(tmp_path, text_file, flags, message):
