@@ -108,11 +108,11 @@ SERVED = [      # name, Content-Type, body, suffix
     ('export?format=csv', 'text/csv', TABLE, '.csv'), ('a.csv', PLAIN, TABLE, '.csv'),
     ('a.txt', 'text/csv; header=present', TABLE, '.csv'), ('a.py', 'text/x-python', TEXT, '.py'),
     ('export', 'text/tab-separated-values', TABLE.replace(',', '\t'), '.tsv'),
-    ('a.txt.gz', 'application/gzip', gzip.compress(TEXT.encode()), '.txt.gz'),
-    ('file', 'application/x-gzip', gzip.compress(TEXT.encode()), '.txt.gz'),
-    ('file', '', gzip.compress(LINES.encode()), '.jsonl.gz'),
-    ('file', 'text/html', gzip.compress(PAGE.encode()), '.html.gz'),
-    ('a.txt.gz', 'application/gzip', gzip.compress(TEXT.encode())[:-20], '.txt.gz'),
+    ('a.txt.gz', 'application/gzip', gzip.compress(TEXT.encode(), mtime=0), '.txt.gz'),
+    ('file', 'application/x-gzip', gzip.compress(TEXT.encode(), mtime=0), '.txt.gz'),
+    ('file', '', gzip.compress(LINES.encode(), mtime=0), '.jsonl.gz'),
+    ('file', 'text/html', gzip.compress(PAGE.encode(), mtime=0), '.html.gz'),
+    ('a.txt.gz', 'application/gzip', gzip.compress(TEXT.encode(), mtime=0)[:-20], '.txt.gz'),
     ('a.txt', PLAIN, '', '.txt'),
     ('table', 'application/vnd.apache.parquet', b'PAR1' + b'\0' * 20, '.parquet')]
 
@@ -129,7 +129,7 @@ def test_kind_of_what_is_served(tmp_path, name, kind, body, suffix):
     ('get?format=txt', PLAIN, TEXT, TEXT), ('blob', None, TEXT, TEXT),
     ('data.json', 'application/json', LINES, 'a first line of some words'),
     ('x.csv', 'text/csv', TABLE, 'of a, table'), ('p', 'text/html', PAGE, 'A page of words'),
-    ('file', 'application/gzip', gzip.compress(TEXT.encode()), TEXT)])
+    ('file', 'application/gzip', gzip.compress(TEXT.encode(), mtime=0), TEXT)])
 def test_addresses(serve, monkeypatch, name, kind, body, expected):
     """The same without a network, the second time."""
     if kind == 'text/html' and body is PAGE:
