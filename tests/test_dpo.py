@@ -212,8 +212,8 @@ def exported(tmp_path_factory):
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    hf.save(reference, TOKENIZER, folder / 'reference')
-    hf.save(policy, TOKENIZER, folder / 'policy')
+    hf.save(reference, TOKENIZER, folder / 'reference', chat=True)
+    hf.save(policy, TOKENIZER, folder / 'policy', chat=True)
     return policy, reference, folder
 
 

@@ -146,7 +146,7 @@ def test_layers_that_are_not_as_torch_makes_them(edit):
 def test_memory_of_an_edited_large_model(edit):
     """Constructing 7 billion parameters takes much less memory than one block."""
     edit('values')
-    preset = read_config(str(Path(train.__file__).parent / 'config' / '7b.py'))
+    preset = read_config(str(Path(train.__file__).parent / 'config' / '7b.py'), vars(train))
     known = {name: preset[name] for name in GPTConfig.__dataclass_fields__ if name in preset}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = build_model(GPTConfig(vocab_size=50304, **known), None, 'meta')

@@ -64,7 +64,7 @@ def test_chat(run_stage, chats, capsys, monkeypatch):
     assert 'does nothing in a chat' in stopped_at_last(capsys, sample.main)
     monkeypatch.setattr(sample, 'FLAGS', ('system',))
     monkeypatch.setattr(sample, 'chat', False)
-    assert 'does nothing without a chat' in stopped_at_last(capsys, sample.main)
+    assert 'does nothing here' in stopped_at_last(capsys, sample.main)
 
 
 def test_split_is_by_question(chats, monkeypatch):

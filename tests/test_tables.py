@@ -432,11 +432,11 @@ def test_the_weight_of_a_message_is_that_of_its_tokens():
              says('assistant', 'g')]
     found = conversation('', {'messages': turns}).messages
     for prompt_weight in (0.0, 0.25):
-        _, weights, fits = records.encode(ByteTokenizer(), 'f:1', found, 64, prompt_weight)
+        encoded = records.encode(ByteTokenizer(), 'f:1', found, 64, prompt_weight)
         p = prompt_weight
-        assert weights.tolist() == [p] * 3 + [0] * 4 + [p] * 3 + [p / 2, .5, .5] + [p / 2] * 3 + [
-            p, 1, 1] and fits
-    assert not records.encode(ByteTokenizer(), 'f:1', found[:3], 64)[2]
+        assert encoded.weights.tolist() == [p] * 3 + [0] * 4 + [p] * 3 + [p / 2, .5, .5] \
+            + [p / 2] * 3 + [p, 1, 1] and not encoded.lost
+    assert records.encode(ByteTokenizer(), 'f:1', found[:3], 64).lost
 
 
 def test_weights_between_0_and_1_are_used_by_the_loss(monkeypatch):
@@ -451,8 +451,9 @@ def test_weights_between_0_and_1_are_used_by_the_loss(monkeypatch):
 
     for weight, whole in ((0.5, False), (0, True)):
         turns = [says('user', 'a'), says('assistant', 'b', weight=weight), *chat('c', 'd')]
-        rows, _ = finetune.encode_chats([conversation('', {'messages': turns})], ByteTokenizer(),
-                                        64, 0.0)
+        record = conversation('', {'messages': turns})
+        rows = finetune.to_rows([(record, records.encode(ByteTokenizer(), '', record.messages,
+                                                         64))], 64)
         batch = rows.batch([0])
         x, *_, w = batch
         expected = ((x + 1) * w).sum().item()

@@ -358,17 +358,18 @@ def test_evaluation_of_documents(corpus):
 
 
 class Clock:
-    """In place of the module time: a step takes what seconds_of(number of the step) says."""
+    """In place of the module time in train.py: a step takes what seconds_of(its number) says."""
 
-    def __init__(self, seconds_of):
-        self.seconds_of, self.now, self.calls = seconds_of, 0.0, 0
-        self.time = time.time
+    def __init__(self, monkeypatch, seconds_of):
+        self.now, step = 0.0, Learner.step
 
-    def perf_counter(self):
-        self.calls += 1         # the loop asks before and after each step
-        if self.calls % 2 == 0:
-            self.now += self.seconds_of(self.calls // 2)
-        return self.now
+        def timed(learner, batches, loss_sums, n_targets, number, *args):
+            self.now += seconds_of(number + 1)
+            return step(learner, batches, loss_sums, n_targets, number, *args)
+
+        self.perf_counter = lambda: self.now
+        monkeypatch.setattr(Learner, 'step', timed)
+        monkeypatch.setattr(train, 'time', self)
 
 
 @pytest.mark.parametrize('seconds_of', [
@@ -378,7 +379,7 @@ class Clock:
 def test_max_minutes(run_train, monkeypatch, seconds_of, schedule):
     """A run takes the minutes that it was given, to 5%, on a machine that becomes twice as fast or
     as slow; its rates follow the time, down to their end."""
-    monkeypatch.setattr(train, 'time', Clock(seconds_of))
+    Clock(monkeypatch, seconds_of)
     out = run_train(max_minutes=1.0, max_steps=1000, warmup_steps=100, eval_interval=10_000,
                     schedule=schedule, n_layer=1)
     assert out['seconds'] == pytest.approx(60, rel=0.05)
@@ -391,7 +392,7 @@ def test_max_minutes(run_train, monkeypatch, seconds_of, schedule):
 
 def test_max_minutes_is_resumed(run_train, monkeypatch):
     """The rest of the time is used, and no more."""
-    monkeypatch.setattr(train, 'time', Clock(lambda step: 1.0))
+    Clock(monkeypatch, lambda step: 1.0)
 
     class Killed(BaseException):
         """As by SIGKILL."""
