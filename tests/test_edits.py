@@ -1,4 +1,6 @@
 """What an edited model.py sets in its constructors stays, in every stage; see edits.py."""
+import ctypes
+import gc
 import resource
 import shutil
 from pathlib import Path
@@ -154,6 +156,9 @@ def test_memory_of_an_edited_large_model(edit):
     block = sum(4 * p.numel() for p in model.h['0'].parameters())
     assert M.count_parameters(model) > 6.9e9 and added * 1024 < block / 4
     assert sum(t.nbytes for t in model.own.values()) < block / 20
+    del model       # a heap of 40 GB, used or not, would let later tests start no processes
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 # ---------------------------------------------------------------------------------------------
