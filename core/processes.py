@@ -164,8 +164,8 @@ def form_mesh(ranks: Ranks, kind: str, timeout=timedelta(minutes=10)) -> None:
     """The mesh of all ranks; the process group exists."""
     global tied_group
     # It would advise about exchanges that are rare here, and about gloo.
-    for name in ('torch.distributed.tensor._redistribute', 'torch._logging._internal'):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ('_redistribute', '_collective_utils'):
+        logging.getLogger(f'torch.distributed.tensor.{name}').setLevel(logging.ERROR)
     # nothing here changes what a block or a model returns in place
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
     ranks.mesh = init_device_mesh(

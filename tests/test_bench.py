@@ -1,5 +1,6 @@
 """bench.py: what it measures and says; the peer's side with a stand-in for nanoGPT."""
 import json
+import sys
 
 import pytest
 import torch
@@ -64,9 +65,13 @@ def peer(folder, rest: int) -> str:
     return str(folder)
 
 
-def test_train(run_bench, capsys):
+def test_train(run_bench, capsys, monkeypatch):
     result = run_bench()
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    with monkeypatch.context() as patch:    # people have read it
+        patch.setattr(sys.stdout, 'isatty', lambda: True)
+        run_bench()
+        assert '{"what"' not in capsys.readouterr().out
     assert result['tokens_per_step'] == TINY['batch_size'] * TINY['block_size']
     assert result['ours_tokens_per_second'] > 0 and 'nanogpt_eager_ratio' not in result
 

@@ -64,7 +64,9 @@ def test_planted_duplicates_passages_and_benchmark_items(monkeypatch, capsys):
         assert hidden >= 80 and removed / hidden >= 0.95, name
         assert removed / (removed + false) >= 0.99, name
     assert result['peak_mb'] < 1000
-    assert 'of 84 with Jaccard 0.50 to 0.60' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'of 84 with Jaccard 0.50 to 0.60' in out
+    assert 'documents' in out and 'python ' not in out and 'report.html' not in out     # it is gone
 
 
 def test_the_first_of_equal_documents_stays():

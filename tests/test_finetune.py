@@ -53,6 +53,7 @@ def test_chat(run_stage, chats, capsys, monkeypatch):
     assert evals[-1]['val_loss'] < evals[0]['val_loss'] - 0.5
     answers = rundir.read_log(run, 'answer')
     assert len(answers) == 6 and answers[0]['expected'].startswith('It is ')
+    assert capsys.readouterr().out.count('--- Colour of ball') == 2     # those of the last step
     model, tokenizer, state = checkpoint.load_run(run)
     assert state['task'] == 'chat'
     for name, value in dict(run_dir=run, prompt='Colour of ball 7?', temperature=0.0,
@@ -64,7 +65,7 @@ def test_chat(run_stage, chats, capsys, monkeypatch):
     assert 'does nothing in a chat' in stopped_at_last(capsys, sample.main)
     monkeypatch.setattr(sample, 'FLAGS', ('system',))
     monkeypatch.setattr(sample, 'chat', False)
-    assert 'does nothing here' in stopped_at_last(capsys, sample.main)
+    assert 'does nothing here: out/chat continues text' in stopped_at_last(capsys, sample.main)
 
 
 def test_split_is_by_question(chats, monkeypatch):

@@ -1,8 +1,10 @@
 """What cannot be laid out is refused in one line; 1,024 ranks are counted in one process."""
+import logging
 import multiprocessing
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import plan
 import train
 from core import parallel, processes
+from core.checkpoint import Progress
 from core.processes import Ranks
 from model import GPTConfig, build_model, named_weights
 
@@ -90,6 +93,36 @@ def test_one_line_from_rank_0(tmp_path, text_file, flags, message):
     assert re.findall(r'.*error: .*', result.stderr) == [
         line for line in result.stderr.splitlines() if line.startswith(f'error: {message}')]
     assert result.stderr.count('error: ') == 1 and 'train.py", line' not in result.stderr
+
+
+@pytest.mark.parametrize('ended, error', [
+    (True, 'gloo: Connection closed by peer'), (False, 'gloo: Connection closed by peer'),
+    (True, 'gloo: Timed out waiting 60000ms')])
+def test_what_a_rank_says_that_has_lost_another(capsys, monkeypatch, ended, error):
+    """Nothing, if that one has ended by itself and said why; its own faults are shown always."""
+    monkeypatch.setattr(processes.atexit, 'register', lambda *words: None)
+    store, shown = dist.HashStore(), []
+    if ended:
+        processes.tell_end(store)
+    explain = partial(processes.explain, lambda *words: shown.append(words), Ranks(1, 2),
+                      Progress(step=6), store)
+    explain(RuntimeError, RuntimeError(error), None)
+    err = capsys.readouterr().err
+    assert err == '' if ended else err.startswith('[rank 1] error: lost another of 2 ranks in step')
+    assert not shown
+    explain(ValueError, ValueError('other'), None)
+    assert len(shown) == 1 and capsys.readouterr().err == ''
+
+
+def test_torch_does_not_advise_about_exchanges():
+    from torch.distributed.tensor import _collective_utils, _redistribute
+    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=2)
+    ranks = Ranks(0, 2)
+    processes.arrange(ranks, tp=2)
+    processes.form_mesh(ranks, 'cpu')
+    dist.destroy_process_group()
+    for module in (_collective_utils, _redistribute):
+        assert not module.logger.isEnabledFor(logging.WARNING)
 
 
 def counted(rank: int, layout: dict, config: GPTConfig) -> int:
