@@ -169,7 +169,7 @@ def lock(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         return locked(folder / '.lock', wait=False)
     except UnicodeEncodeError:
-        stop(f'{folder}: is not a name in UTF-8; choose another --out_dir')
+        stop(f'{str(folder)!r}: is not a name in UTF-8; choose another --out_dir')
     except BlockingIOError:
         stop(f'{folder} is in use by another process that trains in it; wait for it, or give this '
              'run another --out_dir')

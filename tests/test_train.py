@@ -110,6 +110,12 @@ def test_what_to_do_next_can_be_pasted(run_train, monkeypatch, capsys, name):
         assert sample.main()['texts']
 
 
+def test_a_run_directory_that_could_not_be_read_again(run_train, capsys):
+    """safetensors writes to a name that is not UTF-8, and cannot open it."""
+    stopped(capsys, run_train, 'is not a name in UTF-8', '--out_dir', out_dir='out/caf\udce9')
+    assert not Path('out').exists()
+
+
 def test_first_loss_is_log_v_and_training_lowers_it(run_train):
     out = run_train(max_steps=40, eval_interval=40, optimizer='muon')
     found = losses(out['run_dir'])
