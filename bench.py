@@ -6,13 +6,7 @@ memory     the most that tensors take in such a step, weights, gradients and opt
            --vs as above
 decode     new tokens after a prompt, one by one, with the KV cache, eager and compiled.
            --vs=transformers: its generate with the same weights
-race       from random weights to the loss that nanoGPT's recipe ends with: seconds, tokens, FLOPs;
-           --vs: its checkout
 runs       python bench.py runs out/*: draws the losses of runs over steps, tokens, seconds, FLOPs
-tokenizer  training a BPE on Python sources, beside Hugging Face's trainer (Rust), each time in a
-           process of its own; then encoding, beside tiktoken. --vs=<checkout of minbpe>, on a slice
-data       prepare.py on a made-up corpus with planted duplicates, repeated passages and benchmark
-           items: what it finds of them, how fast each step is, the most memory of all processes
 
 What a machine can do is measured, too, by one large product of matrices and by reading memory, and
 speeds come as fractions of it (MFU, MBU). Sides take turns, round by round, after warm-up: median
@@ -20,23 +14,15 @@ and spread. A peer runs in a process of its own, for ours sets much for its proc
 counted in one. Presets and flags may set whatever train.py knows. In a pipe or a file the last line
 is JSON.
 """
-import contextlib
 import functools
 import gc
-import hashlib
 import importlib.util
 import json
 import math
-import multiprocessing
-import re
 import statistics
-import subprocess
 import sys
-import sysconfig
 import tempfile
-import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,19 +31,19 @@ from tqdm import tqdm
 import prepare
 import train
 from core import device as hardware
-from core import hf, optim, parallel, peers, planted, rundir
+from core import hf, optim, parallel, rundir
 from core import tokenizer as tokenizers
-from core.dataset import IGNORE, Tokens, Windows, load_split, share
-from core.learner import Learner, count_targets, lm_loss_sums, to_device
+from core.dataset import share
+from core.learner import Learner, count_targets, lm_loss_sums
 from core.processes import Ranks
 from core.settings import check_bounds, check_choice, configure, stop
 from model import build_model, count_parameters, flops_per_token, generate
 
 POSITIONAL = ('what', 'folders')
 
-what = 'train'              # train, memory, decode, race, runs, tokenizer or data
+what = 'train'              # train, memory, decode or runs
 folders = ''                # runs: the run directories
-vs = ''                     # the peer: a checkout of nanoGPT or minbpe, or transformers
+vs = ''                     # the peer: a checkout of nanoGPT, or transformers
 rounds = 5                  # times that each side is measured
 steps = 20                  # train: training steps in a round
 warmup = 5                  # train: steps before the first round
@@ -66,16 +52,6 @@ plot = False                # draw what was measured: out/bench-<what>.png
 prompt_tokens = 64          # decode: tokens in a prompt
 new_tokens = 128            # decode: tokens that are generated
 rows = 1                    # decode: prompts at a time
-recipe = 'cpu'              # race: nanoGPT's for tiny Shakespeare on a cpu or gpu, or the preset's
-                            # own sizes: same
-seeds = 3                   # race: times that each side runs
-peer_learning_rates = '2e-3,4e-3,8e-3'  # race: of which the best is its tuned one; '': only stock
-stock_steps = 0             # race: our max_steps against nanoGPT's recipe; 0: the preset's
-tuned_steps = 0             # race: ... against its tuned learning rate; 0: the preset's
-eval_every = 10             # race: steps of ours between two looks at the loss
-corpus_mb = 60              # tokenizer and data: megabytes of text
-line_mb = 0                 # data: and one more file of a single line of so many
-n_tokens = 32_768           # tokenizer: size of the vocabulary, without special tokens
 
 
 # ---------------------------------------------------------------------------------------------
@@ -115,8 +91,9 @@ def our_step(learner: Learner):
     return lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0, 1.0)
 
 
-def nanogpt_like(config, compiled: bool) -> peers.NanoRecipe:
+def nanogpt_like(config, compiled: bool):
     """nanoGPT's model of the same shape, trained with the same settings in the same dtype."""
+    from dev import peers
     return peers.NanoRecipe(
         config.n_layer, config.n_head, config.n_embd, config.block_size, train.batch_size,
         train.max_steps, config.dropout, config.bias, train.learning_rate, train.warmup_steps,
@@ -230,6 +207,7 @@ def bench_train() -> dict:
     n_parameters = count_parameters(learner.model)
     for name, compiled in (('nanogpt_eager', False), ('nanogpt_compiled', True)):
         if vs and compiled <= dev.compile:
+            from dev import peers
             sides[name] = peers.Apart(peers.nanogpt_steps, vs, nanogpt_like(config, compiled),
                                       config.vocab_size, dev, batches)
             found, flops[name] = sides[name](0)
@@ -319,6 +297,7 @@ def bench_memory() -> dict:
             print(f'{n_parameters:,} parameters, {len(batches)} micro-batches of '
                   f'{len(batches[0][0])} x {config.block_size} tokens')
         else:
+            from dev import peers
             peer = peers.NanoGPT(vs, nanogpt_like(config, dev.compile), config.vocab_size, dev)
             model, optimizers, step = peer.model, [peer.optimizer], peer.step
             check_size(count_parameters(model), n_parameters)
@@ -368,6 +347,7 @@ def bench_decode() -> dict:
     if dev.compile:
         sides['ours_compiled'] = functools.partial(ours, compiled=True)
     if vs:
+        from dev import peers
         with tempfile.TemporaryDirectory() as folder:
             hf.save(model, tokenizers.ByteTokenizer(), Path(folder) / 'hf')
             theirs = peers.Apart(peers.transformers_generate, Path(folder) / 'hf', dev)
@@ -408,163 +388,7 @@ def bench_decode() -> dict:
 
 
 # ---------------------------------------------------------------------------------------------
-# Races
-
-
-def race_windows(setting: peers.NanoRecipe, data: Path) -> Windows:
-    """The whole validation split, as both sides are looked at."""
-    return Windows(Tokens(data, 'val'), setting.block_size, shuffle=False)
-
-
-@torch.no_grad()
-def whole_loss(loss_sum, windows: Windows, dev) -> float:
-    """Nats per token over all windows of a split, each target once; loss_sum(x, y)."""
-    nats, n = 0.0, 0
-    for i in range(0, len(windows), 64):
-        x, y, _ = to_device(windows.batch(range(i, min(i + 64, len(windows)))), dev)
-        nats += float(loss_sum(x, y))
-        n += int((y != IGNORE).sum())
-    return nats / n
-
-
-def clocked(do_step, look, n_steps: int, every: int, dev, target: float = -math.inf) -> dict:
-    """Steps until look(), the loss, is not above the target, or the last one. The clock stands
-    still while it looks: after every so many steps, and at the end."""
-    curve, seconds, first, done = [], 0.0, 0.0, 0
-    bar = tqdm(total=n_steps, unit='step', leave=False)
-    for end in sorted({1, *range(every, n_steps, every), n_steps}):
-        todo = range(done, end)
-        seconds += seconds_of(lambda todo=todo: [do_step(i) for i in todo], dev)
-        first, done = first or seconds, end
-        bar.update(len(todo))
-        if end % every == 0 or end == n_steps:
-            curve.append((end, seconds, look()))
-            if curve[-1][-1] <= target:
-                break
-    bar.close()
-    return {'loss': curve[-1][-1], 'seconds': seconds, 'first_step_seconds': first, 'steps': done,
-            'curve': curve}
-
-
-def run_peer(folder: str, setting: peers.NanoRecipe, data: Path, dev, seed: int) -> dict:
-    """nanoGPT's recipe to its end."""
-    tokens = Tokens(data, 'train')
-    ids = tokens.shards[0] if len(tokens.shards) == 1 else tokens.read(0, len(tokens))
-    windows = race_windows(setting, data)
-    peer = peers.NanoGPT(folder, setting, prepare.read_meta(data)['max_id'] + 1, dev, seed)
-
-    def do_step(i):
-        peer.step([peer.batch(ids)], setting.factor(i))
-
-    def look():
-        peer.model.eval()
-        try:
-            return whole_loss(peer.loss_sum, windows, peer.dev)
-        finally:
-            peer.model.train()
-    found = clocked(do_step, look, setting.max_iters, max(1, setting.max_iters // 10), peer.dev)
-    return counted(found, setting.batch_size * setting.block_size, peer.flops_per_token())
-
-
-def run_ours(config, data: Path, windows: Windows, dev, seed: int, max_steps: int,
-             target: float) -> dict:
-    """Our preset, up to the first look at which its loss is not above the target."""
-    max_steps = max_steps or train.max_steps
-    learner = our_learner(config, dev, seed)
-    train_windows = load_split(data, 'train', train.block_size, seed)
-    at_once = rows_at_once(config, dev)
-
-    def do_step(i):
-        factor = optim.schedule(i, max_steps, train.schedule, train.warmup_steps,
-                                train.decay_fraction, train.min_lr_fraction)
-        batches = [train_windows.batch(samples) for samples in share(
-            i * train.batch_size, train.batch_size, 0, 1, at_once)]
-        learner.step(batches, lm_loss_sums, count_targets(batches), i, factor)
-
-    def look():
-        with parallel.looking_on(learner.model), dev.autocast():
-            return whole_loss(lambda x, y: learner.model(x, y, reduction='sum'), windows, dev)
-    found = clocked(do_step, look, max_steps, eval_every, dev, target)
-    return counted(found, train.batch_size * config.block_size, flops_per_token(learner.model))
-
-
-def counted(found: dict, tokens_per_step: int, flops: int) -> dict:
-    """With tokens and FLOPs."""
-    tokens = found['steps'] * tokens_per_step
-    return found | {'tokens': tokens, 'flops': tokens * flops}
-
-
-def tell(name: str, found: dict) -> None:
-    print(f'{name:24} loss {found["loss"]:.4f} after {found["seconds"]:.1f} s of training (first '
-          f'step {found["first_step_seconds"]:.1f}), {found["steps"]:,} steps, '
-          f'{found["tokens"]:,} tokens, {found["flops"] / 1e12:.2f} TFLOP')
-
-
-def peer_recipe(config, dev) -> peers.NanoRecipe:
-    """What nanoGPT does in the race."""
-    if recipe != 'same':
-        return peers.NANO_RECIPES[recipe]
-    return peers.NanoRecipe(
-        config.n_layer, config.n_head, config.n_embd, config.block_size, train.batch_size,
-        train.max_steps, warmup_iters=train.max_steps // 20, compile=dev.compile, autocast=True)
-
-
-def bench_race() -> dict:
-    """How soon ours has the loss with which nanoGPT ends: with its own settings, and with the best
-    of some learning rates."""
-    if not vs:
-        stop('race: needs a peer: --vs=<checkout of nanoGPT>')
-    try:
-        more_rates = [float(rate) for rate in filter(None, peer_learning_rates.split(','))]
-    except ValueError:
-        stop(f'peer_learning_rates={peer_learning_rates}: must be numbers with commas between '
-             'them, like 2e-3,4e-3')
-    dev = choose_device()
-    data = train.get_data(Ranks())[0]
-    config, _ = our_config(data)
-    stock = peer_recipe(config, dev)
-    windows = race_windows(stock, data)
-    print(f'{data}: validation on all {windows.n_targets:,} targets in windows of '
-          f'{stock.block_size}; evaluation stops the clock, compilation does not')
-
-    @functools.cache
-    def run_peer_at(rate, seed):
-        setting = replace(stock, learning_rate=rate)
-        found = peers.Apart(functools.partial, run_peer, vs, setting, data, dev, seed)()
-        tell(f'nanogpt at {rate:g}, seed {seed}', found)
-        return found
-    rates = [stock.learning_rate, *more_rates]
-    settings = {'stock': (stock.learning_rate, stock_steps)}
-    if len(rates) > 1:
-        best = min(rates, key=lambda rate: run_peer_at(rate, 1)['loss'])
-        settings['tuned'] = best, tuned_steps
-    result = {'what': 'race', 'device': dev.why, 'torch': torch.__version__, 'recipe': recipe}
-    curves = {}
-    for kind, (rate, max_steps) in settings.items():
-        found = []
-        for seed in range(1, seeds + 1):
-            theirs = run_peer_at(rate, seed)
-            ours = run_ours(config, data, windows, dev, seed, max_steps, theirs['loss'])
-            tell(f'ours, to {kind}, seed {seed}', ours)
-            found.append((theirs, ours))
-            curves |= {f'nanoGPT, {kind}': theirs['curve'], f'ours, to {kind}': ours['curve']}
-        there = [ours['loss'] <= theirs['loss'] for theirs, ours in found]
-        result[kind] = {'learning_rate': rate, 'reached': sum(there)}
-        for spent in ('seconds', 'tokens', 'flops'):
-            ratios = [theirs[spent] / ours[spent] for theirs, ours in found]
-            result[kind][f'{spent}_ratio'] = round(statistics.median(ratios), 2)
-            print(f'{kind} (learning rate {rate:g}): {spent} of nanoGPT over ours '
-                  f'{spread(ratios, 2)}')
-        if not all(there):
-            print(f'*** ours came to that loss in {sum(there)} of {seeds} races only ***')
-        for side, i in (('nanogpt', 0), ('ours', 1)):
-            result[kind][side] = {name: statistics.median(pair[i][name] for pair in found) for name
-                                  in ('loss', 'seconds', 'first_step_seconds', 'tokens', 'flops')}
-    if plot:
-        draw('race', [('seconds of training', 'validation loss', {
-            name: ([s for _, s, _ in curve], [loss for *_, loss in curve])
-            for name, curve in curves.items()})])
-    return result
+# Runs
 
 
 def bench_runs() -> dict:
@@ -596,180 +420,33 @@ def bench_runs() -> dict:
     return {'what': 'runs', 'loss': loss, 'best': best}
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizers
+def check_train_settings() -> None:
+    """Stop on settings of train.py that it refuses, too, or that start from a model."""
+    train.check_settings()
+    if train.from_model():
+        stop(f'init_from={train.init_from}: leave it out; what is measured is the model that the '
+             'settings describe')
 
 
-def python_sources(megabytes: float) -> tuple[list[str], list[str]]:
-    """The first so many megabytes of the standard library's and site-packages' sources, by path,
-    and a twentieth as much of what comes next."""
-    paths = sysconfig.get_paths()
-    files = {path: None for root in (paths['stdlib'], paths['purelib'])
-             for path in sorted(Path(root).rglob('*.py'))}
-    parts, sizes, limits = ([], []), [0, 0], (megabytes * 1e6, megabytes * 5e4)
-    for path in files:
-        with contextlib.suppress(UnicodeDecodeError):
-            text = path.read_text(encoding='utf-8')
-            i = sizes[0] >= limits[0]
-            if sizes[i] >= limits[i]:
-                return parts
-            parts[i].append(text)
-            sizes[i] += len(text.encode())
-    return parts
-
-
-def train_ours(texts: list[str], n: int, folder: str):
-    """A function text -> number of tokens, after training a BPE of n tokens with our trainer."""
-    tok = tokenizers.BPETokenizer.train(texts, n + len(tokenizers.SPECIAL))
-    return lambda text: len(tok.encode(text))
-
-
-TRAINERS = {'ours': train_ours, 'huggingface': peers.train_huggingface,
-            'minbpe': peers.train_minbpe}
-
-
-def time_training(side: str, megabytes: float, n: int, folder: str, sender) -> None:
-    """In a process of its own: seconds, peak memory in MB, bytes per token on held-out text.
-
-    The peak is that of the process plus that of its largest child, so what they share counts twice.
-    """
-    import resource  # which only Unix has
-    texts, held_out = python_sources(megabytes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    count = TRAINERS[side](texts, n, folder)
-    seconds = time.perf_counter() - began
-    peak = sum(resource.getrusage(who).ru_maxrss
-               for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) - before
-    n_tokens = sum(map(count, held_out))
-    sender.send({'seconds': seconds, 'peak_mb': peak / 1e3,
-                 'bytes_per_token': sum(len(text.encode()) for text in held_out) / n_tokens})
-
-
-def compare_trainers(sides: list[str], megabytes: float, n: int, times: int) -> dict:
-    """Train with each side in turn, so many times; prints and returns medians."""
-    found = {side: [] for side in sides}
-    processes = multiprocessing.get_context('spawn')
-    for _ in range(times):
-        for side in sides:
-            receiver, sender = processes.Pipe(duplex=False)
-            process = processes.Process(target=time_training,
-                                        args=(side, megabytes, n, vs, sender))
-            process.start()
-            sender.close()
-            found[side].append(receiver.recv())
-            process.join()
-    results = {}
-    for side, runs in found.items():
-        seconds = [run['seconds'] for run in runs]
-        result = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-        results[side] = {name: round(value, 4) for name, value in result.items()}
-        print(f'{side:12} {result["seconds"]:.2f} s (median of {times}; {min(seconds):.2f} to '
-              f'{max(seconds):.2f}), {result["peak_mb"]:,.0f} MB beside the text, '
-              f'{result["bytes_per_token"]:.4f} bytes per token on other text')
-    return results
-
-
-def bench_tokenizer() -> dict:
-    """Training a BPE and encoding with it, beside those that are installed or given."""
-    if vs and not (Path(vs) / 'minbpe').is_dir():
-        stop(f'vs={vs}: there is no minbpe/ in it; give a checkout of minbpe')
-    texts, _ = python_sources(corpus_mb)
-    size = sum(len(text.encode()) for text in texts)
-    digest = hashlib.sha256(''.join(texts).encode()).hexdigest()
-    print(f'{len(texts):,} Python sources, {size / 1e6:.1f} MB, SHA-256 {digest}; '
-          f'{n_tokens:,} tokens; {rounds} rounds')
-    sides = ['ours', *(['huggingface'] if importlib.util.find_spec('tokenizers') else [])]
-    result = {'what': 'tokenizer', 'bytes': size, 'sha256': digest, 'tokens': n_tokens,
-              'training': compare_trainers(sides, corpus_mb, n_tokens, rounds)}
-    if vs:
-        print('the first megabyte, 512 tokens:')
-        result['slice'] = compare_trainers([*sides, 'minbpe'], 1, 512, min(3, rounds))
-    tok = tokenizers.BPETokenizer.train(texts[::10], 4096)
-    parts = [part for text in texts for part in tokenizers.blocks(text)]
-    ways = {'ours': tok.encode_batch,
-            'tiktoken': lambda parts: tok.encoding.encode_ordinary_batch(
-                parts, num_threads=hardware.cpu_count())}
-    speeds = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way(parts)
-            speeds[name].append(size / 1e6 / (time.perf_counter() - began))
-    for name, found in speeds.items():
-        result[f'{name}_encoding_mb_per_second'] = round(statistics.median(found), 1)
-        print(f'encoding, {name:8} {statistics.median(found):.1f} MB/s ({min(found):.1f} to '
-              f'{max(found):.1f})')
-    return result
-
-
-# ---------------------------------------------------------------------------------------------
-# Data
-
-
-def memory_of_all(pid: int) -> int:
-    """Bytes of a process and all below it, what they share counted once (Linux)."""
-    total = 0
-    with contextlib.suppress(OSError):
-        for line in Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines():
-            total += int(line.split()[1]) * 1024 if line.startswith('Pss:') else 0
-        for children in Path(f'/proc/{pid}/task').glob('*/children'):
-            total += sum(memory_of_all(int(child)) for child in children.read_text().split())
-    return total
-
-
-def bench_data() -> dict:
-    """Make a corpus, prepare it in a process of its own, and look what is left of it."""
-    with tempfile.TemporaryDirectory(dir='.') as folder:
-        folder = Path(folder)
-        kinds = planted.write_corpus(folder, corpus_mb, line_mb)
-        began, peak, output = time.perf_counter(), 0, []
-        process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name('prepare.py'), folder / 'corpus',
-             f'--data_dir={folder}/data', '--name=bench', '--tokenizer=bpe',
-             '--repeated_sentences=3', f'--decontaminate={folder}/benchmark.txt',
-             '--val_fraction=0.01'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)
-        reader.start()
-        while process.poll() is None:
-            peak = max(peak, memory_of_all(process.pid))
-            time.sleep(0.5)
-        reader.join()
-        if process.returncode:
-            stop(f'prepare.py ended with status {process.returncode}; its output was: '
-                 f'{" ".join("".join(output).split())[-500:]}')
-        seconds = time.perf_counter() - began
-        # without what to do with it: it is gone in a moment
-        print(''.join(line for line in output if not re.search(r'report\.html|python ', line)))
-        speeds = {what: float(speed) for what, speed in re.findall(
-            r'^  ([a-z ]+): [\d,]+ MB in [\d,]+ s, ([\d.]+) MB/s', ''.join(output), re.MULTILINE)}
-        result = {'what': 'data', 'corpus_mb': corpus_mb, 'line_mb': line_mb,
-                  'seconds': round(seconds, 1), 'peak_mb': round(peak / 1e6), **speeds,
-                  'found': planted.judge(folder / 'data' / 'bench', kinds)}
-    print(f'{seconds:,.0f} s in all, at most {peak / 1e6:,.0f} MB')
+def report(result: dict) -> dict:
+    """Print the result as JSON if programs read the output; people have read it above."""
+    if not sys.stdout.isatty():
+        print(json.dumps(result))
     return result
 
 
 def main() -> dict:
     """Measure; returns what the last line prints."""
     ways = {'train': bench_train, 'memory': bench_memory, 'decode': bench_decode,
-            'race': bench_race, 'runs': bench_runs, 'tokenizer': bench_tokenizer,
-            'data': bench_data}
-    check_choice(globals(), what=tuple(ways), recipe=(*peers.NANO_RECIPES, 'same'))
+            'runs': bench_runs}
+    check_choice(globals(), what=tuple(ways))
     check_bounds(globals(), rounds=(1, None), steps=(1, None), warmup=(1, None), rows=(1, None),
-                 prompt_tokens=(1, None), new_tokens=(1, None), seeds=(1, None),
-                 stock_steps=(0, None), tuned_steps=(0, None), eval_every=(1, None),
-                 corpus_mb=(1, None), n_tokens=(256, None), line_mb=(0, None))
-    train.check_settings()
-    if train.from_model():
-        stop(f'init_from={train.init_from}: leave it out; what is measured is the model that the '
-             'settings describe')
-    if vs and what in ('train', 'memory', 'race'):
-        peers.nanogpt_source(vs)    # before ours takes its time
-    result = ways[what]()
-    if not sys.stdout.isatty():     # for programs; people have read it
-        print(json.dumps(result))
-    return result
+                 prompt_tokens=(1, None), new_tokens=(1, None))
+    check_train_settings()
+    if vs and what in ('train', 'memory'):
+        from dev import peers
+        peers.nanogpt_source(vs)      # before ours takes its time
+    return report(ways[what]())
 
 
 if __name__ == '__main__':

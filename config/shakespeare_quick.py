@@ -1,6 +1,6 @@
 """As good as nanoGPT's CPU recipe for tiny Shakespeare, as soon as possible.
 
-python bench.py race config/shakespeare_quick.py --vs=<checkout of nanoGPT>
+python dev/race.py config/shakespeare_quick.py --vs=<checkout of nanoGPT>
 
 config/shakespeare.py with two layers, the short windows of that recipe, and no time to compile:
 413,952 parameters, 2.62 MFLOP per token, 1,024 tokens per step

@@ -148,3 +148,28 @@ def run_stage(base, monkeypatch):
                 patch.setattr(script, name, value)
             return script.main()
     return run
+
+
+@pytest.fixture
+def run_bench(monkeypatch, tmp_path):
+    """run_bench(**settings of bench): one short round at a tiny GPT-2."""
+    import bench
+    import train
+    from core import device as hardware
+    gpt2 = dict(TINY, norm='layernorm', position='learned', mlp='gelu', qk_norm=False, tied=True,
+                vocab_size=50, learning_rate=1e-3)
+    for name, value in gpt2.items():
+        monkeypatch.setattr(train, name, value)
+    real = hardware.matmul_rate
+    monkeypatch.setattr(hardware, 'matmul_rate', lambda name, dtype, size: real(name, dtype, 128))
+    threads = torch.get_num_threads()
+
+    def run(script=bench, **settings):
+        if script is bench:
+            settings = {'rounds': 3, 'steps': 1, 'warmup': 1, **settings}
+        for name, value in settings.items():
+            monkeypatch.setattr(script, name, value)
+        return script.main()
+
+    yield run
+    torch.set_num_threads(threads)

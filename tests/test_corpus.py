@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import bench
 import prepare
-from core import clean, corpus, planted
+from core import clean, corpus
 from core.clean import text_hash
 from core.dataset import Tokens, open_shard
 from core.tokenizer import load
+from dev import bench_data
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +57,8 @@ def contents(folder) -> dict:
 
 def test_planted_duplicates_passages_and_benchmark_items(monkeypatch, capsys):
     """20 MB; the table that the README has, from a corpus of which all is known."""
-    for name, value in dict(what='data', corpus_mb=20).items():
-        monkeypatch.setattr(bench, name, value)
-    result = bench.main()
+    monkeypatch.setattr(bench_data, 'corpus_mb', 20)
+    result = bench_data.main()
     for name, (hidden, removed, false) in result['found'].items():
         assert hidden >= 80 and removed / hidden >= 0.95, name
         assert removed / (removed + false) >= 0.99, name
@@ -360,7 +359,7 @@ def prepare_command(*flags) -> list[str]:
 
 def make_corpus(megabytes: float) -> None:
     write_jsonl('corpus/made_up.jsonl', [
-        text for kind, text, _ in planted.made_up(megabytes) if kind != 'benchmark'])
+        text for kind, text, _ in bench_data.made_up(megabytes) if kind != 'benchmark'])
     Path('corpus/long.txt').write_text(''.join(prose(i, 20_000) for i in range(10)))
 
 

@@ -279,7 +279,7 @@ def test_files_that_are_imported(tmp_path):
     assert sorted(source_hashes(tmp_path / 'mine.py')) == ['core/half.py', 'mine.py']
     here = source_hashes(train.__file__)
     assert {'model.py', 'train.py', 'core/optim.py', 'core/pipeline.py'} <= {*here}
-    assert not {'bench.py', 'finetune.py', 'core/peers.py', 'core/metrics.py'} & {*here}
+    assert not {'bench.py', 'finetune.py', 'core/metrics.py'} & {*here}
 
 
 @pytest.fixture

@@ -33,8 +33,9 @@ SHORT = {
     'dpo.py': '--max_steps=2 --eval_interval=2 --batch_size=2 --max_records=40 --device=cpu '
               '--threads=1',
     'sample.py': '--max_new_tokens=5 --device=cpu --threads=1',
-    'bench.py': '--rounds=1 --steps=1 --warmup=1 --batch_size=1 --compile=False --threads=1 '
-                '--corpus_mb=1 --n_tokens=300',
+    'bench.py': '--rounds=1 --steps=1 --warmup=1 --batch_size=1 --compile=False --threads=1',
+    'bench_data.py': '--corpus_mb=1',
+    'bench_tokenizer.py': '--corpus_mb=1 --n_tokens=300 --rounds=1',
     'prepare.py': '', 'plan.py': '', 'export.py': '',   # short as they are
 }
 
@@ -45,7 +46,7 @@ SECOND = re.compile(r'laptop.py --dataset=austen|tune/(sft|dpo|spam)\.py|out/(sp
 def folder(tmp_path_factory):
     """A copy of the source where `shakespeare` is a small text that is there already."""
     folder = tmp_path_factory.mktemp('readme')
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('c*/**/*.py')]:
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('c*/**/*.py'), *ROOT.glob('dev/*.py')]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -90,7 +91,7 @@ def test_commands(folder, second):
     assert len(COMMANDS) > 8
     commands = ['python train.py config/shakespeare.py', *COMMANDS]     # the quick start's end
     commands = [command for command in commands if bool(SECOND.search(command)) == second]
-    lanes = [[c for c in commands if bool(re.search(r'(prepare|bench|plan)\.py', c)) == alone]
+    lanes = [[c for c in commands if bool(re.search(r'(prepare|bench\w*|plan)\.py', c)) == alone]
              for alone in (False, True)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda lane: [run(command, folder) for command in lane], lanes))
@@ -117,5 +118,5 @@ def test_quick_start_is_two_lines():
 
 
 def test_files_that_it_names_exist():
-    for name in re.findall(r'`((?:config/|core/)?\w+\.py)`', README):
+    for name in re.findall(r'`((?:config/|core/|dev/)?\w+\.py)`', README):
         assert any((ROOT / folder / name).is_file() for folder in ('', 'config', 'core')), name

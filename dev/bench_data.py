@@ -1,17 +1,36 @@
-"""A made-up corpus of which all is known: equal and similar documents, repeated passages, benchmark
-items. bench.py looks how much of that prepare.py finds."""
+"""How much of what is planted prepare.py finds, and how fast: python dev/bench_data.py.
+
+A corpus is made up of which all is known: equal and similar documents, repeated passages, benchmark
+items. prepare.py prepares it, and what is left is compared with what was planted: recall and
+precision, the speed of each step, the most memory of all processes.
+
+In a pipe or a file the last line is JSON.
+"""
 import argparse
+import contextlib
 import json
 import random
 import re
+import subprocess
+import sys
 import tarfile
+import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's folder
+
+import bench
 from core import clean
 from core import tokenizer as tokenizers
 from core.dataset import open_shard
+from core.settings import check_bounds, configure, stop
+
+corpus_mb = 60              # megabytes of text
+line_mb = 0                 # and one more file of a single line of so many
 
 # what every hundred documents of the corpus have beside 90 that are new
 PLANTED = ('equal', 'Jaccard 0.80 to 0.82', '5% of words edited', 'Jaccard 0.50 to 0.60', 'passage',
@@ -126,3 +145,52 @@ def judge(folder: Path, kinds: dict[int, tuple[str, int, int]]) -> dict:
     print(f'{len(changed):,} of {len(of("new", PLANTED[-3])):,} other documents are changed or '
           f'gone, and {len(gone & of(PLANTED[3])):,} of {len(of(PLANTED[3])):,} with {PLANTED[3]}')
     return {name: [planted, removed, false] for name, planted, removed, false in rows}
+
+
+def memory_of_all(pid: int) -> int:
+    """Bytes of a process and all below it, what they share counted once (Linux)."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines():
+            total += int(line.split()[1]) * 1024 if line.startswith('Pss:') else 0
+        for children in Path(f'/proc/{pid}/task').glob('*/children'):
+            total += sum(memory_of_all(int(child)) for child in children.read_text().split())
+    return total
+
+
+def main() -> dict:
+    """Make a corpus, prepare it in a process of its own, and look what is left of it."""
+    check_bounds(globals(), corpus_mb=(1, None), line_mb=(0, None))
+    with tempfile.TemporaryDirectory(dir='.') as folder:
+        folder = Path(folder)
+        kinds = write_corpus(folder, corpus_mb, line_mb)
+        began, peak, output = time.perf_counter(), 0, []
+        process = subprocess.Popen(
+            [sys.executable, Path(__file__).resolve().parents[1] / 'prepare.py', folder / 'corpus',
+             f'--data_dir={folder}/data', '--name=bench', '--tokenizer=bpe',
+             '--repeated_sentences=3', f'--decontaminate={folder}/benchmark.txt',
+             '--val_fraction=0.01'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)
+        reader.start()
+        while process.poll() is None:
+            peak = max(peak, memory_of_all(process.pid))
+            time.sleep(0.5)
+        reader.join()
+        if process.returncode:
+            stop(f'prepare.py ended with status {process.returncode}; its output was: '
+                 f'{" ".join("".join(output).split())[-500:]}')
+        seconds = time.perf_counter() - began
+        # without what to do with it: it is gone in a moment
+        print(''.join(line for line in output if not re.search(r'report\.html|python ', line)))
+        speeds = {what: float(speed) for what, speed in re.findall(
+            r'^  ([a-z ]+): [\d,]+ MB in [\d,]+ s, ([\d.]+) MB/s', ''.join(output), re.MULTILINE)}
+        result = {'what': 'data', 'corpus_mb': corpus_mb, 'line_mb': line_mb,
+                  'seconds': round(seconds, 1), 'peak_mb': round(peak / 1e6), **speeds,
+                  'found': judge(folder / 'data' / 'bench', kinds)}
+    print(f'{seconds:,.0f} s in all, at most {peak / 1e6:,.0f} MB')
+    return bench.report(result)
+
+
+if __name__ == '__main__':
+    configure(globals(), sys.argv[1:])
+    main()

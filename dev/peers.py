@@ -1,21 +1,17 @@
-"""Other people's code, run beside ours on the same work by bench.py: nanoGPT, transformers,
-minbpe, Hugging Face's tokenizers. None of it is here: it is installed, or the folder of a checkout
-is given.
+"""Other people's code, run beside ours on the same work: nanoGPT and transformers. None of it is
+here: it is installed, or the folder of a checkout is given.
 """
 import contextlib
-import importlib
 import importlib.util
 import math
 import multiprocessing
 import signal
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from core import tokenizer as tokenizers
 from core.settings import stop
 from model import count_parameters
 
@@ -205,27 +201,3 @@ def transformers_generate(folder: Path, dev):
             return model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
                                   max_new_tokens=n_new, pad_token_id=0, use_cache=True).tolist()
     return run
-
-
-# ---------------------------------------------------------------------------------------------
-# Trainers of tokenizers: functions (texts, n) -> a function text -> number of tokens
-
-
-def train_huggingface(texts: list[str], n: int, folder: str):
-    """The `tokenizers` library."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(tokenizers.PATTERNS['llama3']), 'isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=n, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return lambda text: len(tok.encode(text).ids)
-
-
-def train_minbpe(texts: list[str], n: int, folder: str):
-    """The minbpe in a folder."""
-    sys.path.insert(0, folder)
-    tok = importlib.import_module('minbpe').RegexTokenizer(tokenizers.PATTERNS['llama3'])
-    tok.train('\n'.join(texts), n)
-    return lambda text: len(tok.encode_ordinary(text))
