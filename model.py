@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from core.device import compile_options, has_flex, is_intel
+from core.device import compile_options, freed_at_once, has_flex, is_intel
 from core.settings import stop
 
 CHOICES = {'arch': ('gpt', 'lstm'),
@@ -720,7 +720,7 @@ def construct(config: GPTConfig, seed: int, real=()) -> nn.Module:
             p = nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad)
         return made.setdefault(id(p), p)
 
-    with torch.random.fork_rng(devices=[]), torch.device('cpu'), \
+    with freed_at_once(), torch.random.fork_rng(devices=[]), torch.device('cpu'), \
             nn.modules.module.register_module_parameter_registration_hook(register):
         torch.default_generator.manual_seed(seed)
         model = LSTM(config) if config.arch == 'lstm' else GPT(config)

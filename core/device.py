@@ -183,14 +183,30 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
     return 'float32', 'faster on this CPU, whose instructions for bfloat16 are slow or missing'
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Have glibc keep what is freed for the next tensor. It would give large ones back to the
     kernel and ask for new pages, which are cleared first: a tenth of a step of GPT-2."""
-    if sys.platform == 'linux':
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, 'mallopt'):
-            libc.mallopt(-3, 1 << 30)   # M_MMAP_THRESHOLD: from that size on a mapping of its own
-            libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: none
+    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+        libc.mallopt(-3, 1 << (30 if keep else 17))     # M_MMAP_THRESHOLD: from that size on a
+        libc.mallopt(-1, -1)                # mapping of its own; M_TRIM_THRESHOLD: none
+        keep_freed_memory.on = keep
+
+
+keep_freed_memory.on = False
+
+
+@contextlib.contextmanager
+def freed_at_once():
+    """Do not keep freed memory for a while. Thousands of large tensors, each freed before the next,
+    would leave a heap as large as all of them, and a process with so many addresses cannot fork."""
+    if not keep_freed_memory.on:
+        yield
+        return
+    keep_freed_memory(False)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def is_intel() -> bool:

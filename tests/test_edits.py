@@ -1,6 +1,4 @@
 """What an edited model.py sets in its constructors stays, in every stage; see edits.py."""
-import ctypes
-import gc
 import resource
 import shutil
 from pathlib import Path
@@ -17,7 +15,7 @@ import model as M
 import sample
 import train
 from core import checkpoint, hf, layout_check, optim
-from core.device import Device
+from core.device import Device, keep_freed_memory
 from core.processes import Ranks
 from core.settings import read_config
 from model import GPTConfig, build_model, copy_weights, named_weights
@@ -150,15 +148,22 @@ def test_memory_of_an_edited_large_model(edit):
     edit('values')
     preset = read_config(str(Path(train.__file__).parent / 'config' / '7b.py'), vars(train))
     known = {name: preset[name] for name in GPTConfig.__dataclass_fields__ if name in preset}
+    keep_freed_memory()      # as every script does before it builds a model
+    addresses = largest_mapping()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = build_model(GPTConfig(vocab_size=50304, **known), None, 'meta')
     added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before     # in KiB
     block = sum(4 * p.numel() for p in model.h['0'].parameters())
     assert M.count_parameters(model) > 6.9e9 and added * 1024 < block / 4
     assert sum(t.nbytes for t in model.own.values()) < block / 20
-    del model       # a heap of 40 GB, used or not, would let later tests start no processes
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    assert largest_mapping() < addresses + block    # a large one would let no worker start
+
+
+def largest_mapping() -> int:
+    """Bytes of the largest range of addresses that this process may write to."""
+    lines = [line.split()[:2] for line in open('/proc/self/maps') if ' rw' in line]
+    return max(int(end, 16) - int(begin, 16)
+               for begin, end in (place.split('-') for place, _ in lines))
 
 
 # ---------------------------------------------------------------------------------------------
