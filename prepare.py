@@ -3,8 +3,8 @@
 Whatever people have (see core/documents.py) is read, cleaned, freed of duplicates and of benchmark
 items, and encoded with a tokenizer that is trained on it or brought along. A dataset is a folder
 data/<name>/ with shards of token ids, tokenizer.json, meta.json, and report.html, which says what
-was removed and why. By default only duplicates are removed; what the quality rules would remove is
-counted. A run that was killed goes on where it was. train.py calls `build` by itself.
+was removed and why. By default only duplicates are removed. A run that was killed goes on where it
+was. train.py calls `build` by itself.
 """
 import contextlib
 import glob
@@ -37,7 +37,6 @@ from core.corpus import (
     encode_split,
     jobs,
     leakage,
-    mark_sentences,
     save_json,
     split_corpus,
     texts_of,
@@ -65,44 +64,15 @@ skip_bad = False            # leave out what cannot be read, and count it, inste
 # what is changed and removed
 normalize = 'NFC'           # Unicode normalization form: NFC, NFKC, or '': none
 mask_pii = False            # mask e-mail addresses, IP addresses and phone numbers
-quality = ''                # rules that are applied: gopher, c4 or gopher,c4; else only counted
+quality = ''                # rules that are applied: gopher, c4 or gopher,c4 (see core/clean.py)
+count_quality = False       # count in report.html what both would remove
 equal = ''                  # texts are equal up to case and white space (loose), not even that
                             # (exact); '': loose for prose, exact for code and short records
 near_duplicates = 0.7       # Jaccard similarity from which documents are duplicates; 0: only equal
 shingle_words = 3           # the similarity is that of the sets of so many words in a row
-repeated_sentences = 0      # so many sentences in a row that came before go (C4: 3); 0: stay
 decontaminate = ''          # benchmark files: what has overlap_words in a row with them goes
 overlap_words = 13
-# thresholds of Gopher (Rae et al. 2021, appendix A1.1): quality, then repetition
-min_words = 50
-max_words = 100_000
-min_mean_word_length = 3.0
-max_mean_word_length = 10.0
-max_symbols = 0.1           # '#' or ellipses for each word
-max_bullet_lines = 0.9
-max_ellipsis_lines = 0.3
-min_alphabetic_words = 0.8  # words with at least one letter
-min_stop_words = 2          # of: the be to of and that have with
-max_duplicate_lines = 0.3
-max_duplicate_line_characters = 0.2
-max_duplicate_paragraphs = 0.3
-max_duplicate_paragraph_characters = 0.2
-max_top_2_words = 0.20      # characters within the most frequent two words in a row
-max_top_3_words = 0.18
-max_top_4_words = 0.16
-max_repeated_5_words = 0.15  # characters within five words in a row that came before
-max_repeated_6_words = 0.14
-max_repeated_7_words = 0.13
-max_repeated_8_words = 0.12
-max_repeated_9_words = 0.11
-max_repeated_10_words = 0.10
-# thresholds of C4 (Raffel et al. 2020, section 2.2)
-min_line_words = 5          # shorter lines go, and those that end in no punctuation
-min_sentences = 3
-max_lorem_ipsum = 0
-max_curly_brackets = 0
-max_bad_words = 0
-bad_words = ''              # files with a word or phrase a line; '': none
+bad_words = ''              # C4: files with a word or phrase a line; '': none
 # tokens
 tokenizer = ''              # char, byte, bpe, gpt2, or where a model is whose tokenizer is taken;
                             # '': the named dataset's own, char for a path
@@ -528,7 +498,7 @@ def learn_tokenizer(label: str, corpus: Corpus, splits: tuple[Split, Split], opt
         limit = np.uint64(min(fraction, 1) * (2 ** 64 - 2 ** 12))
         split = split._replace(copies=(split.copies > 0) * (corpus.rows['hash'] <= limit))
         for job in jobs(corpus, split):
-            yield from texts_of(job, corpus, split, options['repeated_sentences'])
+            yield from texts_of(job, corpus, split)
 
     val, train = splits
     if not label.startswith('bpe'):
@@ -536,7 +506,7 @@ def learn_tokenizer(label: str, corpus: Corpus, splits: tuple[Split, Split], opt
         for text in itertools.chain(texts(val), texts(train)):
             characters.update(text)
         return tokenizers.KINDS[label].train(''.join(characters))
-    total = int((corpus.bytes * (train.copies > 0)).sum())
+    total = int((corpus.rows['size'] * (train.copies > 0)).sum())
     tok = tokenizers.BPETokenizer.train(texts(train, SAMPLE / max(1, total)), int(label[3:]),
                                         workers=options['workers'])
     if len(tok) < int(label[3:]):
@@ -576,7 +546,6 @@ def make(folder: Path, work: Path, sources: list[Source], options: dict, ready_t
     began = time.perf_counter()
     given = np.array([source.validation for source in sources])
     stays, pairs = drop_duplicates(corpus, given[corpus.rows['source']], options, n_workers, tally)
-    mark_sentences(corpus, stays, tally, options['repeated_sentences'])
     tally.warn_of_losses([str(source.files[0]) + ' and others' * (len(source.files) > 1)
                           for source in sources])
     val, cuts = choose_validation(corpus.rows, stays, given, pairs, options['near_duplicates'],
@@ -641,7 +610,7 @@ def finish(folder: Path, ready: Path, corpus: Corpus, stays: np.ndarray, tok, ta
     low = int(np.flatnonzero(bins)[0])
     meta |= {
         'documents': len(rows), 'characters': int(rows['characters'].sum(dtype=np.int64)),
-        'bytes': int(corpus.bytes[stays].sum()), 'train_tokens': n_tokens['train'],
+        'bytes': int(corpus.rows['size'][stays].sum()), 'train_tokens': n_tokens['train'],
         'val_tokens': n_tokens['val'], 'vocab_size': len(tok),
         'max_id': int(np.flatnonzero(counts)[-1]), 'steps': tally.steps, 'rules': tally.rules,
         'counts': dict(sorted(tally.counts.items())), 'examples': tally.examples,
@@ -695,11 +664,9 @@ def print_summary(folder: Path, meta: dict) -> None:
 
 def main() -> dict:
     """Build the dataset that the settings name; returns its meta.json."""
-    thresholds = {key: (0, None) for key, value in settings_of(globals()).items()
-                  if key.startswith(('min_', 'max_'))}
     check_bounds(globals(), val_fraction=(0, 0.9), shard_tokens=(1, None), vocab_size=(0, None),
-                 near_duplicates=(0, 1), shingle_words=(1, 100), repeated_sentences=(0, 100),
-                 overlap_words=(clean.SHORTEST, 1000), workers=(0, 1000), **thresholds)
+                 near_duplicates=(0, 1), shingle_words=(1, 100),
+                 overlap_words=(clean.SHORTEST, 1000), workers=(0, 1000))
     if encoding and not documents.is_encoding(encoding):
         stop(f'encoding={encoding}: no encoding of text that Python knows')
     check_choice(globals(), errors=('strict', 'replace'), normalize=('', 'NFC', 'NFKC'),

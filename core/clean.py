@@ -172,8 +172,38 @@ def repeats(hashes: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------
-# Quality. A measure called x is held against the settings min_x and max_x.
+# Quality
 
+# What the rules allow of each measure: at least, at most.
+LIMITS = {
+    # Gopher, Rae et al. 2021, appendix A1.1: quality
+    'words': (50, 100_000),
+    'mean_word_length': (3, 10),
+    'symbols': (None, 0.1),             # '#' or ellipses for each word
+    'bullet_lines': (None, 0.9),
+    'ellipsis_lines': (None, 0.3),
+    'alphabetic_words': (0.8, None),    # words with at least one letter
+    'stop_words': (2, None),            # of STOP_WORDS
+    # Gopher, table A1: repetition
+    'duplicate_lines': (None, 0.3),
+    'duplicate_line_characters': (None, 0.2),
+    'duplicate_paragraphs': (None, 0.3),
+    'duplicate_paragraph_characters': (None, 0.2),
+    'top_2_words': (None, 0.20),        # characters within the most frequent two words in a row
+    'top_3_words': (None, 0.18),
+    'top_4_words': (None, 0.16),
+    'repeated_5_words': (None, 0.15),   # characters within five words in a row that came before
+    'repeated_6_words': (None, 0.14),
+    'repeated_7_words': (None, 0.13),
+    'repeated_8_words': (None, 0.12),
+    'repeated_9_words': (None, 0.11),
+    'repeated_10_words': (None, 0.10),
+    # C4, Raffel et al. 2020, section 2.2
+    'sentences': (3, None),
+    'lorem_ipsum': (None, 0),
+    'curly_brackets': (None, 0),
+    'bad_words': (None, 0)}
+MIN_LINE_WORDS = 5      # C4: shorter lines go
 STOP_WORDS = {'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'}
 BULLETS = ('•', '●', '‣', '*', '-')
 
@@ -246,9 +276,9 @@ def is_wrapped(lines: list[str]) -> bool:
         length <= 0.75 * width for length in lengths[:-1]) < len(lines)
 
 
-def c4_lines(text: str, min_words: int) -> str:
+def c4_lines(text: str) -> str:
     """The lines that Raffel et al. 2020, section 2.2, keep: those that end as a sentence does, have
-    min_words or more, and speak of no JavaScript and no cookies.
+    MIN_LINE_WORDS or more, and speak of no JavaScript and no cookies.
 
     A paragraph that was broken at a fixed width counts as one line, as on a web page. It keeps its
     line breaks and the blank lines after it; other blank lines go.
@@ -262,7 +292,8 @@ def c4_lines(text: str, min_words: int) -> str:
             kept += lines
         elif not blank:
             wrapped = is_wrapped(lines)
-            kept += [line if line.rstrip().endswith(TERMINAL) and len(line.split()) >= min_words
+            kept += [line if line.rstrip().endswith(TERMINAL)
+                     and len(line.split()) >= MIN_LINE_WORDS
                      and not any(some in line.lower().replace('\n', ' ') for some in words) else ''
                      for line in ([''.join(lines)] if wrapped else lines)]
     return ''.join(kept)
@@ -279,11 +310,14 @@ def c4(kept: str, bad_words: dict) -> Iterator[tuple[str, float]]:
                            for n, known in bad_words.items())
 
 
-def outside(measures: Iterable[tuple[str, float]], settings: dict) -> dict[str, float]:
-    """The measures that lie outside of what the settings min_<name> and max_<name> allow."""
-    return {name: value for name, value in measures
-            if not settings.get(f'min_{name}', value) <= value
-            <= settings.get(f'max_{name}', value)}
+def outside(measures: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The measures that lie outside of their LIMITS."""
+    found = {}
+    for name, value in measures:
+        low, high = LIMITS[name]
+        if (low is not None and value < low) or (high is not None and value > high):
+            found[name] = value
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -333,32 +367,6 @@ def without_overlaps(text: str, spans: list[tuple[int, int]], margin: int = 200)
             pieces.append(text[end:begin - margin])
         end = max(end, until + margin)
     return pieces if len(pieces) <= 10 else []
-
-
-# ---------------------------------------------------------------------------------------------
-# Repeated sentences
-
-SENTENCE = re.compile(r'[.!?]["”’)\]]*\s+|\n+|\Z')
-
-
-def sentences(text: str) -> list[tuple[int, int]]:
-    """(begin, end) of each sentence or line, white space after it included."""
-    ends = [0, *(found.end() for found in SENTENCE.finditer(text))]
-    return [(begin, end) for begin, end in zip(ends, ends[1:]) if end > begin]
-
-
-def sentence_spans(text: str, n: int) -> np.ndarray:
-    """(number of sentences - n + 1,) uint64 hashes of n sentences in a row."""
-    plain = [text[begin:end].strip() for begin, end in sentences(text)]
-    return ngram_hashes(np.fromiter(map(crc.__wrapped__, plain), np.uint64, len(plain)), n)
-
-
-def without_sentences(text: str, repeated: np.ndarray, n: int) -> str:
-    """The text without the sentences of the spans (see sentence_spans) that are marked."""
-    gone = np.zeros(len(repeated) + n - 1, bool)
-    for i in range(n):
-        gone[i:i + len(repeated)] |= repeated
-    return ''.join(text[begin:end] for (begin, end), cut in zip(sentences(text), gone) if not cut)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ VAL_CHARACTERS = 10_000_000     # most that it takes of them
 # Cleaning: records to documents in the work folder, one batch a process
 
 DOCUMENT = np.dtype([('size', '<i8'), ('characters', '<i4'), ('hash', '<u8'), ('source', '<i4'),
-                     ('continued', '?'), ('spans', '<i4')])
+                     ('continued', '?')])
 
 
 def clean_all(work: Path, batches: Iterable[list], options: dict, benchmark: Iterable[str],
@@ -64,7 +64,7 @@ def clean_all(work: Path, batches: Iterable[list], options: dict, benchmark: Ite
 def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> list[str]:
     """Clean a batch of records and write what is left; returns what was bad in it."""
     number, records = job
-    tally, texts, rows, bands, spans, places = Tally(), [], [], [], [], []
+    tally, texts, rows, bands, places = Tally(), [], [], [], []
     cut = clean.bands_and_rows(options['near_duplicates'] or 1)
     for source, record in records:
         try:
@@ -77,9 +77,8 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
         for text, words, continued in (piece for document in found for piece in clean_document(
                 document, options, index, banned, tally, source)):
             raw = text.encode('utf-8')
-            spans.append(clean.sentence_spans(text, options['repeated_sentences'] or 3))
             rows.append((len(raw), len(text), clean.text_hash(text, options['equal']), source,
-                         continued, len(spans[-1])))
+                         continued))
             texts.append(raw)
             places.append(record.where)
             signature = clean.minhash(clean.shingles(words, options['shingle_words']))
@@ -89,8 +88,7 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
     path = work / f'{number:06d}'
     path.with_suffix('.txt').write_bytes(b''.join(texts))
     np.savez(path.with_suffix('.npz'), documents=np.array(rows, DOCUMENT),
-             bands=np.array(bands, np.uint64).reshape(len(rows), cut[0]).T,
-             spans=np.concatenate([np.empty(0, np.uint64), *spans]))
+             bands=np.array(bands, np.uint64).reshape(len(rows), cut[0]).T)
     save_json(path.with_suffix('.json'), {'tally': tally.state(), 'places': places})  # comes last
     return tally.bad
 
@@ -113,32 +111,12 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
     if options['mask_pii']:
         body, masked = clean.mask(body)
         tally.counts.update({f'masked: {kind}': n for kind, n in masked.items()})
-    kept = clean.c4_lines(body, options['min_line_words'])
-    tally.counts["characters outside of C4's lines"] += len(body) - len(kept)
-    if len(kept) < len(body):
-        tally.rules.setdefault('c4: lines', [0, 0])[0] += 1
-        if len(tally.examples.get('c4: lines', ())) < 3:
-            left = {*map(str.strip, kept.splitlines()), ''}
-            tally.example('c4: lines', where, next(
-                line for line in body.splitlines() if line.strip() not in left))
-    if 'c4' in applied:
-        tally.step('c4: lines', [body], [kept], source)
-        body = kept
-    words, lengths = clean.word_hashes(body)
-    rules = {'gopher': (*clean.gopher_quality(body),
-                        *clean.gopher_repetition(body, words, lengths)),
-             'c4': clean.c4(kept, banned)}
-    bad = set()
-    for family, measures in rules.items():
-        for measure, value in clean.outside(measures, options).items():
-            tally.rule(f'{family}: {measure}', family in applied, where, body, f'{value:.4g}')
-            bad.add(family)
-    for family in bad:
-        tally.counts[f'documents outside of {family} rules'] += 1
-    dropped = bad & {*applied}
-    tally.step('good by the rules', [body], [] if dropped else [body], source)
-    if dropped:
-        return
+    families = {'gopher', 'c4'} if options['count_quality'] else {*applied} - {''}
+    if families:
+        body = follow_rules(body, families, applied, banned, tally, where, source)
+        if not body:
+            return
+    words = clean.word_hashes(body)[0]
     found = clean.overlaps(body, index, words) if index else []
     pieces = clean.without_overlaps(body, found) if found else [body]
     if index:
@@ -148,6 +126,37 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
     for i, piece in enumerate(pieces):
         continued = document.continued and i == 0 and body.startswith(piece)
         yield piece, clean.word_hashes(piece)[0] if found else words, continued
+
+
+def follow_rules(body: str, families: set, applied: list, banned: dict, tally: Tally, where: str,
+                 source: int) -> str:
+    """What the quality rules leave of a text; '' if they drop it. Families of rules that are not
+    applied are only counted."""
+    measures, kept = {}, body
+    if 'c4' in families:
+        kept = clean.c4_lines(body)
+        tally.counts["characters outside of C4's lines"] += len(body) - len(kept)
+        if len(kept) < len(body):
+            left = {*map(str.strip, kept.splitlines()), ''}
+            tally.rule('c4: lines', False, where, next(
+                line for line in body.splitlines() if line.strip() not in left), '')
+        measures['c4'] = clean.c4(kept, banned)
+    if 'c4' in applied:
+        tally.step('c4: lines', [body], [kept], source)
+        body = kept
+    if 'gopher' in families:
+        measures['gopher'] = (*clean.gopher_quality(body),
+                              *clean.gopher_repetition(body, *clean.word_hashes(body)))
+    bad = set()
+    for family, values in measures.items():
+        for measure, value in clean.outside(values).items():
+            tally.rule(f'{family}: {measure}', family in applied, where, body, f'{value:.4g}')
+            bad.add(family)
+    for family in bad:
+        tally.counts[f'documents outside of {family} rules'] += 1
+    dropped = bad & {*applied}
+    tally.step('good by the rules', [body], [] if dropped else [body], source)
+    return '' if dropped else body
 
 
 def save_json(path: Path, value) -> None:
@@ -176,7 +185,6 @@ class Corpus:
         self.batch = np.repeat(np.arange(n_batches), [len(part) for part in parts])
         ends = np.cumsum(self.rows['size'])
         begins = ends - self.rows['size']
-        self.bytes = self.rows['size'].copy()       # of what is used of each
         self.offset = begins - begins[np.minimum(self.first[self.batch], max(0, len(begins) - 1))]
 
     def load(self, number: int, array: str) -> np.ndarray:
@@ -263,40 +271,6 @@ def check_bucket(places: list, work: Path, threshold: float, n: int
         if not gone and len(kept) < 8:  # more kinds than this in one bucket are not worth the time
             kept.append((place[0], shingles, text))
     return found
-
-
-def mark_sentences(corpus: Corpus, stays: np.ndarray, tally: Tally, n: int) -> None:
-    """Count the spans of sentences that came before, in documents that stay; if n sentences in a
-    row are to go, note in the work folder which, and how long the documents are without them."""
-    repeated = np.zeros(int(corpus.rows['spans'].sum(dtype=np.int64)), bool)
-    ends = np.concatenate([[0], np.cumsum(corpus.rows['spans'], dtype=np.int64)])
-    for part in range(16):      # of the hashes, so that few are in memory at a time
-        hashes, at = [], []
-        for number in range(corpus.n_batches):
-            first, last = corpus.first[number], corpus.first[number + 1]
-            spans = corpus.load(number, 'spans')
-            here = np.repeat(stays[first:last], corpus.rows['spans'][first:last])
-            chosen = np.flatnonzero(here & (spans % np.uint64(16) == part))
-            hashes.append(spans[chosen])
-            at.append(chosen + ends[first])
-        at = np.concatenate([np.empty(0, np.int64), *at])
-        repeated[at[clean.repeats(np.concatenate([np.empty(0, np.uint64), *hashes]))]] = True
-    counts = np.add.reduceat(np.append(repeated, False), ends[:-1], dtype=np.int64)
-    touched = np.flatnonzero((np.asarray(counts) > 0) & (corpus.rows['spans'] > 0))
-    tally.counts['repeated spans of sentences'] = int(repeated.sum())
-    tally.counts['documents with repeated spans of sentences'] = len(touched)
-    for i in touched[:3]:
-        tally.example('repeated sentences', *corpus.example(int(i)))
-    if n:
-        np.save(corpus.work / 'repeated.npy', repeated)
-        np.save(corpus.work / 'spans.npy', ends)
-        before = corpus.rows['characters'] * stays.astype(np.int64)
-        for i in touched.tolist():
-            text = clean.without_sentences(read_document(corpus.work, corpus.place(i)),
-                                           repeated[ends[i]:ends[i + 1]], n)
-            corpus.rows['characters'][i], corpus.bytes[i] = len(text), len(text.encode())
-        step(tally, 'without repeated sentences', corpus.rows['source'], before,
-             corpus.rows['characters'] * stays.astype(np.int64))
 
 
 def step(tally: Tally, name: str, source: np.ndarray, before: np.ndarray, after: np.ndarray
@@ -406,24 +380,20 @@ def jobs(corpus: Corpus, split: Split) -> Iterator[tuple]:
                 yield number, here, after
 
 
-def texts_of(job: tuple, corpus: Corpus, split: Split, n_sentences: int) -> Iterator[str]:
+def texts_of(job: tuple, corpus: Corpus, split: Split) -> Iterator[str]:
     """The texts of a job (see jobs), in order."""
     number, here, _ = job
     for i in here + corpus.first[number]:
         text = read_document(corpus.work, corpus.place(i))
-        if n_sentences:
-            begin, end = np.load(corpus.work / 'spans.npy', mmap_mode='r')[i:i + 2]
-            repeated = np.load(corpus.work / 'repeated.npy', mmap_mode='r')[begin:end]
-            text = clean.without_sentences(text, repeated, n_sentences) if repeated.any() else text
         if i in split.cuts:
             text = text[:split.cuts[i]] if split.name == 'train' else text[split.cuts[i]:]
         yield text
 
 
-def encode_job(job: tuple, corpus: Corpus, split: Split, tok, n_sentences: int) -> np.ndarray:
+def encode_job(job: tuple, corpus: Corpus, split: Split, tok) -> np.ndarray:
     """The ids of a job, an end-of-text token before each document that begins after another."""
     parts = []
-    for after, text in zip(job[2], texts_of(job, corpus, split, n_sentences)):
+    for after, text in zip(job[2], texts_of(job, corpus, split)):
         parts += [[tok.eos]] * bool(after)
         parts += [tok.encode(block) for block in tok.blocks(text)]
     return np.concatenate([np.asarray(part, np.int64) for part in parts])
@@ -443,8 +413,7 @@ def encode_split(corpus: Corpus, split: Split, tok, options: dict, n_workers: in
     total = int((corpus.rows['size'] * split.copies).sum())
     with tqdm(total=total, unit='B', unit_scale=True, desc=f'encoding {split.name}',
               leave=False, disable=total < 1 << 23) as bar:
-        results = ordered_map(encode_job, (job for _, job in todo), n_workers, corpus, split, tok,
-                              options['repeated_sentences'])
+        results = ordered_map(encode_job, (job for _, job in todo), n_workers, corpus, split, tok)
         for (number, job), ids in zip(numbered, results):
             at = done['skip'] if number == done['job'] else 0
             while at < len(ids):

@@ -3,6 +3,7 @@ import html
 from collections import Counter
 from pathlib import Path
 
+from core.clean import LIMITS
 from core.settings import warn
 
 
@@ -46,7 +47,7 @@ class Tally:
         counts = self.rules.setdefault(name, [0, 0])
         counts[0] += 1
         counts[1] += dropped
-        self.example(name, f'{where}: {value}', text)
+        self.example(name, f'{where}: {value}' if value else where, text)
 
     def example(self, kind: str, where: str, text: str) -> None:
         """Keep the beginning of a text, if it is one of the first three of its kind."""
@@ -103,13 +104,15 @@ def write_report(path: Path, meta: dict) -> None:
                    [(name, f'{a:,}', f'{b:,}', f'{c:,}', f'{d:,}', f'{d / max(1, c):.2%}')
                     for name, (a, c, b, d) in meta['steps'].items()])]
     settings, n_tokens = meta['settings'], meta['train_tokens'] + meta['val_tokens']
-    applied = settings['quality'] or 'none'
-    page.append(table(
-        f'Quality rules; applied: {esc(applied)}. The others would have dropped what lies outside.',
-        ['rule', 'allowed', 'documents outside', 'dropped'],
-        [(rule, allowed(rule.partition(': ')[2], settings), f'{n:,}', f'{dropped:,}')
-         for rule, (n, dropped) in sorted(meta['rules'].items(), key=lambda r: -r[1][0])]
-        or [('no document lies outside of any rule', '', '0', '0')]))
+    if settings['quality'] or settings['count_quality']:
+        page.append(table(
+            f'Quality rules; applied: {esc(settings["quality"] or "none")}. The others would have '
+            'dropped what lies outside.', ['rule', 'allowed', 'documents outside', 'dropped'],
+            [(rule, allowed(rule.partition(': ')[2]), f'{n:,}', f'{dropped:,}')
+             for rule, (n, dropped) in sorted(meta['rules'].items(), key=lambda r: -r[1][0])]
+            or [('no document lies outside of any rule', '', '0', '0')]))
+    else:
+        page.append('<p>Quality rules were not looked at; with --count_quality they are counted.')
     page.append(table('Also counted', ['what', 'how many'],
                       [(what, f'{n:,}') for what, n in meta['counts'].items() if n]))
     if meta['bad']:
@@ -141,9 +144,9 @@ def esc(text: str) -> str:
     return html.escape(str(text))
 
 
-def allowed(measure: str, settings: dict) -> str:
-    """What the settings allow of a measure: '50 to 100,000', 'at most 0.3'."""
-    low, high = settings.get(f'min_{measure}'), settings.get(f'max_{measure}')
+def allowed(measure: str) -> str:
+    """What the rules allow of a measure: '50 to 100,000', 'at most 0.3'."""
+    low, high = LIMITS.get(measure, (None, None))
     if low is not None and high is not None:
         return f'{low:,} to {high:,}'
     if low is None and high is None:

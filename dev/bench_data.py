@@ -1,8 +1,8 @@
 """How much of what is planted prepare.py finds, and how fast: python dev/bench_data.py.
 
-A corpus is made up of which all is known: equal and similar documents, repeated passages, benchmark
-items. prepare.py prepares it, and what is left is compared with what was planted: recall and
-precision, the speed of each step, the most memory of all processes.
+A corpus is made up of which all is known: equal and similar documents, and benchmark items.
+prepare.py prepares it, and what is left is compared with what was planted: recall and precision,
+the speed of each step, the most memory of all processes.
 
 In a pipe or a file the last line is JSON.
 """
@@ -33,8 +33,8 @@ corpus_mb = 60              # megabytes of text
 line_mb = 0                 # and one more file of a single line of so many
 
 # what every hundred documents of the corpus have beside 90 that are new
-PLANTED = ('equal', 'Jaccard 0.80 to 0.82', '5% of words edited', 'Jaccard 0.50 to 0.60', 'passage',
-           'passage again', 'item', 'eight words of an item', 'new', 'new')
+PLANTED = ('equal', 'Jaccard 0.80 to 0.82', '5% of words edited', 'Jaccard 0.50 to 0.60', 'item',
+           'eight words of an item', 'new', 'new', 'new', 'new')
 
 
 def made_up(megabytes: float) -> Iterator[tuple[str, str, int]]:
@@ -46,7 +46,7 @@ def made_up(megabytes: float) -> Iterator[tuple[str, str, int]]:
     words = re.findall('[a-z]+', text)
     sentence = lambda n=14: ' '.join(chance.choices(words, k=n)).capitalize() + '. '
     pool = [sentence(chance.randrange(8, 20)) for _ in range(100_000)]
-    size, number, passage, original = 0, 0, [], ([], '', 0)
+    size, number, original = 0, 0, ([], '', 0)
     while size < megabytes * 1e6:
         body, kind = chance.choices(pool, k=30), 'new'
         if number % 10 == 9 and number > 100:
@@ -56,11 +56,6 @@ def made_up(megabytes: float) -> Iterator[tuple[str, str, int]]:
             body, name, _ = original
         elif kind.startswith(('Jaccard', '5%')):
             body = edited(kind, original[0], words, chance)
-        elif kind == 'passage':
-            passage = [sentence(), sentence(), f'Passage {number}. ', sentence(), sentence()]
-            body[10:10] = passage
-        elif kind == 'passage again':
-            body[20:20] = passage
         elif kind.endswith('item'):
             item = f'{sentence(20)}Item {number}. {sentence(20)}'
             body.insert(15, ' '.join(item.split()[:8]) + '. ' if kind.startswith('eight') else item)
@@ -111,7 +106,7 @@ def write_corpus(folder: Path, megabytes: float, line_mb: float) -> dict[int, tu
 def judge(folder: Path, kinds: dict[int, tuple[str, int, int]]) -> dict:
     """Compare the documents that are in the shards with what was planted; prints a table."""
     tok = tokenizers.load(folder / 'tokenizer.json')
-    seen = {what: Counter() for what in (b'Doc', b'Passage', b'Item')}
+    seen = {what: Counter() for what in (b'Doc', b'Item')}
     left, hashes = b'', set()
     for path in sorted(folder.glob('*.bin')):
         ids = open_shard(path)
@@ -129,20 +124,18 @@ def judge(folder: Path, kinds: dict[int, tuple[str, int, int]]) -> dict:
     # of two that are alike the one goes that is not for validation
     gone = {next((i for i in near if kinds[i][2] == number and i not in gone), number)
             for number in gone}
-    changed = {number for number in of('new', PLANTED[-3])
+    changed = {number for number in of('new', PLANTED[5])
                if kinds[number][1] not in hashes and (seen[b'Doc'][number] or number in gone)}
     rows = [('equal documents', len(of('equal')), len(of('equal')) - again, 0)]
     rows += [(f'near duplicates: {kind}', len(of(kind)), len(gone & of(kind)), len(gone - near))
              for kind in PLANTED[1:3]]
-    rows += [('repeated passages', len(of('passage')),
-              sum(seen[b'Passage'][n] == 1 for n in of('passage')), len(changed)),
-             ('benchmark items', len(of('item')),
+    rows += [('benchmark items', len(of('item')),
               sum(not seen[b'Item'][n] for n in of('item')), len(changed))]
     print('| planted | how many | removed | recall | precision |\n|---|---|---|---|---|')
     for name, planted, removed, false in rows:
         print(f'| {name} | {planted:,} | {removed:,} | {removed / max(1, planted):.4f} | '
               f'{removed / max(1, removed + false):.4f} |')
-    print(f'{len(changed):,} of {len(of("new", PLANTED[-3])):,} other documents are changed or '
+    print(f'{len(changed):,} of {len(of("new", PLANTED[5])):,} other documents are changed or '
           f'gone, and {len(gone & of(PLANTED[3])):,} of {len(of(PLANTED[3])):,} with {PLANTED[3]}')
     return {name: [planted, removed, false] for name, planted, removed, false in rows}
 
@@ -168,8 +161,8 @@ def main() -> dict:
         process = subprocess.Popen(
             [sys.executable, Path(__file__).resolve().parents[1] / 'prepare.py', folder / 'corpus',
              f'--data_dir={folder}/data', '--name=bench', '--tokenizer=bpe',
-             '--repeated_sentences=3', f'--decontaminate={folder}/benchmark.txt',
-             '--val_fraction=0.01'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+             f'--decontaminate={folder}/benchmark.txt', '--val_fraction=0.01'],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)
         reader.start()
         while process.poll() is None:

@@ -9,10 +9,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-import prepare
 from core import clean
 from core.clean import mask, ngram_hashes, normalize, outside, strip_gutenberg, word_hashes
-from core.settings import settings_of
 
 BOOK = '''The Project Gutenberg EBook of Tales, by A. Writer
 
@@ -247,19 +245,18 @@ def test_measures_of_nothing():
         assert all(np.isfinite(value) for value in measures(text).values())
 
 
-def test_every_measure_has_a_threshold_and_every_threshold_a_measure():
-    settings = [key for key in settings_of(vars(prepare)) if key.startswith(('min_', 'max_'))]
-    assert set(measures('')) == {key[4:] for key in settings} - {'line_words', 'files'}
+def test_every_measure_has_a_limit_and_every_limit_a_measure():
+    assert measures('').keys() == clean.LIMITS.keys()
 
 
-@pytest.mark.parametrize('settings,inside', [
-    ({'min_x': 1, 'max_x': 2}, '1 1.5 2'), ({'min_x': 1}, '1 1.5 2 2.001'),
-    ({'max_x': 2}, '0.999 1 1.5 2'), ({'min_y': 9}, '0.999 1 1.5 2 2.001'),
-    ({'max_x': 0}, '')])
-def test_outside(settings, inside):
+@pytest.mark.parametrize('limits,inside', [
+    ((1, 2), '1 1.5 2'), ((1, None), '1 1.5 2 2.001'), ((None, 2), '0.999 1 1.5 2'),
+    ((None, None), '0.999 1 1.5 2 2.001'), ((None, 0), '')])
+def test_outside(limits, inside, monkeypatch):
+    monkeypatch.setattr(clean, 'LIMITS', {'x': limits, 'y': (4, 4)})
     for value in (0.999, 1, 1.5, 2, 2.001):
-        assert (outside([('x', value)], settings) == {}) == (str(value) in inside.split())
-    assert outside([('x', 3), ('y', 4), ('x2', 5)], {'max_x': 2, 'max_x2': 5}) == {'x': 3}
+        found = outside([('x', value), ('y', 4)])
+        assert found == ({} if str(value) in inside.split() else {'x': value})
 
 
 @pytest.mark.parametrize('line,stays', [
@@ -269,9 +266,9 @@ def test_outside(settings, inside):
     ('This site, like others, uses cookies.', False),
     ('Read our Privacy Policy before this.', False)])
 def test_c4_lines(line, stays):
-    assert clean.c4_lines(line, 5) == line * stays
+    assert clean.c4_lines(line) == line * stays
     rest, line = 'Here is another line, which stays.\n', f'{line}\n'
-    assert clean.c4_lines(f'{rest}\n{line}{rest}', 5) == rest + line * stays + rest
+    assert clean.c4_lines(f'{rest}\n{line}{rest}') == rest + line * stays + rest
 
 
 WRAPPED = textwrap.fill(PROSE, 70)
@@ -283,9 +280,9 @@ WRAPPED = textwrap.fill(PROSE, 70)
     f'{WRAPPED}\n\n{WRAPPED}\n\n\n{WRAPPED}', PROSE])
 def test_c4_lines_of_wrapped_paragraphs(text):
     """They count as the one line that they were, and keep their line breaks."""
-    assert clean.c4_lines(text, 5) == text
+    assert clean.c4_lines(text) == text
     after = '\n\n' if '\n' in text else '\n'
-    assert clean.c4_lines(f'CHAPTER I\n\n{text}\n\nTHE END\n', 5) == text + after
+    assert clean.c4_lines(f'CHAPTER I\n\n{text}\n\nTHE END\n') == text + after
 
 
 @pytest.mark.parametrize('text,left', [
@@ -296,7 +293,7 @@ def test_c4_lines_of_wrapped_paragraphs(text):
     (f'{PROSE}\n{PROSE.rstrip(".")}\n{PROSE}', f'{PROSE}\n{PROSE}'),
     ('A short line\nand this is the end.', 'and this is the end.')])
 def test_c4_lines_of_other_paragraphs(text, left):
-    assert clean.c4_lines(text, 5) == left
+    assert clean.c4_lines(text) == left
 
 
 def test_c4_without_bad_words():
@@ -435,49 +432,6 @@ def test_more_than_ten_pieces_are_none(n_items, n_pieces):
     text = 'item'.join(['x' * 700] * (n_items + 1))
     spans = [found.span() for found in re.finditer('item', text)]
     assert len(clean.without_overlaps(text, spans)) == n_pieces
-
-
-# ---------------------------------------------------------------------------------------------
-# Repeated sentences
-
-STORIES = 'A is one.  B is two! "C is three?"\nD\n\nE is (five.) F...'
-
-
-def test_sentences():
-    assert [STORIES[begin:end] for begin, end in clean.sentences(STORIES)] == [
-        'A is one.  ', 'B is two! ', '"C is three?"\n', 'D\n\n', 'E is (five.) ', 'F...']
-    assert clean.sentences('') == [] and clean.sentences('3.5 a.b') == [(0, 7)]
-
-
-def test_nothing_is_lost_between_sentences():
-    rng = random.Random(0)
-    for _ in range(500):
-        text = ''.join(rng.choices('ab.!?"\n ”)', k=rng.randint(0, 60)))
-        n, spans = rng.randint(1, 4), clean.sentences(text)
-        assert ''.join(text[begin:end] for begin, end in spans) == text
-        hashes = clean.sentence_spans(text, n)
-        assert len(hashes) == max(0, len(spans) - n + 1)
-        assert clean.without_sentences(text, np.zeros(len(hashes), bool), n) == text
-
-
-@pytest.mark.parametrize('n,marked,left', [
-    (1, [2], 'A is one.  B is two! D\n\nE is (five.) F...'),
-    (3, [1], 'A is one.  E is (five.) F...'), (3, [0, 1], 'E is (five.) F...'), (3, [0, 3], ''),
-    (2, [0, 4], '"C is three?"\nD\n\n'), (6, [0], ''), (7, [], STORIES)])
-def test_without_sentences(n, marked, left):
-    repeated = np.zeros(len(clean.sentence_spans(STORIES, n)), bool)
-    repeated[marked] = True
-    assert clean.without_sentences(STORIES, repeated, n) == left
-
-
-def test_sentences_that_came_before_go():
-    first = 'Once upon a time. There was a cat. It was black. The end.\n'
-    second = f'Hello.\nThere was a cat.  It was black.\nThe end. {"New. " * 2}It was black. Bye.'
-    hashes = [clean.sentence_spans(text, 3) for text in (first, second)]
-    repeated = clean.repeats(np.concatenate(hashes))
-    assert repeated.sum() == 1
-    left = clean.without_sentences(second, repeated[len(hashes[0]):], 3)
-    assert left == 'Hello.\nNew. New. It was black. Bye.'
 
 
 # ---------------------------------------------------------------------------------------------

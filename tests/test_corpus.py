@@ -55,7 +55,7 @@ def contents(folder) -> dict:
 # Duplicates, validation, weights
 
 
-def test_planted_duplicates_passages_and_benchmark_items(monkeypatch, capsys):
+def test_planted_duplicates_and_benchmark_items(monkeypatch, capsys):
     """20 MB; the table that the README has, from a corpus of which all is known."""
     monkeypatch.setattr(bench_data, 'corpus_mb', 20)
     result = bench_data.main()
@@ -142,7 +142,7 @@ def like(texts: list[str], others: list[str], low: float) -> int:
 
 
 @pytest.mark.parametrize('settings', [{}, {'weights': '3'}, {'weights': '0.5'}, {'workers': 2},
-                                      {'val_fraction': 0.3}, {'repeated_sentences': 1}])
+                                      {'val_fraction': 0.3}])
 def test_share_of_validation_with_many_copies(settings):
     """A share of what stays, whatever the number of copies, and nothing like it in training."""
     texts = [near(prose(i), j) for j in range(5) for i in range(120)]
@@ -276,11 +276,12 @@ def test_near_copies_of_code(change, goes):
     ({}, [near(prose(1), i) for i in range(9)], 'without near duplicates.*a.jsonl:2'),
     ({}, [prose(1)] * 9, 'without equal documents.*a.jsonl:2'),
     ({}, [prose(i) for i in range(9)], '')])
-def test_loss_of_more_than_half_is_loud(settings, texts, words, capsys):
+def test_loss_of_more_than_half_is_loud(settings, texts, words, capsys, monkeypatch):
     """Of any source: the step or rule is named, with the share and an example."""
     other = write_jsonl('b.jsonl', [prose(i, 400) for i in range(100, 150)])
-    rest = {'min_stop_words': 0, 'min_sentences': 0} if settings else {}
-    prepare.build(f'{write_jsonl("a.jsonl", texts)},{other}', name='it', **settings, **rest)
+    for measure in ('stop_words', 'sentences'):
+        monkeypatch.setitem(clean.LIMITS, measure, (None, None))
+    prepare.build(f'{write_jsonl("a.jsonl", texts)},{other}', name='it', **settings)
     lines = [line for line in capsys.readouterr().err.splitlines() if 'characters went' in line]
     assert bool(lines) == bool(words)
     assert not words or re.search(f'a.jsonl: ([6-9].|100)%.*{words}', lines[0])
@@ -298,11 +299,14 @@ def test_bad_weights(weights, capsys):
 # Rules
 
 
-def test_rules_are_counted_or_applied(capsys):
+def test_rules_are_counted_or_applied(capsys, monkeypatch):
     good = 'The cat sat on the mat and looked at all that we have to be. ' + prose(1, 80)
     short, symbols = 'nothing but these short words', prose(2, 80) + '# ' * 40
     path = write_jsonl('a.jsonl', [good, short, symbols])
     folder = prepare.build(path, val_fraction=0.0)
+    assert documents_of(folder, 'train') == [good, short, symbols]
+    assert json.loads((folder / 'meta.json').read_text())['rules'] == {}    # that cost nothing
+    folder = prepare.build(path, val_fraction=0.0, count_quality=True)
     assert documents_of(folder, 'train') == [good, short, symbols]
     meta = json.loads((folder / 'meta.json').read_text())
     assert meta['rules']['gopher: words'] == [1, 0] and meta['rules']['gopher: symbols'] == [1, 0]
@@ -312,7 +316,9 @@ def test_rules_are_counted_or_applied(capsys):
     meta = json.loads((folder / 'meta.json').read_text())
     assert meta['rules']['gopher: words'] == [1, 1]
     assert meta['examples']['gopher: words'][0] == ['a.jsonl:2: 5', short]
-    folder = prepare.build(path, val_fraction=0.0, quality='gopher', min_words=5, min_stop_words=0)
+    monkeypatch.setitem(clean.LIMITS, 'words', (5, None))
+    monkeypatch.setitem(clean.LIMITS, 'stop_words', (0, None))
+    folder = prepare.build(path, 'other', val_fraction=0.0, quality='gopher')
     assert documents_of(folder, 'train') == [good, short]
 
 
@@ -353,7 +359,7 @@ def test_one_document_in_parts(monkeypatch):
 
 def prepare_command(*flags) -> list[str]:
     return [sys.executable, prepare.__file__, 'corpus', '--name=it', '--tokenizer=bpe',
-            '--vocab_size=600', '--shard_tokens=100000', '--repeated_sentences=3',
+            '--vocab_size=600', '--shard_tokens=100000',
             '--workers=2', *flags]
 
 

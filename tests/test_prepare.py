@@ -557,17 +557,6 @@ def test_a_changed_benchmark(capsys):
     assert '1 of 1 texts have fewer than 8 words' in capsys.readouterr().err
 
 
-def test_sentences_that_go_count_in_the_split():
-    """A tenth of what is left is for validation."""
-    sentences = [f'This is sentence number {i} of the text.' for i in range(300)]
-    path = write('t.txt', '\n'.join(sentences * 5))
-    folder = prepare.build(path, repeated_sentences=3)
-    train, val = decoded(folder)
-    assert 0.09 < len(val) / len(train + val) < 0.11
-    assert meta_of(folder)['characters'] == len(train + val) < len('\n'.join(sentences)) + 100
-    assert meta_of(folder)['steps']['without repeated sentences'][3] == len(train + val)
-
-
 def test_odd_names(monkeypatch, capsys):
     """Brackets and commas in names, the folder itself, bytes that are no UTF-8, globs."""
     for name in ('a[1].txt', 'p,q.txt', 'caf\udce9.txt'):

@@ -6,6 +6,7 @@ import random
 import pytest
 
 import prepare
+from core.clean import LIMITS
 from core.report import Tally, allowed, write_report
 from core.settings import settings_of
 
@@ -110,7 +111,7 @@ def test_numbers(tmp_path):
             ['gopher: symbols', 'at most 0.1', '1,078', '1,078'],
             ['c4: sentences', 'at least 3', '9', '9'], ['U+FFFD', '31,337'],
             ["'the'", '200,000', '10.00%'], ["'\\n'", '1,001', '0.05%'],
-            ['min_words', '50'], ['quality', 'gopher']):
+            ['shingle_words', '3'], ['quality', 'gopher']):
         assert row in page.rows
     assert ['masked: nothing', '0'] not in page.rows
     texts = ' '.join(page.texts.values())
@@ -134,7 +135,8 @@ def test_bars_are_as_high_as_the_counts(tmp_path):
 
 def test_where_there_is_nothing_to_tell(tmp_path):
     page = page_of(tmp_path, rules={}, counts={}, examples={}, bad=[], frequent=[], n_inputs=3,
-                   gpt2_bytes_per_token=None, settings={**META['settings'], 'quality': ''},
+                   gpt2_bytes_per_token=None, settings={**META['settings'], 'quality': '',
+                                                           'count_quality': True},
                    lengths=[[1, 2, 1]])
     assert 'applied: none.' in page.texts['p'] and 'cannot be read' not in page.texts['p']
     assert ['no document lies outside of any rule', '', '0', '0'] in page.rows
@@ -148,12 +150,12 @@ def test_names_that_are_no_unicode(tmp_path):
     assert 'caf' in page.texts['td']
 
 
-@pytest.mark.parametrize('settings,expected', [
-    ({'min_x': 50, 'max_x': 100_000}, '50 to 100,000'), ({'max_x': 0.3}, 'at most 0.3'),
-    ({'max_x': 0}, 'at most 0'), ({'min_x': 0}, 'at least 0'),
-    ({'min_x': 0, 'max_x': 0}, '0 to 0')])
-def test_allowed(settings, expected):
-    assert allowed('x', {**settings, 'min_y': 1, 'max_y': 2}) == expected
+@pytest.mark.parametrize('limits,expected', [
+    ((50, 100_000), '50 to 100,000'), ((None, 0.3), 'at most 0.3'), ((None, 0), 'at most 0'),
+    ((0, None), 'at least 0'), ((0, 0), '0 to 0')])
+def test_allowed(limits, expected, monkeypatch):
+    monkeypatch.setitem(LIMITS, 'x', limits)
+    assert allowed('x') == expected
 
 
 # ---------------------------------------------------------------------------------------------
