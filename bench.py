@@ -31,12 +31,15 @@ from tqdm import tqdm
 import prepare
 import train
 from core import device as hardware
-from core import hf, optim, parallel, rundir
-from core import tokenizer as tokenizers
-from core.dataset import share
-from core.learner import Learner, count_targets, lm_loss_sums
-from core.processes import Ranks
+from core.data.dataset import share
+from core.formats import hf
+from core.net import optim
+from core.ranks import parallel
+from core.ranks.processes import Ranks
+from core.run import rundir
+from core.run.learner import Learner, count_targets, lm_loss_sums
 from core.settings import check_bounds, check_choice, configure, stop
+from core.text import tokenizer as tokenizers
 from model import build_model, count_parameters, flops_per_token, generate
 
 POSITIONAL = ('what', 'folders')

@@ -21,11 +21,15 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import model as model_module
-from core import checkpoint, hf, lora, metrics, optim, parallel, processes, records, rundir
 from core import device as hardware
-from core.dataset import IGNORE, PADDING, Order, Rows, share
-from core.learner import Learner, print_above
-from core.processes import print0
+from core.data import records
+from core.data.dataset import IGNORE, PADDING, Order, Rows, share
+from core.formats import hf
+from core.net import lora, optim
+from core.ranks import parallel, processes
+from core.ranks.processes import print0
+from core.run import checkpoint, metrics, rundir
+from core.run.learner import Learner, print_above
 from core.settings import (
     check_bounds,
     check_choice,
@@ -47,7 +51,7 @@ out_dir = ''                # run directory; '': out/<config name>
 init_from = ''              # resume: insist on going on with the run in out_dir
 seed = 1337
 # data
-dataset = ''                # a named set (see core/records.py), or a .jsonl, .json, .csv, .tsv file
+dataset = ''                # a named set (core/data/records.py), or a .jsonl, .json, .csv or .tsv
 validation = ''             # a file to validate on; '': a part of the dataset
 val_fraction = 0.1          # of the questions, to validate on
 max_records = 0             # only so many records; 0: all
@@ -61,7 +65,7 @@ label_smoothing = 0.0       # dpo: so probable it is that the two answers were m
 chosen_weight = 0.0         # of -log p per token of the chosen answers, added to keep them probable
 # what learns
 dropout = 0.0
-lora_rank = 0               # low-rank adapters (core/lora.py); 0: none, the layers themselves learn
+lora_rank = 0               # low-rank adapters (core/net/lora.py); 0: none, all weights learn
 lora_alpha = 16.0           # their weight is lora_alpha / lora_rank
 lora_targets = ''           # layers that have them, such as q_proj,v_proj; '': all in the blocks
 lora_dropout = 0.0

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from core import checkpoint, hf
+from core.formats import hf
+from core.run import checkpoint
 from core.settings import check_bounds, check_choice, configure, stop
 
 POSITIONAL = ('run_dir',)

@@ -20,11 +20,15 @@ import torch
 from tqdm import tqdm
 
 import model as model_module
-from core import checkpoint, clean, hf, lora, metrics, optim, parallel, processes, records, rundir
 from core import device as hardware
-from core.dataset import Rows, share
-from core.learner import Learner, print_above
-from core.processes import print0
+from core.data import clean, records
+from core.data.dataset import Rows, share
+from core.formats import hf
+from core.net import lora, optim
+from core.ranks import parallel, processes
+from core.ranks.processes import print0
+from core.run import checkpoint, metrics, rundir
+from core.run.learner import Learner, print_above
 from core.settings import check_bounds, check_choice, configure, settings_of, stop
 from core.source import source_hashes
 from model import build_model, copy_weights, count_parameters, generate, padded
@@ -43,7 +47,7 @@ against = ''                # with eval_only: another run on the same records, c
 seed = 1337
 # data
 task = 'chat'               # chat or classify
-dataset = ''                # a named set (see core/records.py), or a .jsonl, .json, .csv, .tsv file
+dataset = ''                # a named set (core/data/records.py), or a .jsonl, .json, .csv or .tsv
 validation = ''             # chat: a file to validate on; '': a part of the dataset
 val_fraction = 0.1          # of the records, to validate on
 test_fraction = 0.2         # classify: of the records, looked at once, at the end
@@ -58,7 +62,7 @@ balance = False             # classify: all classes weigh the same, however many
 # what learns
 layers = 'all'              # all; head; or the last so many blocks, with final norm and head
 dropout = 0.0
-lora_rank = 0               # low-rank adapters (core/lora.py); 0: none, the layers themselves learn
+lora_rank = 0               # low-rank adapters (core/net/lora.py); 0: none, all weights learn
 lora_alpha = 16.0           # their weight is lora_alpha / lora_rank
 lora_targets = ''           # layers that have them, such as q_proj,v_proj; '': all in the blocks
 lora_dropout = 0.0

@@ -5,8 +5,8 @@ bias, tied) and Qwen3 / Llama (rmsnorm, rope, swiglu, grouped queries, qk_norm o
 stands the LSTM language model that they replaced, behind the same interface.
 
 Shapes: B rows, T positions, C = n_embd channels, H heads of D = head_dim channels, V = vocab_size.
-Nothing here knows of processes: core/parallel.py wraps the model from outside. It may cut heads out
-of the projections, take blocks out of `h`, and set `wte`, `ln_f` or `lm_head` to None.
+Nothing here knows of processes: core/ranks/parallel.py wraps the model from outside. It may cut
+heads out of the projections, take blocks out of `h`, and set `wte`, `ln_f`, `lm_head` to None.
 """
 import contextlib
 import functools

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import prepare
-from core import checkpoint, hf
+from core.formats import hf
+from core.run import checkpoint
 from core.settings import configure, stop
 from model import GPTConfig, build_model, count_parameters, flops_per_token
 

@@ -1,10 +1,10 @@
 """Raw text to token shards: python prepare.py shakespeare, or python prepare.py my_texts/.
 
-Whatever people have (see core/documents.py) is read, cleaned, freed of duplicates and of benchmark
-items, and encoded with a tokenizer that is trained on it or brought along. A dataset is a folder
-data/<name>/ with shards of token ids, tokenizer.json, meta.json, and report.html, which says what
-was removed and why. By default only duplicates are removed. A run that was killed goes on where it
-was. train.py calls `build` by itself.
+Whatever people have (see core/read/documents.py) is read, cleaned, freed of duplicates and of
+benchmark items, and encoded with a tokenizer that is trained on it or brought along. A dataset is a
+folder data/<name>/ with shards of token ids, tokenizer.json, meta.json, and report.html, which says
+what was removed and why. By default only duplicates are removed. A run that was killed goes on
+where it was. train.py calls `build` by itself.
 """
 import contextlib
 import glob
@@ -26,9 +26,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from core import checkpoint, clean, documents, hf
-from core import tokenizer as tokenizers
-from core.corpus import (
+from core.data import clean
+from core.data.corpus import (
     Corpus,
     Split,
     choose_validation,
@@ -41,14 +40,19 @@ from core.corpus import (
     split_corpus,
     texts_of,
 )
-from core.dataset import HEADER, Tokens, open_shard
+from core.data.dataset import HEADER, Tokens, open_shard
+from core.data.recipes import RECIPES
+from core.data.report import Tally, write_report
 from core.device import cpu_count
-from core.documents import Bad
-from core.download import NoNetwork, fetch, file_hash, locked, stated
-from core.processes import print0
-from core.recipes import RECIPES
-from core.report import Tally, write_report
+from core.formats import hf
+from core.ranks.processes import print0
+from core.read import documents
+from core.read.documents import Bad
+from core.read.download import NoNetwork, fetch, file_hash, locked, stated
+from core.run import checkpoint
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
+from core.source import source_hashes
+from core.text import tokenizer as tokenizers
 
 POSITIONAL = ('dataset',)
 
@@ -64,7 +68,7 @@ skip_bad = False            # leave out what cannot be read, and count it, inste
 # what is changed and removed
 normalize = 'NFC'           # Unicode normalization form: NFC, NFKC, or '': none
 mask_pii = False            # mask e-mail addresses, IP addresses and phone numbers
-quality = ''                # rules that are applied: gopher, c4 or gopher,c4 (see core/clean.py)
+quality = ''                # rules that are applied: gopher, c4 or gopher,c4 (core/data/clean.py)
 count_quality = False       # count in report.html what both would remove
 equal = ''                  # texts are equal up to case and white space (loose), not even that
                             # (exact); '': loose for prose, exact for code and short records
@@ -522,9 +526,7 @@ def make(folder: Path, work: Path, sources: list[Source], options: dict, ready_t
     The work folder beside it is kept until then. A run with the same input, settings and source
     code goes on with what is there.
     """
-    code = [Path(__file__), *sorted(Path(clean.__file__).parent.glob('*.py'))]
-    sources_hash = hashlib.sha256(b''.join(path.read_bytes() for path in code)).hexdigest()
-    plan = {**content(meta), 'source code': sources_hash}
+    plan = {**content(meta), 'source code': source_hashes(__file__)}
     if not (work / 'plan.json').is_file() or json.loads((work / 'plan.json').read_text()) != plan:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()

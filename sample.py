@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from core import checkpoint, records
 from core import device as hardware
-from core.documents import Bad, read, suffix
+from core.data import records
+from core.read.documents import Bad, read, suffix
+from core.run import checkpoint
 from core.settings import Stop, check_bounds, configure, stop, warn
 from model import generate, pad_rows
 

@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 import model as model_module
 import prepare
-from core import checkpoint, layout_check, optim, parallel, processes, rundir
 from core import device as hardware
-from core import tokenizer as tokenizers
-from core.dataset import IGNORE, Ahead, load_split, share
-from core.download import NoNetwork
-from core.learner import Learner, count_targets, lm_loss_sums, print_above, to_device
-from core.processes import print0
+from core.data.dataset import IGNORE, Ahead, load_split, share
+from core.net import optim
+from core.ranks import parallel, processes
+from core.ranks.processes import print0
+from core.read.download import NoNetwork
+from core.run import checkpoint, layout_check, rundir
+from core.run.learner import Learner, count_targets, lm_loss_sums, print_above, to_device
 from core.settings import (
     check_bounds,
     check_choice,
@@ -35,6 +36,7 @@ from core.settings import (
     warn,
 )
 from core.source import source_hashes
+from core.text import tokenizer as tokenizers
 from model import (
     GPTConfig,
     allocate,
@@ -65,7 +67,7 @@ tokenizer = ''                  # the dataset's (see prepare.py); '': its own, o
 batch_size = 480                # sequences per optimizer step, over all processes
 micro_batch_size = 0            # sequences per forward pass; 0: as memory allows
 block_size = 1024               # tokens in a sequence
-pack_documents = False          # whole documents, kept apart: see PackedWindows in core/dataset.py
+pack_documents = False          # whole documents, kept apart: PackedWindows in core/data/dataset.py
 # model (see GPTConfig in model.py)
 arch = 'gpt'                    # gpt or lstm
 depth = 0                       # one knob: n_layer=n_head=depth, n_embd=64 depth, rates to match

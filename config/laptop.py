@@ -2,7 +2,7 @@
 
 python train.py config/laptop.py --dataset=my_novels/
 
-It takes a file or a folder of text, web pages, JSON lines, tables (see core/documents.py); a
+It takes a file or a folder of text, web pages, JSON lines, tables (see core/read/documents.py); a
 megabyte is enough to learn from. A BPE of 4,096 tokens is learnt from the same text. The
 schedule follows the clock, so it takes ten minutes on any machine.
 4 blocks of 4 x 256^2 (attention) + 3 x 256 x 680 (MLP), and one table of 4,096 x 256:

@@ -24,10 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's folder
 
 import bench
-from core import clean
-from core import tokenizer as tokenizers
-from core.dataset import open_shard
+from core.data import clean
+from core.data.dataset import open_shard
 from core.settings import check_bounds, configure, stop
+from core.text import tokenizer as tokenizers
 
 corpus_mb = 60              # megabytes of text
 line_mb = 0                 # and one more file of a single line of so many

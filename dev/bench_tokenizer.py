@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's
 
 import bench
 from core import device as hardware
-from core import tokenizer as tokenizers
 from core.settings import check_bounds, configure, stop
+from core.text import tokenizer as tokenizers
 
 vs = ''                     # a checkout of minbpe
 rounds = 5                  # times that each side is measured

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's
 
 import bench
 import train
-from core import optim, parallel
-from core.dataset import IGNORE, Tokens, Windows, load_split, share
-from core.learner import count_targets, lm_loss_sums, to_device
-from core.processes import Ranks
+from core.data.dataset import IGNORE, Tokens, Windows, load_split, share
+from core.net import optim
+from core.ranks import parallel
+from core.ranks.processes import Ranks
+from core.run.learner import count_targets, lm_loss_sums, to_device
 from core.settings import check_bounds, check_choice, configure, stop
 from dev import peers
 from model import flops_per_token

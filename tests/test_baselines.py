@@ -6,7 +6,7 @@ import pytest
 from conftest import note_row
 
 import finetune
-from core.tokenizer import ByteTokenizer
+from core.text.tokenizer import ByteTokenizer
 
 
 @pytest.mark.skipif('DATA_MIRROR' not in os.environ, reason='needs sms_spam.tsv from DATA_MIRROR')

@@ -1,4 +1,4 @@
-"""core/tokenizer.py's byte-level BPE: training, ids like tiktoken's and Hugging Face's, chats."""
+"""core/text/tokenizer.py: byte-level BPE: training, ids like tiktoken's and Hugging Face's."""
 import json
 import os
 import random
@@ -13,10 +13,10 @@ from conftest import stopped
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from core import tokenizer as tokenizers
-from core.hf_tokenizer import merges_of, tokenizer_json
 from core.settings import Stop
-from core.tokenizer import (
+from core.text import tokenizer as tokenizers
+from core.text.hf_tokenizer import merges_of, tokenizer_json
+from core.text.tokenizer import (
     PATTERNS,
     SPECIAL,
     BPETokenizer,

@@ -1,4 +1,4 @@
-"""core/clean.py: every measure by hand, every method against a slow one that does the same."""
+"""core/data/clean.py: every measure by hand, every method against a slow one that does the same."""
 import random
 import re
 import textwrap
@@ -9,8 +9,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from core import clean
-from core.clean import mask, ngram_hashes, normalize, outside, strip_gutenberg, word_hashes
+from core.data import clean
+from core.data.clean import mask, ngram_hashes, normalize, outside, strip_gutenberg, word_hashes
 
 BOOK = '''The Project Gutenberg EBook of Tales, by A. Writer
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import TINY
 
-from core import rundir
+from core.run import rundir
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,4 @@
-"""core/corpus.py and prepare.py: what is planted is found; kills and workers change nothing."""
+"""core/data/corpus.py and prepare.py: what is planted is found; kills change nothing."""
 import json
 import random
 import re
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import prepare
-from core import clean, corpus
-from core.clean import text_hash
-from core.dataset import Tokens, open_shard
-from core.tokenizer import load
+from core.data import clean, corpus
+from core.data.clean import text_hash
+from core.data.dataset import Tokens, open_shard
+from core.text.tokenizer import load
 from dev import bench_data
 
 

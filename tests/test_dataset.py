@@ -1,4 +1,4 @@
-"""core/dataset.py: token shards, the order of windows, the shares of the ranks."""
+"""core/data/dataset.py: token shards, the order of windows, the shares of the ranks."""
 import os
 import struct
 import time
@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import stopped
 
-from core.dataset import (
+from core.data.dataset import (
     HEADER,
     IGNORE,
     PADDING,

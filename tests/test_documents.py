@@ -1,4 +1,4 @@
-"""core/documents.py: files of every format, in every encoding, and damaged in every way."""
+"""core/read/documents.py: files of every format, in every encoding, and damaged in every way."""
 import codecs
 import gzip
 import io
@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from core import documents, tables
-from core.documents import LONGEST, Bad, find_files, parse, read, suffix
+from core.read import documents, tables
+from core.read.documents import LONGEST, Bad, find_files, parse, read, suffix
 
 BLOCK = 1 << 20     # bytes of a text file that are decoded at a time
 SEPARATOR = '<|endoftext|>'

@@ -1,4 +1,4 @@
-"""core/download.py, against a server on this machine that misbehaves in every way."""
+"""core/read/download.py, against a server on this machine that misbehaves in every way."""
 import contextlib
 import hashlib
 import http.server
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import stopped_at_last as stopped
 
-from core.download import NoNetwork, download, fetch
+from core.read.download import NoNetwork, download, fetch
 from core.settings import Stop
 
 MB = 1 << 20
@@ -72,7 +72,7 @@ def server(running):
 def waits(monkeypatch):
     """The seconds that were waited between tries; no time passes."""
     seconds = []
-    monkeypatch.setattr('core.download.time.sleep', seconds.append)
+    monkeypatch.setattr('core.read.download.time.sleep', seconds.append)
     return seconds
 
 

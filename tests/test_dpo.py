@@ -10,10 +10,11 @@ from conftest import stopped
 from test_lora import CPU, tiny
 
 import dpo
-from core import hf, records
-from core.dataset import IGNORE, PADDING
-from core.processes import Ranks
-from core.tokenizer import ByteTokenizer
+from core.data import records
+from core.data.dataset import IGNORE, PADDING
+from core.formats import hf
+from core.ranks.processes import Ranks
+from core.text.tokenizer import ByteTokenizer
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 TOKENIZER = ByteTokenizer()

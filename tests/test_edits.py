@@ -14,9 +14,11 @@ import finetune
 import model as M
 import sample
 import train
-from core import checkpoint, hf, layout_check, optim
 from core.device import Device, keep_freed_memory
-from core.processes import Ranks
+from core.formats import hf
+from core.net import optim
+from core.ranks.processes import Ranks
+from core.run import checkpoint, layout_check
 from core.settings import read_config
 from model import GPTConfig, build_model, copy_weights, named_weights
 
@@ -270,7 +272,7 @@ def test_export_refuses_what_its_format_lacks(edit, name, tmp_path, capsys):
 
 
 def test_adapters_refuse_layers_that_compute_something_else(edit, capsys):
-    from core import lora
+    from core.net import lora
     edit(Linear=Ternary)
     model = build_model(GPTConfig(**SMALL))
     assert 'h.0.attn.q_proj is a Ternary' in stopped(

@@ -13,7 +13,8 @@ import dpo
 import export
 import finetune
 import sample
-from core import checkpoint, hf
+from core.formats import hf
+from core.run import checkpoint
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 ROOT = Path(export.__file__).parent

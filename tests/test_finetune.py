@@ -12,10 +12,11 @@ import dpo
 import finetune
 import sample
 import train
-from core import checkpoint, lora, rundir
-from core.learner import Learner
+from core.net import lora
+from core.run import checkpoint, rundir
+from core.run.learner import Learner
 from core.settings import Stop
-from core.tokenizer import ByteTokenizer
+from core.text.tokenizer import ByteTokenizer
 
 
 def tensors_of(run) -> dict:

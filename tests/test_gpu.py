@@ -16,11 +16,13 @@ import dpo
 import finetune
 import model as M
 from core import device as hardware
-from core import learner as learning
-from core import optim, parallel, processes, rundir
 from core.device import Device, fit_micro_batch
-from core.learner import Learner, lm_loss_sums
-from core.processes import Ranks
+from core.net import optim
+from core.ranks import parallel, processes
+from core.ranks.processes import Ranks
+from core.run import learner as learning
+from core.run import rundir
+from core.run.learner import Learner, lm_loss_sums
 from model import generate
 
 WIDE = dict(head_dim=16, n_layer=2)

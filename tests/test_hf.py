@@ -1,4 +1,4 @@
-"""core/hf.py and core/hf_tokenizer.py: models and tokenizers of transformers in, ours out."""
+"""core/formats/hf.py and core/text/hf_tokenizer.py: models and tokenizers in and out."""
 import http.server
 import json
 import os
@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from test_bpe import fuzz, nfc
 
 import plan
-from core import checkpoint, hf
-from core.hf_tokenizer import merges_of, read_tokenizer, tokenizer_json
+from core.formats import hf
+from core.run import checkpoint
 from core.settings import Stop
-from core.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, printable
+from core.text.hf_tokenizer import merges_of, read_tokenizer, tokenizer_json
+from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from model import GPTConfig, build_model, generate
 
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -715,7 +716,7 @@ def test_names_that_lead_nowhere(capsys, hub, folder, tmp_path, monkeypatch):
         assert message.startswith(f'run_dir={name:.80}: ')
     assert hub == []                                    # a slip of the pen asks nobody
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
-    monkeypatch.setattr('core.download.time.sleep', lambda s: None)
+    monkeypatch.setattr('core.read.download.time.sleep', lambda s: None)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         checkpoint.find_model('org/other')

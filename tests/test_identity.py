@@ -13,8 +13,8 @@ import dpo
 import finetune
 import model as model_module
 import train
-from core import checkpoint, rundir
-from core.learner import Learner
+from core.run import checkpoint, rundir
+from core.run.learner import Learner
 from core.settings import Stop, settings_of
 from core.source import read_source, source_hashes
 
@@ -278,14 +278,14 @@ def test_files_that_are_imported(tmp_path):
     assert sorted(source_hashes(tmp_path / 'train.py')) == imported
     assert sorted(source_hashes(tmp_path / 'mine.py')) == ['core/half.py', 'mine.py']
     here = source_hashes(train.__file__)
-    assert {'model.py', 'train.py', 'core/optim.py', 'core/pipeline.py'} <= {*here}
-    assert not {'bench.py', 'finetune.py', 'core/metrics.py'} & {*here}
+    assert {'model.py', 'train.py', 'core/net/optim.py', 'core/ranks/pipeline.py'} <= {*here}
+    assert not {'bench.py', 'finetune.py', 'core/run/metrics.py'} & {*here}
 
 
 @pytest.fixture
 def project(door, tmp_path, monkeypatch):
     """project(file, old, new): edit a copy of the source, as which the scripts know theirs."""
-    for path in [*ROOT.glob('*.py'), *ROOT.glob('core/*.py')]:
+    for path in [*ROOT.glob('*.py'), *ROOT.glob('core/**/*.py')]:
         (target := tmp_path / 'project' / path.relative_to(ROOT)).parent.mkdir(
             parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -308,11 +308,11 @@ def test_edited_source(door, project, name, capsys):
     """In the midst of a run: words resume it, code stops, and there are two ways on."""
     run, script = door.cut(name), Path(door.scripts[name].__file__).name
     project(script, '"""', '"""In other words. ')
-    project('core/optim.py', 'import math', 'import math    # for pi')
+    project('core/net/optim.py', 'import math', 'import math    # for pi')
     project('core/settings.py', 'must be one of', 'has to be one of')
     assert door.cut(name) == run and 'resuming' in capsys.readouterr().out
     log = (run / 'log.jsonl').read_bytes()
-    for file, old, new in (('core/optim.py', '3.4445', '3.4446'),
+    for file, old, new in (('core/net/optim.py', '3.4445', '3.4446'),
                            (script, 'seed = 1337', 'seed = 1338'),
                            ('model.py', 'self.n_head', 'self.n_kv_head')):
         project(file, old, new)
@@ -328,7 +328,7 @@ def test_edited_source(door, project, name, capsys):
     checkpoint.load_run(str(run), classifier=name == 'classify')
     assert 'was trained with another model.py' in capsys.readouterr().err
     assert door(name, init_from='resume')['run_dir'] == str(run)
-    assert 'core/optim.py has changed' in capsys.readouterr().err
+    assert 'core/net/optim.py has changed' in capsys.readouterr().err
     assert rundir.read_log(run, 'end') and rundir.read_log(run, 'start')
     checkpoint.load_run(str(run), classifier=name == 'classify')
     assert 'was trained with another model.py' not in capsys.readouterr().err

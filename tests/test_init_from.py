@@ -8,9 +8,10 @@ import torch
 
 import export
 import train
-from core import checkpoint, hf, rundir
+from core.formats import hf
+from core.run import checkpoint, rundir
 from core.settings import Stop
-from core.tokenizer import BPETokenizer, printable
+from core.text.tokenizer import BPETokenizer, printable
 from model import GPTConfig, build_model, copy_weights
 
 STILL = dict(max_steps=1, learning_rate=0.0, weight_decay=0.0)      # a step that changes nothing

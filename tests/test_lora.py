@@ -1,4 +1,4 @@
-"""core/lora.py: low-rank adapters; PEFT is the reference for their files."""
+"""core/net/lora.py: low-rank adapters; PEFT is the reference for their files."""
 import copy
 import os
 from dataclasses import asdict
@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 import finetune
 import model as model_module
-from core import checkpoint, hf, lora, optim
 from core.device import Device
+from core.formats import hf
+from core.net import lora, optim
+from core.run import checkpoint
 from core.source import source_hashes
-from core.tokenizer import ByteTokenizer
+from core.text.tokenizer import ByteTokenizer
 from model import GPTConfig, build_model, count_parameters, named_weights
 
 os.environ['HF_HUB_OFFLINE'] = '1'

@@ -1,4 +1,4 @@
-"""core/metrics.py: losses of sequences, intervals and a classifier's scores, each by hand."""
+"""core/run/metrics.py: losses of sequences, intervals and a classifier's scores, each by hand."""
 import json
 import math
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core import metrics
-from core.dataset import IGNORE, Rows
+from core.data.dataset import IGNORE, Rows
 from core.device import Device
-from core.metrics import classification, mean_interval, paired_interval
-from core.processes import Ranks
+from core.ranks.processes import Ranks
+from core.run import metrics
+from core.run.metrics import classification, mean_interval, paired_interval
 from model import GPTConfig, build_model
 
 CPU = Device('cpu', 'cpu', 'float32', False, 1.0, [])

@@ -1,12 +1,12 @@
-"""core/optim.py: schedules by hand, Muon and AdamW against their formulas, the groups."""
+"""core/net/optim.py: schedules by hand, Muon and AdamW against their formulas, the groups."""
 import copy
 
 import pytest
 import torch
 from torch import nn
 
-from core import optim
-from core.optim import Muon, make_optimizers, newton_schulz, schedule, set_learning_rate
+from core.net import optim
+from core.net.optim import Muon, make_optimizers, newton_schulz, schedule, set_learning_rate
 from model import GPTConfig, build_model
 
 

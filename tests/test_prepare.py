@@ -9,13 +9,13 @@ import pytest
 from conftest import stopped_at_last as stopped
 
 import prepare
-from core import recipes
-from core.dataset import Tokens
-from core.download import NoNetwork
-from core.hf_tokenizer import tokenizer_json
-from core.recipes import Recipe
+from core.data import recipes
+from core.data.dataset import Tokens
+from core.data.recipes import Recipe
+from core.read.download import NoNetwork
 from core.settings import Stop
-from core.tokenizer import load
+from core.text.hf_tokenizer import tokenizer_json
+from core.text.tokenizer import load
 
 MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRROR'])
 

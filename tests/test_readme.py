@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import prepare
-from core import hf
-from core.tokenizer import gpt2
+from core.formats import hf
+from core.text.tokenizer import gpt2
 from model import GPTConfig, build_model
 
 ROOT = Path(prepare.__file__).parent
@@ -118,5 +118,6 @@ def test_quick_start_is_two_lines():
 
 
 def test_files_that_it_names_exist():
-    for name in re.findall(r'`((?:config/|core/|dev/)?\w+\.py)`', README):
-        assert any((ROOT / folder / name).is_file() for folder in ('', 'config', 'core')), name
+    for name in re.findall(r'`([\w/]+\.py)`', README):
+        found = [*ROOT.glob(name), *ROOT.glob(f'config/{name}'), *ROOT.glob(f'core/**/{name}')]
+        assert found, name

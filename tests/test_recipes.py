@@ -1,4 +1,4 @@
-"""core/recipes.py and addresses: named datasets and web pages, from a server on this machine."""
+"""core/data/recipes.py and addresses: named datasets, web pages, from a server here."""
 import functools
 import gzip
 import http.server
@@ -11,7 +11,7 @@ from conftest import stopped_at_last as stopped
 from test_corpus import documents_of, prose
 
 import prepare
-from core.recipes import RECIPES
+from core.data.recipes import RECIPES
 
 
 @pytest.fixture

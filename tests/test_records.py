@@ -1,4 +1,4 @@
-"""core/records.py and core/stdlib.py: records of every format, and what is wrong with them."""
+"""core/data/records.py and core/read/stdlib.py: records of every format."""
 import ast
 import csv
 import gzip
@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from conftest import stopped, stopped_at_last
 
-from core import records, stdlib
-from core.download import NoNetwork
-from core.records import SETS, conversation, fraction_of, labelled, load, preference, sha256_of
-from core.tokenizer import ByteTokenizer, CharTokenizer
+from core.data import records
+from core.data.records import SETS, conversation, fraction_of, labelled, load, preference, sha256_of
+from core.read import stdlib
+from core.read.download import NoNetwork
+from core.text.tokenizer import ByteTokenizer, CharTokenizer
 
 MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRROR'])
 needs_mirror = pytest.mark.skipif(not MIRROR, reason='needs DATA_MIRROR')
@@ -345,7 +346,7 @@ def test_preferences(tmp_path, asked, expected):
 
 
 def test_places_in_tables(tmp_path):
-    """That of a row of several lines is its last one, as in core/documents.py."""
+    """That of a row of several lines is its last one, as in core/read/documents.py."""
     path = put(tmp_path, 'a.csv', 'label,text\nham,"a\nb"\n\nham,c\n')
     assert [record.where for record in read(path, labelled)] == [f'{path}:3', f'{path}:5']
 

@@ -1,4 +1,4 @@
-"""core/report.py: the page that says what was removed, and the counts that it is made of."""
+"""core/data/report.py: the page that says what was removed, and the counts that it is made of."""
 import html.parser
 import json
 import random
@@ -6,8 +6,8 @@ import random
 import pytest
 
 import prepare
-from core.clean import LIMITS
-from core.report import Tally, allowed, write_report
+from core.data.clean import LIMITS
+from core.data.report import Tally, allowed, write_report
 from core.settings import settings_of
 
 EVIL = '</pre><script src="http://evil.example/x.js">alert(1)</script><a href=\'//x\'>&amp;\n'

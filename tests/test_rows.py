@@ -1,11 +1,11 @@
-"""core/dataset.py's Rows: sequences in rows, and of conversations which of their ids count."""
+"""core/data/dataset.py's Rows: sequences in rows, and of conversations which of their ids count."""
 import numpy as np
 import pytest
 import torch
 
-from core import records
-from core.dataset import IGNORE, PADDING, Rows
-from core.tokenizer import CHAT, SPECIAL, BPETokenizer, ByteTokenizer
+from core.data import records
+from core.data.dataset import IGNORE, PADDING, Rows
+from core.text.tokenizer import CHAT, SPECIAL, BPETokenizer, ByteTokenizer
 
 SIZE = 16
 

@@ -289,7 +289,7 @@ DOORS = {'train': vars(train), 'finetune': vars(finetune), 'dpo': vars(dpo), 'be
     RAN, '', 'x = 5\n' + RAN, 'batch_size = 4\nmodel = 3\n' + RAN, 'class Net: pass\n' + RAN,
     'import torch\nprint(seed)\n' + RAN, 'for i in range(3): pass\nseed = 3\n' + RAN,
     'def main(): pass\n' + RAN, (ROOT / 'train.py').read_text(), (ROOT / 'sample.py').read_text(),
-    (ROOT / 'core' / 'optim.py').read_text(), (ROOT / 'model.py').read_text()],
+    (ROOT / 'core/net/optim.py').read_text(), (ROOT / 'model.py').read_text()],
     ids=lambda text: str(len(text)))
 @pytest.mark.parametrize('door', [*DOORS, 'plan'])
 def test_a_program_is_no_config(capsys, tmp_path, door, text):

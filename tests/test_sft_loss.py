@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from test_lora import CPU, OURS, tiny
 
 import finetune
-from core import hf, metrics, records
-from core.dataset import IGNORE
-from core.processes import Ranks
-from core.tokenizer import ByteTokenizer
+from core.data import records
+from core.data.dataset import IGNORE
+from core.formats import hf
+from core.ranks.processes import Ranks
+from core.run import metrics
+from core.text.tokenizer import ByteTokenizer
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 TOKENIZER = ByteTokenizer()

@@ -23,9 +23,12 @@ import plan
 import prepare
 import sample
 import train
-from core import checkpoint, download, hf, settings
-from core.documents import find_files
-from core.download import NoNetwork, fetch, kind_of, locked
+from core import settings
+from core.formats import hf
+from core.read import download
+from core.read.documents import find_files
+from core.read.download import NoNetwork, fetch, kind_of, locked
+from core.run import checkpoint
 from core.settings import Stop, configure
 
 TEXT = 'It was a dark and stormy night. Naïve 🎉!\n' * 5

@@ -1,4 +1,4 @@
-"""core/tables.py at both doors: documents for pretraining, and records for the later stages.
+"""core/read/tables.py at both doors: documents for pretraining, and records for the later stages.
 
 What a file holds is read the same, or refused the same, wherever it is given; names decide what a
 field is, and what changes the meaning of a record is never ignored.
@@ -17,11 +17,12 @@ from conftest import stopped, stopped_at_last
 
 import finetune
 import sample
-from core import documents, records, tables
-from core.documents import Bad
-from core.records import conversation, labelled, preference
+from core.data import records
+from core.data.records import conversation, labelled, preference
+from core.read import documents, tables
+from core.read.documents import Bad
 from core.settings import Stop
-from core.tokenizer import ByteTokenizer
+from core.text.tokenizer import ByteTokenizer
 
 
 def put(folder, name: str, data: bytes | str) -> Path:

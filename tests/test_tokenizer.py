@@ -1,4 +1,4 @@
-"""core/tokenizer.py: round trips, special tokens, streaming, files."""
+"""core/text/tokenizer.py: round trips, special tokens, streaming, files."""
 import json
 
 import numpy as np
@@ -6,11 +6,11 @@ import pytest
 from conftest import stopped
 
 import prepare
-from core import records
-from core import tokenizer as tokenizers
-from core.dataset import Tokens
-from core.hf_tokenizer import read_tokenizer, tokenizer_json
-from core.tokenizer import SPECIAL, ByteTokenizer, CharTokenizer, Tokenizer, load
+from core.data import records
+from core.data.dataset import Tokens
+from core.text import tokenizer as tokenizers
+from core.text.hf_tokenizer import read_tokenizer, tokenizer_json
+from core.text.tokenizer import SPECIAL, ByteTokenizer, CharTokenizer, Tokenizer, load
 
 # 1 to 4 bytes a character, a combining accent, a joined emoji, control characters, line ends.
 TEXT = ('To be, or not to be:\n\tthat is the question…\r\nNaïve façade, cafe\u0301; Ωμέγα; '

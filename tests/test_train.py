@@ -17,12 +17,13 @@ from conftest import TINY
 
 import sample
 import train
-from core import checkpoint, optim, rundir
 from core import device as hardware
-from core.dataset import IGNORE, ShardWriter, load_split, share
-from core.learner import Learner, count_targets, lm_loss_sums
-from core.optim import LossScale
-from core.processes import Ranks
+from core.data.dataset import IGNORE, ShardWriter, load_split, share
+from core.net import optim
+from core.net.optim import LossScale
+from core.ranks.processes import Ranks
+from core.run import checkpoint, rundir
+from core.run.learner import Learner, count_targets, lm_loss_sums
 from core.settings import Stop, configure, read_config, settings_of
 from model import GPT, LSTM, GPTConfig, flops_per_token
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import stopped
 
-from core.documents import Bad
+from core.read.documents import Bad
 from core.workers import ordered_map
 
 ROOT = Path(__file__).parent.parent

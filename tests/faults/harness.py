@@ -20,7 +20,7 @@ from conftest import FAULTS, TINY
 from safetensors.torch import load_file
 
 import train
-from core import checkpoint, rundir
+from core.run import checkpoint, rundir
 
 ROOT = Path(train.__file__).parent
 TIMES = ('seconds', 'tokens_per_second', 'mfu')     # what may differ between two equal runs

@@ -13,8 +13,8 @@ from harness import PROCESSES, assert_same, bits, note
 from safetensors.torch import load_file, save_file
 
 import train
-from core import checkpoint
-from core.download import file_hash
+from core.read.download import file_hash
+from core.run import checkpoint
 from core.settings import Stop
 from model import GPTConfig, build_model
 

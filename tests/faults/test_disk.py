@@ -12,7 +12,7 @@ from conftest import TINY
 from harness import ROOT, assert_clean, assert_same, last_step, limit_file_size, note
 
 import train
-from core import checkpoint, rundir
+from core.run import checkpoint, rundir
 from core.settings import Stop
 
 SURVIVED = 'warning, old ones intact, temporary removed, training goes on, later saves succeed'

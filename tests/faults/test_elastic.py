@@ -10,7 +10,7 @@ from harness import assert_same, finished, last_step, note
 from test_ranks import children
 from test_signals import start_train, wait_for_step
 
-from core import rundir
+from core.run import rundir
 
 # steps of a tenth of a second: starting anew takes ten
 SETTINGS = dict(batch_size=64, micro_batch_size=4, block_size=64, n_embd=64, save_interval=5,

@@ -10,7 +10,7 @@ import pytest
 from harness import Ranks, assert_clean, assert_same, finished, last_step, note
 
 import train
-from core import checkpoint, rundir
+from core.run import checkpoint, rundir
 
 LONG = dict(eval_interval=40, save_interval=8, optimizer='muon', dropout=0.1)
 

@@ -7,7 +7,9 @@ from conftest import TINY
 from harness import Ranks, bits, finished, note, tensors_of
 
 import train
-from core import checkpoint, optim, parallel, rundir
+from core.net import optim
+from core.ranks import parallel
+from core.run import checkpoint, rundir
 from core.settings import Stop
 
 BAD = {'NaN': math.nan, 'inf': math.inf, '-inf': -math.inf}

@@ -10,7 +10,7 @@ import pytest
 from harness import Ranks, assert_same, finished, json_lines, last_step, note
 from test_signals import start_train, wait_for_step
 
-from core import checkpoint, rundir
+from core.run import checkpoint, rundir
 
 SETTINGS = dict(max_steps=100_000, eval_interval=100_000, save_interval=10)
 

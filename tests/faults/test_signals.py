@@ -23,7 +23,7 @@ from harness import (
 )
 
 import train
-from core import checkpoint, rundir
+from core.run import checkpoint, rundir
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Steps of about 0.1 s, and evaluations of seconds.

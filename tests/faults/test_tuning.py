@@ -5,7 +5,7 @@ from conftest import TUNED
 from harness import Ranks, note
 from test_finetune import tensors_of
 
-from core import checkpoint, rundir
+from core.run import checkpoint, rundir
 
 SETTINGS = {'chat': ('finetune', dict(answers=1, answer_tokens=4)),
             'classify': ('finetune', dict(task='classify', balance=True)),

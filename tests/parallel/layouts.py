@@ -18,11 +18,13 @@ import torch
 
 import model as model_module
 import train
-from core import checkpoint, layout_check, optim, parallel, processes
-from core.dataset import IGNORE, PADDING, share
+from core.data.dataset import IGNORE, PADDING, share
 from core.device import Device
-from core.learner import Learner, count_targets, lm_loss_sums
-from core.processes import Ranks
+from core.net import optim
+from core.ranks import parallel, processes
+from core.ranks.processes import Ranks
+from core.run import checkpoint, layout_check
+from core.run.learner import Learner, count_targets, lm_loss_sums
 from core.settings import Stop, settings_of
 from model import GPTConfig, allocate, build_model, init_weights, named_weights
 

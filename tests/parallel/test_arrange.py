@@ -15,9 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import plan
 import train
-from core import parallel, processes
-from core.checkpoint import Progress
-from core.processes import Ranks
+from core.ranks import parallel, processes
+from core.ranks.processes import Ranks
+from core.run.checkpoint import Progress
 from model import GPTConfig, build_model, named_weights
 
 ROOT = Path(train.__file__).parent

@@ -25,7 +25,7 @@ from layouts import (  # noqa: F401  fixtures
 )
 
 import train
-from core.processes import Ranks
+from core.ranks.processes import Ranks
 
 SP = dict(tp=2, sequence_parallel=True)
 MUON = dict(optimizer='muon')

@@ -4,7 +4,7 @@ import unicodedata
 from pathlib import Path
 
 from core.settings import stop
-from core.tokenizer import (
+from core.text.tokenizer import (
     PATTERNS,
     SPECIAL,
     BPETokenizer,

@@ -3,7 +3,7 @@ import torch
 from torch.distributed import pipelining
 from torch.nn.parallel import DistributedDataParallel
 
-from core import parallel
+from core.ranks import parallel
 
 SCHEDULES = {'1f1b': pipelining.Schedule1F1B, 'gpipe': pipelining.ScheduleGPipe,
              'interleaved': pipelining.ScheduleInterleaved1F1B}

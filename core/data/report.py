@@ -3,7 +3,7 @@ import html
 from collections import Counter
 from pathlib import Path
 
-from core.clean import LIMITS
+from core.data.clean import LIMITS
 from core.settings import warn
 
 

@@ -1,8 +1,8 @@
 """Does a layout of ranks train the model that one process trains? A small copy of it is tried.
 
-core/parallel.py cuts and sends what model.py has now. An edit may need more: what one block hands
-to another beside x, for instance, is lost between pipeline stages. So before the first step a small
-model of the same architecture makes two of them in the layout, and in one process.
+core/ranks/parallel.py cuts and sends what model.py has now. An edit may need more: what a block
+hands to another beside x, for instance, is lost between pipeline stages. So before the first step a
+small model of the same architecture makes two of them in the layout, and in one process.
 """
 import contextlib
 import hashlib
@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core import optim, parallel
-from core.dataset import IGNORE
-from core.learner import Learner, count_targets, lm_loss_sums, to_device
-from core.processes import Ranks, broadcast, exchange, print0
+from core.data.dataset import IGNORE
+from core.net import optim
+from core.ranks import parallel
+from core.ranks.processes import Ranks, broadcast, exchange, print0
+from core.run.learner import Learner, count_targets, lm_loss_sums, to_device
 from core.settings import stop, warn
 from core.source import source_hashes
 from model import allocate, build_model, copy_weights, named_weights
@@ -40,7 +41,7 @@ def check(ranks, device, config, make_optimizers, settings: dict, memory: Path,
         f'{name}={value}' for name in ('tp', 'pp', 'zero', 'replicas', 'sequence_parallel')
         if (value := getattr(ranks, name)) is True or value not in (0, 1)) or f'{ranks.dp} x data'
     small, passed = small_copy(config, ranks), []
-    source = source_hashes(str(Path(__file__).parent.parent / 'train.py'))
+    source = source_hashes(str(Path(__file__).parents[2] / 'train.py'))
     key = repr((source, layout, ranks.dp, ranks.pp_schedule, small, settings))
     key = hashlib.sha256(key.encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, TypeError):

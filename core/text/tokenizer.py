@@ -29,9 +29,9 @@ import regex  # comes with tiktoken
 import tiktoken
 from tqdm import tqdm
 
-from core import clean
+from core.data import clean
 from core.device import cpu_count
-from core.download import fetch
+from core.read.download import fetch
 from core.settings import stop
 from core.workers import ordered_map
 

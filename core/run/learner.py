@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core import checkpoint, optim, parallel, processes
-from core.checkpoint import Progress
-from core.dataset import IGNORE
+from core.data.dataset import IGNORE
 from core.device import Device
-from core.optim import LossScale
-from core.processes import Ranks, print0
+from core.net import optim
+from core.net.optim import LossScale
+from core.ranks import parallel, processes
+from core.ranks.processes import Ranks, print0
+from core.run import checkpoint
+from core.run.checkpoint import Progress
 from core.settings import stop
 
 NO_MEMORY = ('the GPU has too little memory; give --activation_checkpointing, a smaller '

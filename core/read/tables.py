@@ -1,6 +1,6 @@
 """JSON lines, JSON arrays, CSV and TSV -> rows, in any encoding: one reader for all stages.
 
-core/documents.py makes documents for pretraining of the rows, core/records.py conversations,
+core/read/documents.py makes documents for pretraining of the rows, core/data/records.py chats,
 preferences and labelled texts. A row that is no good is a record that says so, and the rows after
 it are still read; where nothing after it can be read, Bad is raised.
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from core.documents import SUFFIXES
+from core.read.documents import SUFFIXES
 from core.settings import stop, warn
 
 # What decides how a download is read: its Content-Type, and its first bytes.

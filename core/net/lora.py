@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core import hf
+from core.formats import hf
 from core.settings import stop
 from model import Linear, named_weights
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from core import hf, stdlib
-from core.documents import read
-from core.download import fetch
+from core.formats import hf
+from core.read import stdlib
+from core.read.documents import read
+from core.read.download import fetch
 
 
 class Recipe(NamedTuple):

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from core import optim, processes
-from core.checkpoint import Writers
 from core.device import compile_options
-from core.processes import Ranks
+from core.net import optim
+from core.ranks import processes
+from core.ranks.processes import Ranks
+from core.run.checkpoint import Writers
 from core.settings import stop
 from model import tie
 
@@ -188,7 +189,7 @@ def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
                  for part in parts]
     if ranks.pp == 1:
         return parts[0], 1
-    from core import pipeline  # takes half a second
+    from core.ranks import pipeline
     n_micro = pipeline.fitting(math.ceil(per_rank / rows), ranks)
     return pipeline.Pipeline(parts, ranks, device, n_micro, rows), n_micro
 

@@ -25,11 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import model as model_module
-from core import hf, hf_tokenizer, lora
-from core import tokenizer as tokenizers
-from core.download import NoNetwork, file_hash, locked
+from core.formats import hf
+from core.net import lora
+from core.read.download import NoNetwork, file_hash, locked
 from core.settings import stop, warn
 from core.source import source_hashes
+from core.text import hf_tokenizer
+from core.text import tokenizer as tokenizers
 from model import GPTConfig, build_model, named_weights
 
 MANIFEST, VERSION = 'manifest.json', 1

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from core import tables
-from core.tables import JSON_LINES, REMEDY, TABLES, Bad, Record, detect, is_encoding, suffix
+from core.read import tables
+from core.read.tables import JSON_LINES, REMEDY, TABLES, Bad, Record, detect, is_encoding, suffix
 
 TEXT = ('.txt', '.md', '.rst', '.py')
 # What is read in folders. A .json file, which there is mostly one of settings, has to be named.

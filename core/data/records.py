@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core import stdlib
-from core.documents import read
-from core.download import NoNetwork, fetch
-from core.processes import print0
+from core.ranks.processes import print0
+from core.read import stdlib
+from core.read.documents import read
+from core.read.download import NoNetwork, fetch
+from core.read.tables import JSON_LINES, TABLES, Bad, parse_json, suffix
 from core.settings import stop
-from core.tables import JSON_LINES, TABLES, Bad, parse_json, suffix
 
 SUFFIXES = (*JSON_LINES, '.json', *TABLES)
 FIELDS = {      # what a record or a message holds -> the names for it in files of others

@@ -1,6 +1,6 @@
 """The run directory: which one a command goes on with, its log, and how a run is asked to end.
 
-out/<run>/ holds log.jsonl, loss.png, copies of the source, and checkpoints (core/checkpoint.py).
+out/<run>/ holds log.jsonl, loss.png, copies of the source, and checkpoints (checkpoint.py).
 """
 import json
 import math
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from core import checkpoint, parallel, processes
 from core import device as hardware
-from core.checkpoint import Saver
+from core.ranks import parallel, processes
+from core.run import checkpoint
+from core.run.checkpoint import Saver
 from core.settings import stop, warn
 
 # Settings in which two starts of one run may differ: paths and what chooses the data, since hashes

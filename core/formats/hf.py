@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_private
 
-from core.download import fetch, locked
-from core.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
+from core.read.download import fetch, locked
 from core.settings import stop, warn
-from core.tokenizer import CHAT_TEMPLATE, Tokenizer
+from core.text.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
+from core.text.tokenizer import CHAT_TEMPLATE, Tokenizer
 from model import GPT, GPTConfig, build_model
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'

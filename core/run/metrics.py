@@ -4,9 +4,9 @@ import math
 import numpy as np
 import torch
 
-from core import parallel, processes
-from core.dataset import IGNORE, share
-from core.learner import to_device
+from core.data.dataset import IGNORE, share
+from core.ranks import parallel, processes
+from core.run.learner import to_device
 
 Z95 = 1.959964      # the 97.5% quantile of the normal distribution, and of Student's t with 1 to 7
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646)     # degrees of freedom

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from core import clean, documents
-from core.dataset import ShardWriter
-from core.documents import Bad
-from core.report import Tally
+from core.data import clean
+from core.data.dataset import ShardWriter
+from core.data.report import Tally
+from core.read import documents
+from core.read.documents import Bad
 from core.settings import warn
 from core.workers import ordered_map
 
