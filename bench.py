@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -36,10 +37,11 @@ from core.formats import hf
 from core.net import optim
 from core.ranks import parallel
 from core.ranks.processes import Ranks
-from core.run.learner import Learner, count_targets, lm_loss_sums
+from core.run.begin import build_optimizers, from_model, model_config
+from core.run.learner import Learner
 from core.run.log import draw as draw_figure
 from core.run.log import read_log
-from core.settings import check_bounds, check_choice, configure, stop
+from core.settings import check_bounds, check_choice, configure, settings_of, stop
 from core.text import tokenizer as tokenizers
 from model import build_model, count_parameters, flops_per_token, generate
 
@@ -71,6 +73,11 @@ def choose_device() -> hardware.Device:
     return dev
 
 
+def settings() -> SimpleNamespace:
+    """train.py's settings, as presets and flags have set them."""
+    return SimpleNamespace(**settings_of(vars(train)))
+
+
 def our_config(data: Path | None = None):
     """The architecture that the settings describe, and how many tokens it is for: those of the
     dataset in `data`; without it, as many as its tokenizer is known to have."""
@@ -78,21 +85,21 @@ def our_config(data: Path | None = None):
     if not (known or data):
         known = prepare.count_tokens(train.dataset, train.tokenizer_wanted(), 0)
     known = known or len(tokenizers.load((data or train.get_data(Ranks())[0]) / 'tokenizer.json'))
-    return train.model_config(known), known
+    return model_config(settings(), known), known
 
 
 def our_learner(config, dev, seed: int) -> Learner:
     """Our model with all that trains it, as train.py puts it together."""
     model, ranks = build_model(config, seed, dev.name), Ranks()
     trained, _ = parallel.wrap(model, ranks, dev, 1, 1)
-    return Learner(model, trained, train.build_optimizers(model, dev, ranks),
+    return Learner(model, trained, build_optimizers(settings(), model, dev, ranks),
                    optim.LossScale(dev.dtype == 'float16'), dev, ranks, train.grad_clip,
                    seed if train.dropout else None)
 
 
 def our_step(learner: Learner):
     """A function that does one training step on a list of micro-batches."""
-    return lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0, 1.0)
+    return lambda batches: train.train_step(learner, batches, 0, 1.0)
 
 
 def nanogpt_like(config, compiled: bool):
@@ -116,7 +123,7 @@ def random_batches(config, known: int, dev) -> list[tuple]:
     generator = torch.Generator().manual_seed(train.seed)
     shapes = [(len(samples), config.block_size)
               for samples in share(0, train.batch_size, 0, 1, at_once)]
-    documents = train.respects_documents(config)    # one in each row: the most work
+    documents = train.pack_documents    # one in each row: the most work
     return [(torch.randint(known, shape, generator=generator),
              torch.randint(known, shape, generator=generator),
              torch.zeros(shape, dtype=torch.long) if documents else None) for shape in shapes]
@@ -427,7 +434,7 @@ def bench_runs() -> dict:
 def check_train_settings() -> None:
     """Stop on settings of train.py that it refuses, too, or that start from a model."""
     train.check_settings()
-    if train.from_model():
+    if from_model(settings()):
         stop(f'init_from={train.init_from}: leave it out; what is measured is the model that the '
              'settings describe')
 

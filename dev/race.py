@@ -25,7 +25,7 @@ from core.data.dataset import IGNORE, Tokens, Windows, load_split, share
 from core.net import optim
 from core.ranks import parallel
 from core.ranks.processes import Ranks
-from core.run.learner import count_targets, lm_loss_sums, to_device
+from core.run.learner import to_device
 from core.settings import check_bounds, check_choice, configure, stop
 from dev import peers
 from model import flops_per_token
@@ -110,7 +110,7 @@ def run_ours(config, data: Path, windows: Windows, dev, seed: int, max_steps: in
                                 train.decay_fraction, train.min_lr_fraction)
         batches = [train_windows.batch(samples) for samples in share(
             i * train.batch_size, train.batch_size, 0, 1, at_once)]
-        learner.step(batches, lm_loss_sums, count_targets(batches), i, factor)
+        train.train_step(learner, batches, i, factor)
 
     def look():
         with parallel.looking_on(learner.model), dev.autocast():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import note_row
 
-import finetune
+import classify
 from core.text.tokenizer import ByteTokenizer
 
 
@@ -13,14 +13,14 @@ from core.text.tokenizer import ByteTokenizer
 @pytest.mark.parametrize('seed', [1, 2, 3])
 def test_bag_of_words(monkeypatch, seed):
     """Logistic regression on counts of words, its strength chosen on the validation part; majority.
-    The same texts in each part as finetune.py has with this seed."""
+    The same texts in each part as classify.py has with this seed."""
     sklearn = pytest.importorskip('sklearn')
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     for name, value in dict(dataset='sms_spam', seed=seed, pack=False).items():
-        monkeypatch.setattr(finetune, name, value)
+        monkeypatch.setattr(classify, name, value)
     tokenizer = ByteTokenizer()
-    parts, names, _ = finetune.class_data(tokenizer, 10_000, [])
+    parts, names, _ = classify.class_data(tokenizer, 10_000, [])
     assert names == ['ham', 'spam']
     texts = [[tokenizer.decode(ids[:-1]) for ids in part.ids] for part in parts]
     truth = [np.array([ids[-1] for ids in part.ids]) for part in parts]

@@ -58,12 +58,12 @@ def test_train(run_bench, capsys, monkeypatch):
 
 def test_train_on_documents(run_bench, monkeypatch, capsys):
     """The model is given their numbers, as in training."""
-    real, seen = train.Learner.step, []
+    real, seen = train.train_step, []
 
     def step(*args):
         seen.append(args[1][0][2])
         return real(*args)
-    monkeypatch.setattr(train.Learner, 'step', step)
+    monkeypatch.setattr(train, 'train_step', step)
     assert run_bench()['ours_tokens_per_second'] > 0 and seen.pop() is None
     monkeypatch.setattr(train, 'pack_documents', True)
     assert run_bench()['ours_tokens_per_second'] > 0

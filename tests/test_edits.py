@@ -9,6 +9,7 @@ import torch
 from conftest import stopped, stopped_at_last
 from torch import nn
 
+import classify
 import dpo
 import finetune
 import model as M
@@ -218,7 +219,7 @@ def test_stages_after_training(edited_base, run_stage, chats, preferences, texts
     assert torch.equal(a['h.1.attn.gate.bias'], b['h.1.attn.gate.bias'])
     run_stage(dpo, dataset=str(preferences), out_dir='out/dpo', **short)
     checked('out/dpo')
-    run_stage(finetune, dataset=str(texts), out_dir='out/class', task='classify', **short)
+    run_stage(classify, dataset=str(texts), out_dir='out/class', **short)
     assert constants_stay(models.load_run('out/class', classifier=True)[0])
 
 

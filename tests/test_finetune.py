@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import stopped_at_last
 
+import classify
 import dpo
 import finetune
 import sample
 import train
 from core.net import lora
 from core.run import checkpoint, models
-from core.run.learner import Learner
 from core.run.log import read_log
 from core.settings import Stop
 from core.text.tokenizer import ByteTokenizer
@@ -43,7 +43,7 @@ def message_of(run) -> str:
 
 
 def classes(run_stage, texts, **settings):
-    return run_stage(finetune, **{'dataset': str(texts), 'task': 'classify', **settings})
+    return run_stage(classify, **{'dataset': str(texts), **settings})
 
 
 def test_chat(run_stage, chats, capsys, monkeypatch):
@@ -74,14 +74,13 @@ def test_split_is_by_question(chats, monkeypatch):
     """The same questions are held out, whatever the answers, seeds and other records."""
     for name, value in dict(dataset=str(chats), val_fraction=0.3).items():
         monkeypatch.setattr(finetune, name, value)
-    tokenizer = finetune.checkpoint.tokenizers.ByteTokenizer()
-    held_out = [r.messages[0]['content'] for r in finetune.chat_data(tokenizer, 96)[2]]
+    held_out = [r.messages[0]['content'] for r in finetune.chat_data(TOKENIZER, 96)[2]]
     lines = chats.read_text().splitlines()
     half = chats.with_name('half.jsonl')
     half.write_text('\n'.join(line.replace('It is', 'Is it') for line in lines[::2]))
     monkeypatch.setattr(finetune, 'dataset', str(half))
     monkeypatch.setattr(finetune, 'seed', 1)
-    again = [r.messages[0]['content'] for r in finetune.chat_data(tokenizer, 96)[2]]
+    again = [r.messages[0]['content'] for r in finetune.chat_data(TOKENIZER, 96)[2]]
     assert again == [q for q in held_out if int(q.split()[-1].strip('?')) % 2 == 0] and again
 
 
@@ -99,7 +98,7 @@ def said_by(door: str, length: int, n: int) -> dict:
 
 DOORS = {'chat': (finetune, 'conversations', lambda: finetune.chat_data(TOKENIZER, 96)),
          'dpo': (dpo, 'pairs', lambda: dpo.load_pairs(TOKENIZER, 96)),
-         'classify': (finetune, 'texts', lambda: finetune.class_data(TOKENIZER, 96, []))}
+         'classify': (classify, 'texts', lambda: classify.class_data(TOKENIZER, 96, []))}
 TOKENIZER = ByteTokenizer()
 
 
@@ -111,8 +110,6 @@ def door_data(tmp_path, monkeypatch):
         path = tmp_path / f'{door}.jsonl'
         path.write_text(''.join(json.dumps(record) + '\n' for record in found))
         monkeypatch.setattr(script, 'dataset', str(path))
-        if script is finetune:
-            monkeypatch.setattr(finetune, 'task', door)
         return make()
     return data
 
@@ -167,8 +164,7 @@ def test_pairs_that_the_window_makes_equal(door_data, capsys):
 def test_cuts_are_in_the_log(run_stage, tmp_path, door):
     path = tmp_path / 'long.jsonl'
     path.write_text(''.join(json.dumps(said_by(door, 96 + n % 2, n)) + '\n' for n in range(60)))
-    script, more = DOORS[door][0], {} if door == 'dpo' else {'task': door}
-    run = run_stage(script, dataset=str(path), max_steps=1, **more)['run_dir']
+    run = run_stage(DOORS[door][0], dataset=str(path), max_steps=1)['run_dir']
     start = read_log(run, 'start')[0]
     assert start['window'] == {'records': 60, 'cut': 30, 'left_out': 0,
                                'would_hold_95_percent': 97, 'longest': 97}
@@ -216,9 +212,8 @@ def test_duplicates_go_and_classes_are_shared_out(texts, tmp_path, monkeypatch, 
     path = tmp_path / 'twice.tsv'
     path.write_text(texts.read_text() * 2)
     for name, value in dict(dataset=str(path), val_fraction=0.1, test_fraction=0.2).items():
-        monkeypatch.setattr(finetune, name, value)
-    tokenizer = finetune.checkpoint.tokenizers.ByteTokenizer()
-    parts, names, _ = finetune.class_data(tokenizer, 96, [])
+        monkeypatch.setattr(classify, name, value)
+    parts, names, _ = classify.class_data(TOKENIZER, 96, [])
     assert '180 records, 90 of them duplicates; 63 to train on, 9 to validate on, 18' in \
         capsys.readouterr().out
     assert names == ['down', 'up']
@@ -249,9 +244,9 @@ def class_parts(tmp_path, monkeypatch):
             path.write_text(''.join(json.dumps(dict(zip(('label', 'text'), found))) + '\n'
                                     for found in dataset))
             dataset = str(path)
-        for name, value in dict(task='classify', dataset=dataset, seed=seed).items():
-            monkeypatch.setattr(finetune, name, value)
-        found, names, _ = finetune.class_data(TOKENIZER, 10_000, [])
+        for name, value in dict(dataset=dataset, seed=seed).items():
+            monkeypatch.setattr(classify, name, value)
+        found, names, _ = classify.class_data(TOKENIZER, 10_000, [])
         return [[(TOKENIZER.decode(ids[:-1].tolist()), names[ids[-1]]) for ids in part.ids]
                 for part in found]
     return parts
@@ -326,17 +321,19 @@ def test_no_test_text_of_sms_spam_has_a_near_copy_elsewhere(class_parts, n):
         assert abs(len(part) / n_all - share) < 0.005 and 0.11 < n_spam / len(part) < 0.14
 
 
-@pytest.mark.parametrize('settings', [
-    dict(dropout=0.1), dict(lora_rank=2, lora_dropout=0.1), dict(task='classify', lora_rank=2),
-    dict(task='classify', layers='1', balance=True)], ids=str)
-def test_interrupted_and_resumed(run_stage, chats, texts, monkeypatch, settings):
+@pytest.mark.parametrize('run, settings', [
+    (chat, dict(dropout=0.1)), (chat, dict(lora_rank=2, lora_dropout=0.1)),
+    (classes, dict(lora_rank=2)), (classes, dict(layers='1', balance=True))],
+    ids=['dropout', 'adapters', 'class adapters', 'class layers'])
+def test_interrupted_and_resumed(run_stage, chats, texts, monkeypatch, run, settings):
     """Weights, adapters and optimizer state bitwise those of an uninterrupted run."""
-    run = classes if settings.get('task') else chat
-    data = texts if settings.get('task') else chats
+    data = texts if run is classes else chats
     whole = run(run_stage, data, out_dir='out/whole', **settings)
-    real = Learner.step
+    script = classify if run is classes else finetune
+    real = script.train_step
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, 'step', lambda *args: (*real(*args)[:3], args[4] == 3))
+        patch.setattr(script, 'train_step', lambda *args, **options: real(
+            *args, **options)._replace(asked=args[2] == 3))
         assert run(run_stage, data, out_dir='out/cut', **settings)['stopped']
     cut = run(run_stage, data, out_dir='out/cut', **settings)
     assert cut['run_dir'] == 'out/cut' and cut['step'] == 6
@@ -377,18 +374,18 @@ def test_random_weights_and_pairs(run_stage, chats, base, capsys):
     assert untuned['difference'][0] < 0
 
 
-@pytest.mark.parametrize('task, lines, message', [
+@pytest.mark.parametrize('door, lines, message', [
     ('classify', 'up\tone\nup\ttwo\n', "all records have the label 'up'"),
     ('classify', 'up\tone\ndown\ttwo\n', "1 different texts with the label 'down' are too few"),
     ('chat', '{"instruction": "a", "output": "b"}\n', 'leave '),
     ('chat', ''.join(json.dumps({'instruction': f'{i}' * 200, 'output': 'b'}) + '\n'
                      for i in range(30)), 'has no answer within block_size=96 tokens'),
 ])
-def test_records_that_are_no_good_together(run_stage, tmp_path, task, lines, message):
-    path = tmp_path / ('bad.tsv' if task == 'classify' else 'bad.jsonl')
+def test_records_that_are_no_good_together(run_stage, tmp_path, door, lines, message):
+    path = tmp_path / ('bad.tsv' if door == 'classify' else 'bad.jsonl')
     path.write_text(lines)
-    assert message in message_of(lambda: run_stage(finetune, task=task, dataset=str(path)))
-    assert not Path(f'out/base-{task}').exists()
+    assert message in message_of(lambda: run_stage(DOORS[door][0], dataset=str(path)))
+    assert not Path(f'out/base-{door}').exists()
 
 
 def test_label_that_is_no_class(run_stage, texts):
@@ -438,6 +435,6 @@ def test_lstm(run_stage, run_train, chats):
     (dict(lora_rank=2, lora_targets='q_proj,x'), "no layers 'x'"),
     (dict(save_adapters=True), 'needs'), (dict(against='out/x'), 'is for --eval_only'),
     (dict(block_size=97), 'knows only 96 positions'), (dict(epochs=0.0), 'epochs=0.0'),
-    (dict(task='talk'), 'task=talk')], ids=str)
+    ], ids=str)
 def test_bad_settings(run_stage, chats, settings, message):
     assert message in message_of(lambda: chat(run_stage, chats, **settings))

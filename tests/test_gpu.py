@@ -12,16 +12,18 @@ from test_model import LLAMA, close, gradients, tiny, tokens
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.nn.attention.flex_attention import create_mask
 
+import classify
 import dpo
 import finetune
 import model as M
+import train
 from core import device as hardware
 from core.device import Device, fit_micro_batch
 from core.net import optim
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
 from core.run import learner as learning
-from core.run.learner import Learner, lm_loss_sums
+from core.run.learner import Learner
 from core.run.log import read_log
 from model import generate
 
@@ -210,8 +212,7 @@ def test_no_dense_mask_in_any_stage(no_dense_mask, run_train, run_stage, chats, 
            'sft': lambda: run_stage(finetune, **chat),
            'unpacked': lambda: run_stage(finetune, **chat, pack=False),
            'weighted': lambda: run_stage(finetune, **chat, prompt_loss_weight=0.5),
-           'classify': lambda: run_stage(finetune, **settings, dataset=str(texts),
-                                         task='classify'),
+           'classify': lambda: run_stage(classify, **settings, dataset=str(texts)),
            'dpo': lambda: run_stage(dpo, **settings, dataset=str(preferences))}[stage]
     assert run()['step'] == 2
     assert len(no_dense_mask) >= 4      # two steps and two evaluations
@@ -385,7 +386,7 @@ def test_bytes_that_stay():
 
 def learner_of(model, ranks=None) -> Learner:
     return Learner(model, model, optim.make_optimizers(model, 'adamw', 1e-3, 0.0, 0.9, 0.99),
-                   optim.LossScale(False), CUDA, ranks or Ranks(), 1.0, None)
+                   optim.LossScale(False), CUDA, ranks or Ranks(), 1.0)
 
 
 def batch_of(samples):
@@ -399,20 +400,22 @@ def test_rows_are_halved_until_they_fit(capsys, rows, fits, want):
     """A GPU that runs out of memory, in the forward or backward pass; nothing is left of it."""
     tried, model = [], tiny()
 
-    def sums(trained, batch):
-        tried.append(len(batch[0]))
-        means = lm_loss_sums(trained, batch)
+    def run(x, y, **options):
+        tried.append(len(x))
+        loss = model(x, y, **options)
         if tried[-1] > fits and len(tried) % 2:
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
         if tried[-1] > fits:
-            means.register_hook(full)
-        return means
+            loss.register_hook(full)
+        return loss
 
     def full(grad):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
 
     before = copy.deepcopy(model.state_dict())
-    assert learner_of(model).fit_rows(rows, batch_of, sums) == want == tried[-1]
+    learner = learner_of(model)
+    learner.trained = run
+    assert learner.fit_rows(train.train_step, batch_of, rows) == want == tried[-1]
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     said = capsys.readouterr().out.splitlines()
@@ -420,10 +423,10 @@ def test_rows_are_halved_until_they_fit(capsys, rows, fits, want):
 
 
 def test_no_rows_fit(capsys):
-    def sums(trained, batch):
+    def step(*args):
         raise torch.OutOfMemoryError('CUDA out of memory')
 
-    message = stopped(capsys, lambda: learner_of(tiny()).fit_rows(1, batch_of, sums))
+    message = stopped(capsys, lambda: learner_of(tiny()).fit_rows(step, batch_of, 1))
     for remedy in ('activation_checkpointing', 'block_size', 'zero', 'micro_batch_size'):
         assert remedy in message
 
@@ -437,8 +440,8 @@ def test_ranks_that_share_a_model_do_not_try(capsys, ranks):
         raise torch.OutOfMemoryError('CUDA out of memory')
 
     learner = learner_of(tiny(), ranks)
-    assert learner.fit_rows(8, refuse, refuse) == 8
-    assert stopped(capsys, lambda: learner.time_steps(refuse, 1)) == learning.NO_MEMORY
+    assert learner.fit_rows(refuse, refuse, 8) == 8
+    assert stopped(capsys, lambda: learner.warm_up(refuse, lambda step: [])) == learning.NO_MEMORY
 
 
 def test_all_ranks_try_again(monkeypatch, capsys):
@@ -453,14 +456,14 @@ def test_all_ranks_try_again(monkeypatch, capsys):
 
     monkeypatch.setattr(parallel, 'accumulate', noted)
     learner = learner_of(tiny(), Ranks(world=2, dp=2))
-    assert learner.fit_rows(8, batch_of, lm_loss_sums) == 4
+    assert learner.fit_rows(train.train_step, batch_of, 8) == 4
     assert entered == [False, False]
 
 
 def test_a_cpu_tries_nothing():
     learner = learner_of(tiny())
     learner.device = Device('cpu', 'cpu', 'float32', False, 1.0, [])
-    assert learner.fit_rows(8, None, None) == 8
+    assert learner.fit_rows(None, None, 8) == 8
 
 
 @pytest.mark.parametrize('stage', ['train', 'sft', 'dpo'])
@@ -474,8 +477,8 @@ def test_a_run_with_the_rows_that_fit(run_train, run_stage, chats, preferences, 
                                            **more)}[stage]
     given = run(micro_batch_size=2, out_dir='out/given')
     found = []
-    monkeypatch.setattr(Learner, 'fit_rows', lambda self, rows, batch_of, sums: (
-        found.append((rows, sums(self.trained, batch_of(range(rows))).shape)), 2)[1])
+    monkeypatch.setattr(Learner, 'fit_rows', lambda self, step_on, batch_of, rows: (
+        found.append((rows, batch_of(range(rows)))), 2)[1])
     tried = run(micro_batch_size=0, out_dir='out/tried')
     assert found and found[0][0] > 2
     logs = [[(e['step'], e.get('train_loss'), e.get('val_loss')) for kind in ('step', 'eval')

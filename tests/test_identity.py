@@ -9,11 +9,14 @@ import pytest
 import torch
 from conftest import TINY, TUNED
 
+import classify
 import dpo
 import finetune
 import model as model_module
 import train
+from core import device as hardware
 from core.run import checkpoint, models
+from core.run import run as run_module
 from core.run.identity import MAY_DIFFER, differences, identity_of
 from core.run.learner import Learner
 from core.run.log import read_log
@@ -40,10 +43,10 @@ def door(first_runs, tmp_path, text_file, chats, texts, preferences, monkeypatch
     """door(name, **settings): the main() of a script with tiny settings, in a temporary folder. The
     stages after train go on with out/base; there is an out/other of equal shape, too."""
     monkeypatch.chdir(first_runs)
-    scripts = {'train': train, 'chat': finetune, 'classify': finetune, 'dpo': dpo}
+    scripts = {'train': train, 'chat': finetune, 'classify': classify, 'dpo': dpo}
     own = {'train': TINY | {'dataset': str(text_file), 'tokenizer': 'byte'},
            'chat': TUNED | {'run_dir': 'out/base', 'dataset': 'chats.jsonl', 'answers': 0},
-           'classify': TUNED | {'run_dir': 'out/base', 'dataset': 'texts.tsv', 'task': 'classify'},
+           'classify': TUNED | {'run_dir': 'out/base', 'dataset': 'texts.tsv'},
            'dpo': TUNED | {'run_dir': 'out/base', 'dataset': 'preferences.jsonl'}}
 
     def run(name, **settings):
@@ -59,16 +62,17 @@ def door(first_runs, tmp_path, text_file, chats, texts, preferences, monkeypatch
         def found(base, identity, *rest):
             raise Found(identity)
         with monkeypatch.context() as patch:
-            patch.setattr(rundir, 'open_run', found)
+            patch.setattr(run_module, 'open_run', found)
             with pytest.raises(Found) as e:
                 run(name, **settings)
         return e.value.args[0]
 
     def cut(name, **settings) -> Path:
         """A run that a signal stopped after its first step."""
-        real = Learner.step
+        real = scripts[name].train_step
         with monkeypatch.context() as patch:
-            patch.setattr(Learner, 'step', lambda *args: (*real(*args)[:3], True))
+            patch.setattr(scripts[name], 'train_step', lambda *args, **options: real(
+                *args, **options)._replace(asked=True))
             result = run(name, **settings)
         assert result['stopped']
         return Path(result['run_dir'])
@@ -160,7 +164,8 @@ def test_layout_and_intervals_do_not_count(door, name):
 
 
 def test_names_that_may_differ_are_settings():
-    known = {name for script in (train, finetune, dpo) for name in settings_of(vars(script))}
+    known = {name for script in (train, finetune, classify, dpo)
+             for name in settings_of(vars(script))}
     assert {*MAY_DIFFER} - known <= {'check_layout'}
 
 
@@ -189,8 +194,8 @@ def test_dtype_is_kept(door, name, capsys, monkeypatch):
     """The run's, whatever this machine would choose; one that is given makes another run."""
     run = door.cut(name, dtype='bfloat16')
     with monkeypatch.context() as patch:
-        real = train.hardware.choose_dtype
-        patch.setattr(train.hardware, 'choose_dtype', lambda kind, dtype, training: real(
+        real = hardware.choose_dtype
+        patch.setattr(hardware, 'choose_dtype', lambda kind, dtype, training: real(
             kind, dtype or 'float32', training))
         capsys.readouterr()
         assert door.cut(name, dtype='') == run
@@ -291,7 +296,7 @@ def project(door, tmp_path, monkeypatch):
         (target := tmp_path / 'project' / path.relative_to(ROOT)).parent.mkdir(
             parents=True, exist_ok=True)
         shutil.copy(path, target)
-    for module in (train, finetune, dpo, model_module):
+    for module in (train, finetune, classify, dpo, model_module):
         monkeypatch.setattr(module, '__file__',
                             str(tmp_path / 'project' / Path(module.__file__).name))
 
@@ -417,14 +422,13 @@ def test_out_dir_is_where_we_are(door, monkeypatch, tmp_path):
         ('classify', {'layers': 'head'}), ('dpo', {'lora_rank': 2})))])
 def test_skipped_from_the_beginning(door, name, settings, monkeypatch):
     """It is saved without a state of its optimizer, and goes on as if it had not been stopped."""
-    script = door.scripts[name]
-    sums = 'lm_loss_sums' if name == 'train' else 'loss_sums'
-    real, calls = getattr(script, sums), []
+    real, calls = Learner.update, []
 
-    def overflowing(*args, **options):
+    def overflowing(learner, sums, *args):
         calls.append(1)
-        return real(*args, **options) * (float('inf') if len(calls) <= bad else 1.0)
-    monkeypatch.setattr(script, sums, overflowing)
+        scale = float('inf') if len(calls) <= bad else 1.0
+        return real(learner, [x * scale for x in sums], *args)
+    monkeypatch.setattr(Learner, 'update', overflowing)
     found = {}
     for out_dir, parts in (('out/whole', [6]), ('out/cut', [1, 6])):
         bad = 3

@@ -45,17 +45,17 @@ def test_resumes(run_train, monkeypatch):
     run = run_train()['run_dir']
     settings = dict(init_from=run, seed=5)
     whole = run_train(out_dir='out/whole', **settings)
-    real, calls = train.Learner.step, []
+    real, calls = train.train_step, []
 
     def killed(*args):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(train.Learner, 'step', killed)
+    monkeypatch.setattr(train, 'train_step', killed)
     with pytest.raises(KeyboardInterrupt):
         run_train(out_dir='out/cut', **settings)
-    monkeypatch.setattr(train.Learner, 'step', real)
+    monkeypatch.setattr(train, 'train_step', real)
     out = run_train(out_dir='out/cut', **settings)
     assert out['run_dir'] == 'out/cut' and out['val_loss'] == whole['val_loss']
     Path('out/cut/log.jsonl').write_text(''.join(

@@ -30,6 +30,7 @@ SHORT = {
     'train.py': '--max_steps=2 --eval_interval=2 --eval_tokens=512 --compile=False --threads=1 '
                 '--sample_tokens=5 --batch_size=2 --block_size=256 --device=cpu --max_minutes=0',
     'finetune.py': '--max_steps=2 --eval_interval=2 --batch_size=2 --device=cpu --threads=1',
+    'classify.py': '--max_steps=2 --eval_interval=2 --batch_size=2 --device=cpu --threads=1',
     'dpo.py': '--max_steps=2 --eval_interval=2 --batch_size=2 --max_records=40 --device=cpu '
               '--threads=1',
     'sample.py': '--max_new_tokens=5 --device=cpu --threads=1',
@@ -77,7 +78,7 @@ def run(command: str, folder) -> None:
                               f'--master_port={29900 + os.getpid() % 90} ', 1)
     stage = re.search(r'(\w+\.py)', command)[1]
     short = SHORT[stage]
-    if stage == 'finetune.py' and 'spam' not in command and 'classify' not in command:
+    if stage == 'finetune.py':
         short += ' --answers=1 --answer_tokens=3 --max_records=40'
     done = subprocess.run(f'{command} {short}', shell=True, cwd=folder, timeout=300,
                           capture_output=True, text=True)

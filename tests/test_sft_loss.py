@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from test_lora import CPU, OURS, tiny
 
+import classify
 import finetune
 from core.data import records
-from core.data.dataset import IGNORE
+from core.data.dataset import IGNORE, rows_of
 from core.formats import hf
 from core.ranks.processes import Ranks
 from core.run import metrics
@@ -37,7 +38,7 @@ def encoded(found: list, prompt_weight: float) -> tuple:
     """Rows of conversations, and those that are in them."""
     (part,), _ = records.fit_window('c', 'conversations', SIZE, [[
         (r, records.encode(TOKENIZER, r.where, r.messages, SIZE, prompt_weight)) for r in found]])
-    return finetune.to_rows(part, SIZE), [record for record, _ in part]
+    return rows_of(part, SIZE, finetune.seed, finetune.pack), [record for record, _ in part]
 
 
 def labelled(chat: list) -> tuple[list[int], list[int]]:
@@ -55,7 +56,7 @@ def mean_loss(model, rows) -> torch.Tensor:
     """What a step over all rows reports, two rows at a time as micro-batches."""
     batches = [rows.batch(range(i, min(i + 2, len(rows)))) for i in range(0, len(rows), 2)]
     n_targets = sum(weight.double().sum() for *_, weight in batches)
-    return sum(finetune.loss_sums(model, batch)[0] for batch in batches) / n_targets
+    return sum(finetune.weighted_loss(model, batch) for batch in batches) / n_targets
 
 
 @torch.no_grad()
@@ -148,9 +149,9 @@ def class_rows(monkeypatch, tmp_path):
     path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
     def rows(**settings):
-        for name, value in {'task': 'classify', 'dataset': str(path), **settings}.items():
-            monkeypatch.setattr(finetune, name, value)
-        parts, names, _ = finetune.class_data(TOKENIZER, SIZE, [])
+        for name, value in {'dataset': str(path), **settings}.items():
+            monkeypatch.setattr(classify, name, value)
+        parts, names, _ = classify.class_data(TOKENIZER, SIZE, [])
         assert names == ['ham', 'spam'] and [len(part.ids) for part in parts] == [28, 4, 8]
         return parts
     return rows

@@ -18,6 +18,7 @@ from conftest import stopped, stopped_at_last
 import finetune
 import sample
 from core.data import records
+from core.data.dataset import rows_of
 from core.data.records import conversation, labelled, preference
 from core.read import documents, tables
 from core.read.documents import Bad
@@ -453,15 +454,15 @@ def test_weights_between_0_and_1_are_used_by_the_loss(monkeypatch):
     for weight, whole in ((0.5, False), (0, True)):
         turns = [says('user', 'a'), says('assistant', 'b', weight=weight), *chat('c', 'd')]
         record = conversation('', {'messages': turns})
-        rows = finetune.to_rows([(record, records.encode(ByteTokenizer(), '', record.messages,
-                                                         64))], 64)
+        rows = rows_of([(record, records.encode(ByteTokenizer(), '', record.messages, 64))], 64,
+                       1, False)
         batch = rows.batch([0])
         x, *_, w = batch
         expected = ((x + 1) * w).sum().item()
         assert np.unique(w.numpy()).tolist() == sorted({0, weight, 1})
-        assert finetune.loss_sums(trained, batch).item() == pytest.approx(expected)
+        assert finetune.weighted_loss(trained, batch).item() == pytest.approx(expected)
         if whole:
-            assert finetune.loss_sums(trained, batch, whole=True).item() == pytest.approx(expected)
+            assert finetune.weighted_loss(trained, batch, True).item() == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ import train
 from core import device as hardware
 from core.data.dataset import IGNORE, ShardWriter, load_split, share
 from core.net import optim
-from core.net.optim import LossScale
+from core.net.optim import LossScale, make_optimizers
 from core.ranks.processes import Ranks
 from core.run import checkpoint, models
+from core.run.begin import model_config
 from core.run.identity import is_finished
-from core.run.learner import Learner, count_targets, lm_loss_sums
+from core.run.learner import Learner
 from core.run.log import events, read_log
 from core.settings import Stop, configure, read_config, settings_of
 from model import GPT, LSTM, GPTConfig, flops_per_token
@@ -145,11 +146,11 @@ def test_finished_run_is_not_touched_and_unfinished_one_resumes(run_train, monke
             raise KeyboardInterrupt
         return real(*args)
 
-    real = train.Learner.step
-    monkeypatch.setattr(train.Learner, 'step', killed)
+    real = train.train_step
+    monkeypatch.setattr(train, 'train_step', killed)
     with pytest.raises(KeyboardInterrupt):
         run_train(out_dir='out/cut', dropout=0.1, optimizer='muon')
-    monkeypatch.setattr(train.Learner, 'step', real)
+    monkeypatch.setattr(train, 'train_step', real)
     while list(Path('out/cut').glob('.tmp*')):      # written by a thread of this process
         time.sleep(0.001)
     assert checkpoint.steps('out/cut') == [3]
@@ -267,10 +268,10 @@ def test_packed_documents(run_train, letters, monkeypatch, capsys):
         alone = run_train(**evaluate, pack_documents=False)['val_loss']
     assert abs(alone - whole['best_val_loss']) > 1e-4   # what stands before a document did matter
 
-    real = train.Learner.step
-    monkeypatch.setattr(train.Learner, 'step', lambda *args: (*real(*args)[:3], args[4] == 3))
+    real = train.train_step
+    monkeypatch.setattr(train, 'train_step', lambda *args: real(*args)._replace(asked=args[2] == 3))
     assert run_train(out_dir='out/cut', **settings)['stopped']
-    monkeypatch.setattr(train.Learner, 'step', real)
+    monkeypatch.setattr(train, 'train_step', real)
     plain = {**settings, 'pack_documents': False}
     stopped(capsys, run_train, 'data.pack_documents is False, but was True', out_dir='out/cut',
             init_from='resume', **plain)
@@ -325,9 +326,9 @@ def test_packed_rows_have_the_losses_of_their_documents_alone(corpus):
     windows = load_split(folder, 'train', 16, seed=1, eos=EOS)
     micro_batches = [windows.batch(samples) for samples in share(0, len(windows), 0, 1, 6)]
     unseparated = [(x, y, None) for x, y, _ in micro_batches]
-    learner = Learner(model, model, train.build_optimizers(model, CPU, Ranks()), LossScale(False),
-                      CPU, Ranks(), 0.0, 0)
-    step = lambda batches: learner.step(batches, lm_loss_sums, count_targets(batches), 0, 0.0)[0][0]
+    learner = Learner(model, model, make_optimizers(model, 'adamw', 1e-3, 0.0, 0.9, 0.99),
+                      LossScale(False), CPU, Ranks())
+    step = lambda batches: train.train_step(learner, batches, 0, 0.0).means[0]
     ends = [i for i, t in enumerate(ids[:-1]) if t == EOS]
     expected = 0.0
     for start, end in zip([0, *ends], [*ends, 399]):    # a long document in pieces of 16
@@ -356,7 +357,8 @@ def test_evaluation_of_documents(corpus):
         windows = load_split(folder, 'val', 16, shuffle=False, eos=eos)
         for rows in (1, 8):
             seen.clear()
-            results[eos, rows], _ = train.evaluate(model, windows, tokenizer, rows, CPU, Ranks())
+            learner = Learner(model, model, [], LossScale(False), CPU, Ranks())
+            results[eos, rows] = train.evaluate(learner, windows, tokenizer, rows)['val_loss']
             assert seen == ids[1:]
     model.__class__ = GPT
     expected = sum(alone(ids[a:min(a + 16, 399)], ids[a + 1:a + 17])
@@ -370,14 +372,14 @@ class Clock:
     """In place of the module time in train.py: a step takes what seconds_of(its number) says."""
 
     def __init__(self, monkeypatch, seconds_of):
-        self.now, step = 0.0, Learner.step
+        self.now, step = 0.0, train.train_step
 
-        def timed(learner, batches, loss_sums, n_targets, number, *args):
+        def timed(learner, batches, number, *args):
             self.now += seconds_of(number + 1)
-            return step(learner, batches, loss_sums, n_targets, number, *args)
+            return step(learner, batches, number, *args)
 
         self.perf_counter = lambda: self.now
-        monkeypatch.setattr(Learner, 'step', timed)
+        monkeypatch.setattr(train, 'train_step', timed)
         monkeypatch.setattr(train, 'time', self)
 
 
@@ -406,15 +408,15 @@ def test_max_minutes_is_resumed(run_train, monkeypatch):
     class Killed(BaseException):
         """As by SIGKILL."""
 
-    def killed(at, *args):
-        if at.step == 40:
+    def killed(*args):
+        if len(read_log('out/timed', 'eval')) == 1:
             raise Killed
-        return look(at, *args)
+        return look(*args)
 
-    look = train.take_stock
+    look = train.evaluate
     settings = dict(max_minutes=1.0, eval_interval=20, n_layer=1, out_dir='out/timed')
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, 'take_stock', killed)
+        patch.setattr(train, 'evaluate', killed)
         run_train(**settings)
     out = run_train(**settings)
     assert out['run_dir'] == 'out/timed' and 57 <= out['seconds'] <= 63 and out['step'] == 60
@@ -533,7 +535,7 @@ def test_run_that_ended_before_its_first_checkpoint_begins_again(run_train, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Learner, 'step', killed)
+        patch.setattr(train, 'train_step', killed)
         with pytest.raises(KeyboardInterrupt):
             run_train(out_dir='out/a')
     assert Path('out/a/log.jsonl').exists()
@@ -572,7 +574,7 @@ def test_every_preset_builds(path, monkeypatch):
     for name, value in read_config(str(path), vars(train)).items():
         monkeypatch.setattr(train, name, value)
     train.check_settings()
-    config = train.model_config(70)
+    config = model_config(SimpleNamespace(**settings_of(vars(train))), 70)
     with torch.device('meta'):
         model = LSTM(config) if config.arch == 'lstm' else GPT(config)
     assert flops_per_token(model) > 6e5

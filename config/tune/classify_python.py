@@ -1,10 +1,9 @@
 """Which package of the Python standard library is a function from? No network.
 
 python train.py config/python.py --max_minutes=4
-python finetune.py config/tune/classify_python.py
+python classify.py config/tune/classify_python.py
 """
 run_dir = 'out/python'
-task = 'classify'
 dataset = 'python_modules'
 
 val_fraction = 0.1

@@ -7,7 +7,6 @@ The instructions are those of "Build a Large Language Model (From Scratch)", cha
 4 million parameters that has read seven novels learns the form of an answer, hardly its content.
 """
 run_dir = 'out/laptop-austen'
-task = 'chat'
 dataset = 'instruction'
 
 block_size = 256

@@ -7,7 +7,6 @@ Its vocabulary of 50,257 grows to 50,304, with the chat tokens on the new ids. T
 instructions take minutes on a GPU; any file in Alpaca's form does.
 """
 run_dir = 'gpt2'
-task = 'chat'
 dataset = 'instruction'
 
 block_size = 512

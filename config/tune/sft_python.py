@@ -4,7 +4,6 @@ python train.py config/python.py --max_minutes=4
 python finetune.py config/tune/sft_python.py
 """
 run_dir = 'out/python'
-task = 'chat'
 dataset = 'python_chat'
 
 batch_size = 8          # rows of about 3 functions

@@ -1,13 +1,12 @@
 """Is a text message spam? 5,574 of them, 13% spam.
 
 python train.py config/laptop.py --dataset=austen --max_minutes=8
-python finetune.py config/tune/spam.py
+python classify.py config/tune/spam.py
 
 The SMS Spam Collection has 400 duplicates, which go first. The base knows Jane Austen's English,
 not that of text messages.
 """
 run_dir = 'out/laptop-austen'
-task = 'classify'
 dataset = 'sms_spam'
 
 val_fraction = 0.1

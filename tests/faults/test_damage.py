@@ -30,15 +30,15 @@ def runs(tmp_path_factory, text_file):
         for name, value in {**TINY, **SETTINGS, 'dataset': str(text_file)}.items():
             patch.setattr(train, name, value)
         for run, n in (('whole', 8), ('cut', 6)):
-            real = train.Learner.step
+            real = train.train_step
 
             def step(*args, real=real, n=n, **options):
                 result = real(*args, **options)
-                return (*result[:3], args[4] == n - 1 and n < 8)
-            patch.setattr(train.Learner, 'step', step)
+                return result._replace(asked=args[2] == n - 1 and n < 8)
+            patch.setattr(train, 'train_step', step)
             patch.setattr(train, 'out_dir', f'out/{run}')
             train.main()
-            patch.setattr(train.Learner, 'step', real)
+            patch.setattr(train, 'train_step', real)
     assert checkpoint.steps(folder / 'out/cut') == [4, 6]
     return folder
 

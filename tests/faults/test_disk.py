@@ -22,17 +22,17 @@ SETTINGS = dict(max_steps=12, eval_interval=100, save_interval=2, dropout=0.1)
 
 def between_steps(monkeypatch, first, last, break_it, mend_it) -> None:
     """Call break_it() before step `first`, mend_it() before step `last`; no save is under way."""
-    real = train.Learner.step
+    real = train.train_step
 
     def step(*args, **options):
-        while args[4] in (first, last) and list(Path('out/cut').glob('.tmp*')):
+        while args[2] in (first, last) and list(Path('out/cut').glob('.tmp*')):
             time.sleep(0.001)
-        if args[4] == first:
+        if args[2] == first:
             break_it()
-        if args[4] == last:
+        if args[2] == last:
             mend_it()
         return real(*args, **options)
-    monkeypatch.setattr(train.Learner, 'step', step)
+    monkeypatch.setattr(train, 'train_step', step)
 
 
 def note_steps(monkeypatch, run) -> dict:

@@ -108,7 +108,7 @@ def test_killed_within_an_epoch_and_at_its_boundary(run_train, monkeypatch):
     for kill in (5, 13, 21, 26, 27):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint.threading, 'Thread', Inline)
-            killed_at(patch, train.Learner, 'step', kill - at + 1)
+            killed_at(patch, train, 'train_step', kill - at + 1)
             with pytest.raises(Killed):
                 run_train(out_dir='out/cut', **settings)
         at = kill
@@ -154,8 +154,9 @@ def test_killed_while_a_step_is_saved_again(run_train, monkeypatch, target, name
     for number, before in itertools.product(range(1, 12), (True, False)):
         run = f'out/cut-{number}-{before}'
         with monkeypatch.context() as patch:
-            real = train.Learner.step
-            patch.setattr(train.Learner, 'step', lambda *args: (*real(*args)[:3], args[4] == 2))
+            real = train.train_step
+            patch.setattr(train, 'train_step',
+                          lambda *args: real(*args)._replace(asked=args[2] == 2))
             assert run_train(out_dir=run, **settings)['stopped']
         assert checkpoint.read_state(run, 3)['evaluated'] < 3
         with monkeypatch.context() as patch:

@@ -29,12 +29,12 @@ def spoil(train, where: str, value: float, first: int, last: int, rank=0, bad_ra
 
     Returns a list of (step, state before, state after, why it was skipped).
     """
-    real_step, real_complete, states = train.Learner.step, train.parallel.complete_gradients, []
+    real_step, real_complete, states = train.train_step, train.parallel.complete_gradients, []
     bad = []
 
     def step(learner, *args):
         model, optimizers = learner.model, learner.optimizers
-        bad[:] = [1] if first <= args[3] <= last and rank in bad_ranks else []
+        bad[:] = [1] if first <= args[1] <= last and rank in bad_ranks else []
         hook = None
         if bad and where == 'loss':
             hook = model.register_forward_hook(lambda module, inputs, output: output * value)
@@ -42,7 +42,7 @@ def spoil(train, where: str, value: float, first: int, last: int, rank=0, bad_ra
         result = real_step(learner, *args)
         if hook:
             hook.remove()
-        states.append((args[3], before, state_of(model, optimizers), result[2]))
+        states.append((args[1], before, state_of(model, optimizers), result.skipped))
         return result
 
     def complete(model, ranks):     # after the ranks have exchanged their gradients
@@ -50,14 +50,14 @@ def spoil(train, where: str, value: float, first: int, last: int, rank=0, bad_ra
         if bad and where == 'gradient':
             next(model.parameters()).grad.view(-1)[7] = value
 
-    train.Learner.step, train.parallel.complete_gradients = step, complete
+    train.train_step, train.parallel.complete_gradients = step, complete
     return states
 
 
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
 @pytest.mark.parametrize('kind', BAD)
 def test_step_is_skipped(run_train, monkeypatch, capsys, where, kind):
-    monkeypatch.setattr(train.Learner, 'step', train.Learner.step)  # so that they are put back
+    monkeypatch.setattr(train, 'train_step', train.train_step)  # so that they are put back
     monkeypatch.setattr(parallel, 'complete_gradients', parallel.complete_gradients)
     states = spoil(train, where, BAD[kind], 2, 3)
     run = run_train(**SETTINGS)['run_dir']
@@ -78,7 +78,7 @@ def test_step_is_skipped(run_train, monkeypatch, capsys, where, kind):
 
 
 def test_ten_in_a_row_end_the_run(run_train, monkeypatch, capsys):
-    monkeypatch.setattr(train.Learner, 'step', train.Learner.step)
+    monkeypatch.setattr(train, 'train_step', train.train_step)
     monkeypatch.setattr(parallel, 'complete_gradients', parallel.complete_gradients)
     states = spoil(train, 'gradient', math.nan, 5, 99)
     with pytest.raises(Stop) as e:
@@ -92,7 +92,7 @@ def test_ten_in_a_row_end_the_run(run_train, monkeypatch, capsys):
 
 
 def test_nine_in_a_row_do_not(run_train, monkeypatch):
-    monkeypatch.setattr(train.Learner, 'step', train.Learner.step)
+    monkeypatch.setattr(train, 'train_step', train.train_step)
     monkeypatch.setattr(parallel, 'complete_gradients', parallel.complete_gradients)
     states = spoil(train, 'loss', math.nan, 1, 9)
     out = run_train(**{**SETTINGS, 'max_steps': 12})
@@ -191,11 +191,11 @@ def test_spikes_are_the_same_after_a_resume(run_train, monkeypatch):
     whole = run_train(out_dir='out/whole', **settings)['run_dir']
     assert read_log(whole, 'skip')       # one deviation is exceeded now and then
     with monkeypatch.context() as patch:
-        real = train.Learner.step
+        real = train.train_step
 
         def step(*args, **options):
-            return (*real(*args, **options)[:3], args[4] == 34)
-        patch.setattr(train.Learner, 'step', step)
+            return real(*args, **options)._replace(asked=args[2] == 34)
+        patch.setattr(train, 'train_step', step)
         assert run_train(out_dir='out/cut', **settings)['stopped']
     cut = run_train(out_dir='out/cut', **settings)['run_dir']
     keys = ('step', 'grad_norm', 'reason')
@@ -213,7 +213,7 @@ def test_spike_limit():
 
 def test_scaler_that_looks_for_its_scale_is_no_failure(run_train, monkeypatch):
     """fp16 starts with a scale that may be far too large; only at scale 1 a NaN is a failure."""
-    monkeypatch.setattr(train.Learner, 'step', train.Learner.step)
+    monkeypatch.setattr(train, 'train_step', train.train_step)
     monkeypatch.setattr(parallel, 'complete_gradients', parallel.complete_gradients)
     monkeypatch.setattr(train.optim, 'LossScale', lambda enabled, real=optim.LossScale: real(True))
     states = spoil(train, 'loss', math.inf, 0, 13)

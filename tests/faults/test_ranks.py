@@ -100,11 +100,11 @@ def test_three_ranks_killed(tmp_path, text_file):
 
 def note_samples(train, rank) -> None:
     """Write down the numbers of all training samples that this rank reads."""
-    real, time_steps, warming_up = train.load_split, train.Learner.time_steps, []
+    real, first_step, warming_up = train.load_split, train.Learner.warm_up, []
 
     def warm_up(*args):
         warming_up.append(1)
-        result = time_steps(*args)
+        result = first_step(*args)
         warming_up.clear()
         return result
 
@@ -120,7 +120,7 @@ def note_samples(train, rank) -> None:
                 return batch(samples)
             windows.batch = noted
         return windows
-    train.load_split, train.Learner.time_steps = load_split, warm_up
+    train.load_split, train.Learner.warm_up = load_split, warm_up
 
 
 def test_two_then_three_then_one_rank(tmp_path, text_file):

@@ -53,14 +53,14 @@ def time_parts(train, rank) -> None:
                     f.write(f'["{what}", {time.perf_counter() - began}]\n')
             return result
         return call
-    train.Learner.step = timed('step', train.Learner.step)
+    train.train_step = timed('step', train.train_step)
     train.evaluate = timed('evaluation', train.evaluate)
-    save = train.checkpoint.Saver.save
+    save = checkpoint.Saver.save
 
     def save_whole(self, *args, **options):
         save(self, *args, **options)
         self.wait()
-    train.checkpoint.Saver.save = timed('save', save_whole)
+    checkpoint.Saver.save = timed('save', save_whole)
 
 
 def signal_at_random(folder, tries, rng, **settings) -> list[float]:

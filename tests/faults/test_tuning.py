@@ -9,7 +9,7 @@ from core.run import checkpoint
 from core.run.log import read_log
 
 SETTINGS = {'chat': ('finetune', dict(answers=1, answer_tokens=4)),
-            'classify': ('finetune', dict(task='classify', balance=True)),
+            'classify': ('classify', dict(balance=True)),
             'adapters': ('finetune', dict(lora_rank=2, answers=0)),
             'dpo': ('dpo', dict(learning_rate=1e-3))}
 

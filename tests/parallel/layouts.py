@@ -9,7 +9,9 @@ import socket
 import traceback
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import edits
 import numpy as np
@@ -24,7 +26,8 @@ from core.net import optim
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
 from core.run import checkpoint, layout_check, models
-from core.run.learner import Learner, count_targets, lm_loss_sums
+from core.run.begin import build_optimizers
+from core.run.learner import Learner
 from core.settings import Stop, settings_of
 from model import GPTConfig, allocate, build_model, init_weights, named_weights
 
@@ -109,7 +112,8 @@ class Trainer:
             noise = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             values = torch.randn(p.shape, generator=noise, dtype=p.dtype)
             parallel.put(p, values * 0.1 + (p.ndim == 1 and name.endswith('weight')))
-        self.optimizers = train.build_optimizers(self.model, self.device, ranks)
+        settings = SimpleNamespace(**settings_of(vars(train)))
+        self.optimizers = build_optimizers(settings, self.model, self.device, ranks)
         self.trained, self.n_micro = parallel.wrap(self.model, ranks, self.device,
                                                    math.ceil(BATCH / ranks.dp), case.rows)
         self.learner = Learner(self.model, self.trained, self.optimizers, optim.LossScale(False),
@@ -124,7 +128,7 @@ class Trainer:
         shares = share(i * BATCH, BATCH, self.ranks.dp_rank, self.ranks.dp, self.case.rows,
                        self.n_micro)
         batches = [batch(samples, self.case.documents) for samples in shares]
-        (loss,), *rest = self.learner.step(batches, lm_loss_sums, count_targets(batches), i, 1.0)
+        (loss,), *rest = train.train_step(self.learner, batches, i, 1.0)
         return loss, *rest
 
 
@@ -164,12 +168,13 @@ def layout_checked(ranks: Ranks, case: Case) -> str:
     """Why the layout of an edited model is refused; '' if it is not."""
     laid_out(ranks, case.layout)
     put_edit(case.edit)
-    settings = {'optimizer': 'adamw', 'pack_documents': case.documents,
-                'activation_checkpointing': False}
+    settings = SimpleNamespace(**settings_of(vars(train)) | {
+        'optimizer': 'adamw', 'pack_documents': case.documents, 'data_dir': '/no',
+        'activation_checkpointing': False, 'check_layout': True})
     device = Device('cpu', 'cpu', 'float32', False, 1.0, [])
     try:
-        layout_check.check(ranks, device, GPTConfig(**{**MODEL, **case.model}),
-                           train.build_optimizers, settings, Path('/no/file'), True)
+        layout_check.check(ranks, device, GPTConfig(**{**MODEL, **case.model}), settings,
+                           partial(build_optimizers, settings))
     except Stop as e:
         return e.message
     finally:
@@ -196,12 +201,12 @@ def evaluations(ranks: Ranks, case: Case) -> tuple:
     laid_out(ranks, case.layout)
     trainer = Trainer(case, ranks)
     data = Validation()
-    pipe = trainer.trained if ranks.pp > 1 else None
 
     def evaluate(batches):
         left = [0] * batches
-        return train.evaluate(trainer.model, data, data, case.rows, trainer.device, ranks,
-                              lambda: not (left and left.pop() == 0), pipe)
+        scores = train.evaluate(trainer.learner, data, data, case.rows,
+                                lambda: not (left and left.pop() == 0))
+        return scores and (scores['val_loss'], scores['bits_per_byte'])
     trainer.step(0)
     cut_short = evaluate(1)
     names = sorted(checkpoint.optimizer_tensors(trainer.model, trainer.optimizers))

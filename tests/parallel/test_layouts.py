@@ -36,7 +36,7 @@ FEW = {
         Case(dict(zero=2), TIED), Case(dict(zero=3), GPT2), Case(dict(zero=3), {}, MUON),
         Case(dict(tp=2), GPT2), Case(dict(tp=2), TIED, MUON), Case(SP),
         Case(SP, compile=True, rows=2, dtype='float32'),
-        Case(dict(pp=2), GPT2), Case(dict(pp=2, pp_schedule='gpipe'), documents=True),
+        Case(dict(pp=2), GPT2), Case(dict(pp=2), documents=True),
         Case(dict(pp=2, pp_schedule='interleaved'), TIED)],
     4: [Case(dict(zero=2, tp=2), {}, MUON), Case(dict(zero=3, **SP), GPT2),
         Case(dict(zero=2, replicas=2), TIED), Case(dict(pp=2), TIED),
@@ -49,7 +49,7 @@ FEW = {
 }
 LAYOUTS_OF = {
     2: [dict(), dict(zero=2), dict(zero=3), dict(tp=2), SP, dict(pp=2),
-        dict(pp=2, pp_schedule='gpipe'), dict(pp=2, pp_schedule='interleaved')],
+        dict(pp=2, pp_schedule='interleaved')],
     4: [dict(), dict(zero=2), dict(zero=3), dict(zero=2, replicas=2), dict(zero=3, replicas=2),
         dict(tp=2, zero=2), dict(tp=2, zero=3), dict(zero=2, **SP), dict(zero=3, **SP),
         dict(pp=2), dict(pp=2, zero=2), dict(pp=2, zero=3), dict(pp=2, tp=2), dict(pp=2, **SP),
