@@ -30,22 +30,29 @@ import torch
 from tqdm import tqdm
 
 import prepare
-import train
 from core import device as hardware
 from core.data.dataset import share
 from core.formats import hf
 from core.net import optim
 from core.ranks import parallel
 from core.ranks.processes import Ranks
-from core.run.begin import build_optimizers, from_model, model_config
+from core.run.begin import (
+    build_optimizers,
+    check_settings,
+    from_model,
+    model_config,
+    tokenizer_wanted,
+)
 from core.run.learner import Learner
 from core.run.log import draw as draw_figure
 from core.run.log import read_log
-from core.settings import check_bounds, check_choice, configure, settings_of, stop
+from core.settings import check_bounds, check_choice, configure, read_settings, stop
 from core.text import tokenizer as tokenizers
 from model import build_model, count_parameters, flops_per_token, generate
+from train import train_step
 
 POSITIONAL = ('what', 'folders')
+TRAIN = Path(__file__).with_name('train.py')     # whose settings presets and flags may set
 
 what = 'train'              # train, memory, decode or runs
 folders = ''                # runs: the run directories
@@ -64,66 +71,61 @@ rows = 1                    # decode: prompts at a time
 # What they share
 
 
-def choose_device() -> hardware.Device:
+def choose_device(preset) -> hardware.Device:
     """The device as train.py chooses it, its limits measured; prints all."""
-    dev = hardware.choose(train.device, train.dtype, train.compile, train.threads)
+    dev = hardware.choose(preset.device, preset.dtype, preset.compile, preset.threads)
     dev.peak_flops = hardware.matmul_rate(dev.name, dev.dtype, 2048 if dev.kind == 'cpu' else 8192)
     dev.why[3] = f'matrix products {dev.peak_flops / 1e12:.3g} TFLOP/s (measured, the limit of MFU)'
     print(*dev.why, sep='\n')
     return dev
 
 
-def settings() -> SimpleNamespace:
-    """train.py's settings, as presets and flags have set them."""
-    return SimpleNamespace(**settings_of(vars(train)))
-
-
-def our_config(data: Path | None = None):
+def our_config(preset, data: Path | None = None):
     """The architecture that the settings describe, and how many tokens it is for: those of the
     dataset in `data`; without it, as many as its tokenizer is known to have."""
-    known = train.vocab_size
+    known = preset.vocab_size
     if not (known or data):
-        known = prepare.count_tokens(train.dataset, train.tokenizer_wanted(), 0)
-    known = known or len(tokenizers.load((data or train.get_data(Ranks())[0]) / 'tokenizer.json'))
-    return model_config(settings(), known), known
+        known = prepare.count_tokens(preset.dataset, tokenizer_wanted(preset), 0)
+    known = known or len(tokenizers.load((data or get_data(preset, Ranks())[0]) / 'tokenizer.json'))
+    return model_config(preset, known), known
 
 
-def our_learner(config, dev, seed: int) -> Learner:
+def our_learner(preset, config, dev, seed: int) -> Learner:
     """Our model with all that trains it, as train.py puts it together."""
     model, ranks = build_model(config, seed, dev.name), Ranks()
     trained, _ = parallel.wrap(model, ranks, dev, 1, 1)
-    return Learner(model, trained, build_optimizers(settings(), model, dev, ranks),
-                   optim.LossScale(dev.dtype == 'float16'), dev, ranks, train.grad_clip,
-                   seed if train.dropout else None)
+    return Learner(model, trained, build_optimizers(preset, model, dev, ranks),
+                   optim.LossScale(dev.dtype == 'float16'), dev, ranks, preset.grad_clip,
+                   seed if preset.dropout else None)
 
 
 def our_step(learner: Learner):
     """A function that does one training step on a list of micro-batches."""
-    return lambda batches: train.train_step(learner, batches, 0, 1.0)
+    return lambda batches: train_step(learner, batches, 0, 1.0)
 
 
-def nanogpt_like(config, compiled: bool):
+def nanogpt_like(preset, config, compiled: bool):
     """nanoGPT's model of the same shape, trained with the same settings in the same dtype."""
     from dev import peers
     return peers.NanoRecipe(
-        config.n_layer, config.n_head, config.n_embd, config.block_size, train.batch_size,
-        train.max_steps, config.dropout, config.bias, train.learning_rate, train.warmup_steps,
-        train.weight_decay, train.beta2, train.grad_clip, compiled, True)
+        config.n_layer, config.n_head, config.n_embd, config.block_size, preset.batch_size,
+        preset.max_steps, config.dropout, config.bias, preset.learning_rate, preset.warmup_steps,
+        preset.weight_decay, preset.beta2, preset.grad_clip, compiled, True)
 
 
-def rows_at_once(config, dev) -> int:
+def rows_at_once(preset, config, dev) -> int:
     """Sequences in a micro-batch, as train.py chooses it."""
-    return train.micro_batch_size or hardware.fit_micro_batch(
-        dev, train.batch_size, config.block_size, config.n_layer, config.n_embd)
+    return preset.micro_batch_size or hardware.fit_micro_batch(
+        dev, preset.batch_size, config.block_size, config.n_layer, config.n_embd)
 
 
-def random_batches(config, known: int, dev) -> list[tuple]:
+def random_batches(preset, config, known: int, dev) -> list[tuple]:
     """Micro-batches of one step: random ids, which cost as much as any."""
-    at_once = rows_at_once(config, dev)
-    generator = torch.Generator().manual_seed(train.seed)
+    at_once = rows_at_once(preset, config, dev)
+    generator = torch.Generator().manual_seed(preset.seed)
     shapes = [(len(samples), config.block_size)
-              for samples in share(0, train.batch_size, 0, 1, at_once)]
-    documents = train.pack_documents    # one in each row: the most work
+              for samples in share(0, preset.batch_size, 0, 1, at_once)]
+    documents = preset.pack_documents    # one in each row: the most work
     return [(torch.randint(known, shape, generator=generator),
              torch.randint(known, shape, generator=generator),
              torch.zeros(shape, dtype=torch.long) if documents else None) for shape in shapes]
@@ -207,23 +209,24 @@ def draw_speeds(times: dict[str, list[float]], n_tokens: int) -> None:
 # Training steps
 
 
-def bench_train() -> dict:
+def bench_train(preset) -> dict:
     """Tokens per second and MFU of training steps; of nanoGPT's too, and the ratio."""
-    dev = choose_device()
-    config, known = our_config()
-    batches = random_batches(config, known, dev)
-    learner = our_learner(config, dev, train.seed)
+    dev = choose_device(preset)
+    config, known = our_config(preset)
+    batches = random_batches(preset, config, known, dev)
+    learner = our_learner(preset, config, dev, preset.seed)
     step, flops = our_step(learner), {'ours': flops_per_token(learner.model)}
     sides = {'ours': lambda n: [step(batches) for _ in range(n)]}
     n_parameters = count_parameters(learner.model)
     for name, compiled in (('nanogpt_eager', False), ('nanogpt_compiled', True)):
         if vs and compiled <= dev.compile:
             from dev import peers
-            sides[name] = peers.Apart(peers.nanogpt_steps, vs, nanogpt_like(config, compiled),
-                                      config.vocab_size, dev, batches)
+            recipe = nanogpt_like(preset, config, compiled)
+            sides[name] = peers.Apart(peers.nanogpt_steps, vs, recipe, config.vocab_size, dev,
+                                      batches)
             found, flops[name] = sides[name](0)
             check_size(found, n_parameters)
-    tokens = train.batch_size * config.block_size
+    tokens = preset.batch_size * config.block_size
     print(f'{n_parameters:,} parameters, {tokens:,} tokens a step in {len(batches)} micro-batches; '
           f'{rounds} rounds of {steps} steps')
     compiling = {name: seconds_of(run, dev, 1) for name, run in sides.items()}
@@ -294,22 +297,23 @@ def peak_memory(model, optimizers, step, dev) -> tuple[int, list[tuple[float, in
     return max(n for _, n in curve), curve
 
 
-def bench_memory() -> dict:
+def bench_memory(preset) -> dict:
     """Peak memory of a training step; of nanoGPT's too, and the ratio."""
-    dev = choose_device()
-    config, known = our_config()
-    batches = random_batches(config, known, dev)
+    dev = choose_device(preset)
+    config, known = our_config(preset)
+    batches = random_batches(preset, config, known, dev)
     result, curves, n_parameters = {'what': 'memory', 'device': dev.why}, {}, 0
     for name in ('ours', 'nanogpt')[:1 + bool(vs)]:
         if name == 'ours':
-            learner = our_learner(config, dev, train.seed)
+            learner = our_learner(preset, config, dev, preset.seed)
             model, optimizers, step = learner.model, learner.optimizers, our_step(learner)
             n_parameters = count_parameters(model)
             print(f'{n_parameters:,} parameters, {len(batches)} micro-batches of '
                   f'{len(batches[0][0])} x {config.block_size} tokens')
         else:
             from dev import peers
-            peer = peers.NanoGPT(vs, nanogpt_like(config, dev.compile), config.vocab_size, dev)
+            recipe = nanogpt_like(preset, config, dev.compile)
+            peer = peers.NanoGPT(vs, recipe, config.vocab_size, dev)
             model, optimizers, step = peer.model, [peer.optimizer], peer.step
             check_size(count_parameters(model), n_parameters)
         peak, curve = peak_memory(model, optimizers, functools.partial(step, batches), dev)
@@ -331,24 +335,25 @@ def bench_memory() -> dict:
 # Decoding
 
 
-def bench_decode() -> dict:
+def bench_decode(preset) -> dict:
     """New tokens per second of a preset's model with random weights, and the fraction of memory
     bandwidth; of transformers' generate too, and the ratio."""
     if vs not in ('', 'transformers'):
         stop(f'vs={vs}: decode is compared with transformers')
     if vs and not importlib.util.find_spec('transformers'):
         stop('vs=transformers: it is not installed: pip install transformers')
-    dev = hardware.choose(train.device, train.dtype, train.compile, train.threads, training=False)
+    dev = hardware.choose(preset.device, preset.dtype, preset.compile, preset.threads,
+                          training=False)
     limit = hardware.bandwidth(dev.name)
     print(*dev.why[:3], sep='\n')
-    config, known = our_config()
+    config, known = our_config(preset)
     if prompt_tokens + new_tokens > config.block_size:
         stop(f'prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: together more than '
              f'block_size={config.block_size}')
-    model = build_model(config, train.seed, dev.name).eval()
+    model = build_model(config, preset.seed, dev.name).eval()
     for p in model.parameters():    # zero matrices would make all tokens alike
         torch.nn.init.normal_(p, 1.0 if p.ndim < 2 else 0.0, 0.02)
-    generator = torch.Generator().manual_seed(train.seed)
+    generator = torch.Generator().manual_seed(preset.seed)
     prompts = torch.randint(known, (rows, prompt_tokens), generator=generator).tolist()
 
     def ours(compiled=False):
@@ -402,7 +407,7 @@ def bench_decode() -> dict:
 # Runs
 
 
-def bench_runs() -> dict:
+def bench_runs(preset) -> dict:
     """Draw the validation losses of runs over steps, tokens, seconds and FLOPs: in bits per byte,
     which do not depend on the tokenizer, if every run knows them."""
     paths = [Path(name) for name in folders.split(',') if name]
@@ -431,12 +436,15 @@ def bench_runs() -> dict:
     return {'what': 'runs', 'loss': loss, 'best': best}
 
 
-def check_train_settings() -> None:
-    """Stop on settings of train.py that it refuses, too, or that start from a model."""
-    train.check_settings()
-    if from_model(settings()):
-        stop(f'init_from={train.init_from}: leave it out; what is measured is the model that the '
+def load_preset(preset: dict | None) -> SimpleNamespace:
+    """train.py's settings, or those of a preset. Stops if they are wrong or begin with a model."""
+    settings = read_settings(TRAIN) if preset is None else preset
+    check_settings(settings)
+    preset = SimpleNamespace(**settings)
+    if from_model(preset):
+        stop(f'init_from={preset.init_from}: leave it out; what is measured is the model that the '
              'settings describe')
+    return preset
 
 
 def report(result: dict) -> dict:
@@ -446,19 +454,20 @@ def report(result: dict) -> dict:
     return result
 
 
-def main() -> dict:
-    """Measure; returns what the last line prints."""
+def main(preset: dict | None = None) -> dict:
+    """Measure, with train.py's settings of a preset; returns what the last line prints."""
     ways = {'train': bench_train, 'memory': bench_memory, 'decode': bench_decode,
             'runs': bench_runs}
     check_choice(globals(), what=tuple(ways))
     check_bounds(globals())
-    check_train_settings()
+    preset = load_preset(preset)
     if vs and what in ('train', 'memory'):
         from dev import peers
         peers.nanogpt_source(vs)      # before ours takes its time
-    return report(ways[what]())
+    return report(ways[what](preset))
 
 
 if __name__ == '__main__':
-    configure(globals(), sys.argv[1:], also=vars(train))
-    main()
+    settings = read_settings(TRAIN)
+    configure(globals(), sys.argv[1:], also=settings)
+    main(settings)

@@ -3,57 +3,55 @@
 Without a preset it lists all of them. Parameters are counted on the meta device, which needs no
 memory; FLOPs are those of a forward and a backward pass. Flags may set whatever train.py knows.
 """
-import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import prepare
 from core.formats import hf
 from core.run import checkpoint, models
-from core.settings import configure, stop
+from core.run.begin import adapted, check_settings, from_model, model_config, tokenizer_wanted
+from core.settings import configure, read_settings, stop
 from model import GPTConfig, build_model, count_parameters, flops_per_token
 
 ROOT = Path(__file__).parent
 
 
-def load_preset(words: list[str]) -> dict:
-    """A fresh copy of train.py's globals with config files and flags applied."""
-    spec = importlib.util.spec_from_file_location('preset', ROOT / 'train.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    configure(vars(module), words)
-    module.check_settings()
-    return vars(module)
+def load_preset(words: list[str]) -> SimpleNamespace:
+    """train.py's settings with config files and flags applied."""
+    settings = read_settings(ROOT / 'train.py')
+    configure(settings, words)
+    check_settings(settings)
+    return SimpleNamespace(**settings)
 
 
-def preset_config(train: dict) -> GPTConfig:
+def preset_config(preset: SimpleNamespace) -> GPTConfig:
     """The architecture that the settings of train.py describe, without data or weights."""
-    n_tokens = prepare.count_tokens(train['dataset'], train['tokenizer_wanted'](),
-                                    train['vocab_size'])
-    init_from = train['init_from']
+    n_tokens = prepare.count_tokens(preset.dataset, tokenizer_wanted(preset), preset.vocab_size)
+    init_from = preset.init_from
     if init_from in hf.GPT2_SIZES:  # known by heart
         n_layer, n_head, n_embd = hf.GPT2_SIZES[init_from]
-        return train['adapted'](GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                                          vocab_size=50_257), n_tokens)
-    if train['from_model']():
-        folder = models.find_model(init_from, train['data_dir'], False, 'init_from')
+        return adapted(preset, GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+                                         vocab_size=50_257), n_tokens)
+    if from_model(preset):
+        folder = models.find_model(init_from, preset.data_dir, False, 'init_from')
         found = checkpoint.steps(folder)
         config = GPTConfig(**checkpoint.read_state(folder, found[-1])['config']) if found else \
             hf.read_config(folder)
-        return train['adapted'](config, n_tokens)
-    if not (train['vocab_size'] or n_tokens):
-        stop(f'dataset={train["dataset"]}: how many characters it has is known when it is '
+        return adapted(preset, config, n_tokens)
+    if not (preset.vocab_size or n_tokens):
+        stop(f'dataset={preset.dataset}: how many characters it has is known when it is '
              'prepared; give --vocab_size or another --tokenizer')
-    return train['model_config'](n_tokens)
+    return model_config(preset, n_tokens)
 
 
-def figures(train: dict) -> dict:
+def figures(preset: SimpleNamespace) -> dict:
     """Parameters, FLOPs per token, tokens per step and in all, FLOPs in all."""
-    model = build_model(preset_config(train), None, 'meta')
-    tokens = train['batch_size'] * train['block_size']
-    steps = 0 if train['max_minutes'] else train['max_steps']
-    flops = flops_per_token(model, train['block_size'])
+    model = build_model(preset_config(preset), None, 'meta')
+    tokens = preset.batch_size * preset.block_size
+    steps = 0 if preset.max_minutes else preset.max_steps
+    flops = flops_per_token(model, preset.block_size)
     return {'parameters': count_parameters(model), 'flops_per_token': flops,
             'tokens_per_step': tokens, 'tokens': tokens * steps, 'flops': flops * tokens * steps}
 
@@ -71,9 +69,9 @@ def main() -> dict:
         ROOT.glob('config/*.py')))]
     results = {}
     for words in presets:
-        train = load_preset(words)
-        name = train['CONFIG'] or 'gpt2'
-        found = results[name] = figures(train)
+        preset = load_preset(words)
+        name = preset.CONFIG or 'gpt2'
+        found = results[name] = figures(preset)
         in_all = f'; {found["tokens"] / 1e6:,.1f} million tokens, {found["flops"]:.2e} FLOP in all'
         print(f'{name}\n  {line(found)}' + in_all * bool(found['tokens']))
     if not sys.stdout.isatty():     # for programs; people have read it

@@ -6,12 +6,11 @@ Bare `python train.py` is GPT-2 small on OpenWebText: 12 blocks of 12 x 768^2 we
 A run directory out/<config>/ gets log.jsonl, loss.png and checkpoints; the same command again
 resumes an unfinished run.
 """
-import importlib.util
 import math
 import shlex
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,14 +24,14 @@ from core.ranks import parallel, processes
 from core.ranks.processes import print0
 from core.read.download import NoNetwork
 from core.run import models
-from core.run.begin import build_optimizers, first_model
+from core.run.begin import build_optimizers, check_settings, first_model
 from core.run.identity import identity, identity_of, out_folder
 from core.run.learner import Learner, Step, count_targets, to_device
 from core.run.run import Run
-from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
+from core.settings import configure, settings_of, stop, warn
 from core.source import source_hashes
 from core.text import tokenizer as tokenizers
-from model import GPTConfig, generate
+from model import generate
 
 # filled by configure: the config file's name, the paths of all, what flags changed, what flags or
 # they changed
@@ -121,32 +120,6 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 # more logging
 wandb = False                   # needs pip install wandb
 tensorboard = False             # needs pip install tensorboard
-
-
-def check_settings() -> None:
-    """Stop at the first setting that is out of range, or that contradicts another one."""
-    check_bounds(globals(), block_size=(1, None), max_steps=(1, None), eval_interval=(1, None))
-    check_choice(globals(), optimizer=('adamw', 'muon'), schedule=optim.SCHEDULES,
-                 pp_schedule=processes.PP_SCHEDULES)
-    for service in ('wandb', 'tensorboard'):
-        if globals()[service] and not importlib.util.find_spec(service):
-            stop(f'{service}=True: it is not installed: pip install {service}')
-    if warmup_steps >= max_steps:
-        warn(f'warmup_steps={warmup_steps}: as long as max_steps={max_steps}, so the learning rate '
-             'never reaches its peak')
-    fixed = [name for name in ('n_layer', 'n_head', 'n_embd') if name in FLAGS]
-    if depth and fixed:
-        stop(f'depth={depth}: derives {fixed[0]}, which was also given; leave one of the two out')
-    if sample_interval and (pp > 1 or sequence_parallel):
-        stop(f'sample_interval={sample_interval}: no text can be written token by token with pp or '
-             'sequence_parallel; leave it out, and use sample.py with the checkpoints')
-    own = {f.name for f in fields(GPTConfig)} - {'block_size', 'dropout'} | {'depth'}
-    given = sorted(own & set(GIVEN))
-    if init_from not in ('scratch', 'resume') and given:
-        stop(f'{given[0]}={globals()[given[0]]}: the model in init_from={init_from} has its own; '
-             'leave it out')
-    if pack_documents and arch == 'lstm':
-        stop('pack_documents=True: an LSTM cannot keep apart documents in one row; leave it out')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,7 +277,7 @@ def evaluate_run(ranks, device) -> dict:
 def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
     source = source_hashes(__file__)    # before anybody edits it
-    check_settings()
+    check_settings(globals())
     layout = (tp, pp, zero, replicas, sequence_parallel, pp_schedule)
     ranks, dev = processes.begin(device, dtype, compile, threads, timeout_minutes,
                                  () if eval_only else layout)

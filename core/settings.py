@@ -8,6 +8,7 @@ files (plain Python) and --name=value flags override them, left to right:
 Every name and type is checked the same way wherever it comes from.
 """
 import ast
+import contextlib
 import difflib
 import io
 import math
@@ -88,6 +89,24 @@ def is_setting(name: str, value) -> bool:
 def settings_of(script: dict) -> dict:
     """All settings of a script with their present values."""
     return {name: value for name, value in script.items() if is_setting(name, value)}
+
+
+def read_settings(path) -> dict:
+    """The settings of a script with their defaults, and its other constants, read from its source:
+    nothing of it is run. With the script's place as __file__ they can be given to configure."""
+    source, found = Path(path).read_text(encoding='utf-8'), {'__file__': str(path)}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            with contextlib.suppress(ValueError):       # what is computed is no setting
+                found |= assigned(node.targets[0], ast.literal_eval(node.value))
+    return found
+
+
+def assigned(target, value) -> dict:
+    """What an assignment gives each name: of `a, b = 1, 2` it is {'a': 1, 'b': 2}."""
+    if isinstance(target, ast.Name):
+        return {target.id: value}
+    return {k: v for one, x in zip(target.elts, value) for k, v in assigned(one, x).items()}
 
 
 def check_bounds(settings: dict, **bounds) -> None:

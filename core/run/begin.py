@@ -1,5 +1,6 @@
 """What a pretraining run begins with: architecture, weights and optimizers, from train.py's
 settings (or those of bench.py and plan.py, which have the same names)."""
+import importlib.util
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -8,9 +9,9 @@ import torch
 
 from core.net import optim
 from core.ranks import parallel
-from core.ranks.processes import print0
+from core.ranks.processes import PP_SCHEDULES, print0
 from core.run import layout_check, models
-from core.settings import stop
+from core.settings import check_bounds, check_choice, stop, warn
 from model import (
     GPTConfig,
     allocate,
@@ -23,9 +24,42 @@ from model import (
 )
 
 
+def check_settings(settings: dict) -> None:
+    """Stop at the first of train.py's settings that is out of range, or that contradicts another
+    one. FLAGS and GIVEN among them are the names that were given; see core.settings.configure."""
+    s = SimpleNamespace(**{'FLAGS': (), 'GIVEN': (), **settings})
+    check_bounds(settings, block_size=(1, None), max_steps=(1, None), eval_interval=(1, None))
+    check_choice(settings, optimizer=('adamw', 'muon'), schedule=optim.SCHEDULES,
+                 pp_schedule=PP_SCHEDULES)
+    for service in ('wandb', 'tensorboard'):
+        if settings[service] and not importlib.util.find_spec(service):
+            stop(f'{service}=True: it is not installed: pip install {service}')
+    if s.warmup_steps >= s.max_steps:
+        warn(f'warmup_steps={s.warmup_steps}: as long as max_steps={s.max_steps}, so the learning '
+             'rate never reaches its peak')
+    fixed = [name for name in ('n_layer', 'n_head', 'n_embd') if name in s.FLAGS]
+    if s.depth and fixed:
+        stop(f'depth={s.depth}: derives {fixed[0]}, which was also given; leave one of the two out')
+    if s.sample_interval and (s.pp > 1 or s.sequence_parallel):
+        stop(f'sample_interval={s.sample_interval}: no text can be written token by token with pp '
+             'or sequence_parallel; leave it out, and use sample.py with the checkpoints')
+    own = {f.name for f in fields(GPTConfig)} - {'block_size', 'dropout'} | {'depth'}
+    given = sorted(own & {*s.GIVEN})
+    if from_model(s) and given:
+        stop(f'{given[0]}={settings[given[0]]}: the model in init_from={s.init_from} has its own; '
+             'leave it out')
+    if s.pack_documents and s.arch == 'lstm':
+        stop('pack_documents=True: an LSTM cannot keep apart documents in one row; leave it out')
+
+
 def from_model(settings: SimpleNamespace) -> bool:
     """Whether training begins with the weights of another model."""
     return settings.init_from not in ('scratch', 'resume')
+
+
+def tokenizer_wanted(settings: SimpleNamespace) -> str:
+    """Which tokenizer the dataset is to have; '': its own."""
+    return settings.tokenizer or (settings.init_from if from_model(settings) else '')
 
 
 def model_config(settings: SimpleNamespace, n_tokens: int) -> GPTConfig:
@@ -74,21 +108,27 @@ def first_model(settings: SimpleNamespace, tokenizer, device, ranks, begun: dict
 
 
 def known_model(settings: SimpleNamespace, tokenizer):
-    """The model in init_from, and the GPTConfig with which it is trained on: its architecture with
-    the block_size and dropout of the settings, and a larger vocabulary if there are more tokens."""
-    name, block_size = settings.init_from, settings.block_size
+    """The model in init_from, and the GPTConfig with which it is trained on."""
+    name = settings.init_from
     source, known, _ = models.load_run(name, data_dir=settings.data_dir)
-    config = source.config
     if known.tokens != tokenizer.tokens[:len(known)]:
         stop(f'init_from={name}: its tokenizer is not that of the dataset; leave out '
              f'--tokenizer, or prepare the text with --tokenizer={name}')
-    if config.position == 'learned' and block_size > config.block_size:
-        stop(f'block_size={block_size}: the model in init_from={name} knows only '
-             f'{config.block_size} positions')
-    size = max(config.vocab_size, padded(len(tokenizer), config.vocab_size))
-    print0(f'begins with the weights of {name}: vocabulary {config.vocab_size:,} -> {size:,}, '
-           f'positions {config.block_size:,} -> {block_size:,}')
-    return source, replace(config, block_size=block_size, dropout=settings.dropout, vocab_size=size)
+    old, config = source.config, adapted(settings, source.config, len(tokenizer))
+    print0(f'begins with the weights of {name}: vocabulary {old.vocab_size:,} -> '
+           f'{config.vocab_size:,}, positions {old.block_size:,} -> {config.block_size:,}')
+    return source, config
+
+
+def adapted(settings: SimpleNamespace, config: GPTConfig, n_tokens: int) -> GPTConfig:
+    """The GPTConfig with which a model is trained on: its architecture with the block_size and the
+    dropout of the settings, and a larger vocabulary if there are more tokens. Stops if it has fewer
+    positions."""
+    if config.position == 'learned' and settings.block_size > config.block_size:
+        stop(f'block_size={settings.block_size}: the model in init_from={settings.init_from} knows '
+             f'only {config.block_size} positions')
+    return replace(config, block_size=settings.block_size, dropout=settings.dropout,
+                   vocab_size=max(config.vocab_size, padded(n_tokens, config.vocab_size)))
 
 
 def build_optimizers(settings: SimpleNamespace, model, device, ranks) -> list:
