@@ -28,14 +28,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import prepare
 import train
 from core import device as hardware
-from core.data.dataset import share
+from core.data import named
 from core.formats import hf
 from core.net import optim
 from core.ranks import parallel
-from core.ranks.processes import Ranks
+from core.ranks.processes import Ranks, share
 from core.run import rundir
 from core.run.learner import Learner, count_targets, lm_loss_sums
 from core.settings import check_bounds, check_choice, configure, stop
@@ -75,7 +74,7 @@ def our_config(data: Path | None = None):
     dataset in `data`; without it, as many as its tokenizer is known to have."""
     known = train.vocab_size
     if not (known or data):
-        known = prepare.count_tokens(train.dataset, train.tokenizer_wanted(), 0)
+        known = named.count_tokens(train.dataset, train.tokenizer_wanted(), 0)
     known = known or len(tokenizers.load((data or train.get_data(Ranks())[0]) / 'tokenizer.json'))
     return train.model_config(known), known
 

@@ -23,11 +23,11 @@ from tqdm import tqdm
 import model as model_module
 from core import device as hardware
 from core.data import records
-from core.data.dataset import IGNORE, PADDING, Order, Rows, share
+from core.data.dataset import IGNORE, PADDING, Order, Rows
 from core.formats import hf
 from core.net import lora, optim
 from core.ranks import parallel, processes
-from core.ranks.processes import print0
+from core.ranks.processes import print0, share
 from core.run import checkpoint, metrics, rundir
 from core.run.learner import Learner, print_above
 from core.settings import (

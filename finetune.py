@@ -22,11 +22,11 @@ from tqdm import tqdm
 import model as model_module
 from core import device as hardware
 from core.data import clean, records
-from core.data.dataset import Rows, share
+from core.data.dataset import Rows
 from core.formats import hf
 from core.net import lora, optim
 from core.ranks import parallel, processes
-from core.ranks.processes import print0
+from core.ranks.processes import print0, share
 from core.run import checkpoint, metrics, rundir
 from core.run.learner import Learner, print_above
 from core.settings import check_bounds, check_choice, configure, settings_of, stop

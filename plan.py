@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-import prepare
+from core.data import named
 from core.formats import hf
 from core.run import checkpoint
 from core.settings import configure, stop
@@ -29,7 +29,7 @@ def load_preset(words: list[str]) -> dict:
 
 def preset_config(train: dict) -> GPTConfig:
     """The architecture that the settings of train.py describe, without data or weights."""
-    n_tokens = prepare.count_tokens(train['dataset'], train['tokenizer_wanted'](),
+    n_tokens = named.count_tokens(train['dataset'], train['tokenizer_wanted'](),
                                     train['vocab_size'])
     init_from = train['init_from']
     if init_from in hf.GPT2_SIZES:  # known by heart

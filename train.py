@@ -18,12 +18,13 @@ import torch
 from tqdm import tqdm
 
 import model as model_module
-import prepare
 from core import device as hardware
-from core.data.dataset import IGNORE, Ahead, load_split, share
+from core.data import named
+from core.data.build import build
+from core.data.dataset import IGNORE, Ahead, load_split
 from core.net import optim
 from core.ranks import parallel, processes
-from core.ranks.processes import print0
+from core.ranks.processes import print0, share
 from core.read.download import NoNetwork
 from core.run import checkpoint, layout_check, rundir
 from core.run.learner import Learner, count_targets, lm_loss_sums, print_above, to_device
@@ -200,14 +201,14 @@ def choose_dataset() -> tuple[str, bool]:
         return dataset, False
     except NoNetwork as e:
         if not fallback_dataset:
-            stop(prepare.no_network(dataset, e))
+            stop(named.no_network(dataset, e))
         warn(str(e))
         return fallback_dataset, True
 
 
 def build_dataset(name: str, fell_back: bool) -> Path:
     """The folder of a dataset with the tokenizer that the settings ask for; the fallback's own."""
-    return prepare.build(name, data_dir, tokenizer='' if fell_back else tokenizer_wanted(),
+    return build(name, data_dir, tokenizer='' if fell_back else tokenizer_wanted(),
                          vocab_size=vocab_size)
 
 
@@ -224,7 +225,7 @@ def get_data(ranks) -> tuple[Path, dict, bool]:
     chosen = choose_dataset() if ranks.rank == 0 else None
     name, fell_back = processes.broadcast(chosen, patient=True)
     data = build_dataset(name, fell_back)
-    meta = prepare.read_meta(data)
+    meta = named.read_meta(data)
     if processes.broadcast(meta['sha256'], patient=True) != meta['sha256']:
         stop(f'{data} on this machine is not what rank 0 has; copy one of them to all machines')
     if fell_back:
@@ -411,7 +412,7 @@ def take_stock(at, log, model, windows, tokenizer, rows, device, ranks, asked, p
 
 def evaluate_run(ranks, device) -> dict:
     """--eval_only: the best checkpoint of a run on the validation split; writes nothing."""
-    data = prepare.find(dataset, data_dir, tokenizer_wanted(), vocab_size)
+    data = named.find(dataset, data_dir, tokenizer_wanted(), vocab_size)
     base = Path(out_dir) if out_dir else default_out_dir(data, fell_back=False)
     model, known, state = checkpoint.load_run(str(base), device=device.name)
     if known.hash() != tokenizers.load(data / 'tokenizer.json').hash():

@@ -18,6 +18,7 @@ import sys
 import time
 import tokenize
 import traceback
+from contextlib import suppress
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -70,6 +71,16 @@ def is_setting(name: str, value) -> bool:
 def settings_of(script: dict) -> dict:
     """All settings of a script with their present values."""
     return {name: value for name, value in script.items() if is_setting(name, value)}
+
+
+def defaults_of(script: Path) -> dict:
+    """The settings of a script with their defaults, read from its source: it is not run."""
+    found = {}
+    for node in ast.parse(script.read_text(encoding='utf-8')).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            with suppress(ValueError):      # what is computed is no setting
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+    return settings_of(found)
 
 
 def check_bounds(settings: dict, **bounds) -> None:

@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's
 
 import bench
 import train
-from core.data.dataset import IGNORE, Tokens, Windows, load_split, share
+from core.data.dataset import IGNORE, Tokens, Windows, load_split
+from core.data.named import read_meta
 from core.net import optim
 from core.ranks import parallel
-from core.ranks.processes import Ranks
+from core.ranks.processes import Ranks, share
 from core.run.learner import count_targets, lm_loss_sums, to_device
 from core.settings import check_bounds, check_choice, configure, stop
 from dev import peers
 from model import flops_per_token
-from prepare import read_meta
 
 vs = ''                     # the peer: a checkout of nanoGPT
 recipe = 'cpu'              # nanoGPT's for tiny Shakespeare on a cpu or gpu, or the preset's own

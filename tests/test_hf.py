@@ -377,7 +377,6 @@ def test_bos_in_front(tokenizer, tmp_path):
     found = theirs.apply_chat_template(chat)
     ids = chats.encode_chat(chat)
     assert getattr(found, 'input_ids', found) == ids and ids.count(700) == 1 and ids[0] == 700
-    assert chats.decode_chat(ids) == chat
     assert read_tokenizer(tmp_path / 'bos' / 'tokenizer.json').to_json() == ours.to_json()
 
 

@@ -18,10 +18,10 @@ from conftest import TINY
 import sample
 import train
 from core import device as hardware
-from core.data.dataset import IGNORE, ShardWriter, load_split, share
+from core.data.dataset import IGNORE, ShardWriter, load_split
 from core.net import optim
 from core.net.optim import LossScale
-from core.ranks.processes import Ranks
+from core.ranks.processes import Ranks, share
 from core.run import checkpoint, rundir
 from core.run.learner import Learner, count_targets, lm_loss_sums
 from core.settings import Stop, configure, read_config, settings_of
@@ -187,8 +187,8 @@ def test_resume_with_other_data_or_tokenizer_is_refused(run_train, capsys, tmp_p
     text.write_text(text.read_text().replace('Q', 'q').replace('noitseuq', 'question'))
     shutil.rmtree('data')
     with monkeypatch.context() as patch:
-        real = train.prepare.read_meta
-        patch.setattr(train.prepare, 'read_meta', lambda data: real(data) | {'val_tokens': 7})
+        real = train.named.read_meta
+        patch.setattr(train.named, 'read_meta', lambda data: real(data) | {'val_tokens': 7})
         stopped(capsys, run_train, 'data.val_tokens is 7', dataset=str(text), **same)
     with monkeypatch.context() as patch:
         patch.setattr(train.tokenizers.CharTokenizer, 'hash', lambda self: 'x')
@@ -205,7 +205,7 @@ def test_eval_only_writes_nothing(run_train, capsys, tmp_path):
     other.write_text('a text of other characters. ' * 300)
     stopped(capsys, run_train, 'not prepared yet', out_dir='out/a', eval_only=True,
             dataset=str(other))
-    train.prepare.build(str(other))
+    train.build(str(other))
     stopped(capsys, run_train, 'different vocabularies', out_dir='out/a', eval_only=True,
             dataset=str(other))
     stopped(capsys, run_train, 'out/none', out_dir='out/none', eval_only=True)
@@ -500,8 +500,8 @@ def test_fallback_dataset(run_train, capsys, monkeypatch, text_file):
             raise train.NoNetwork('https://example.org cannot be reached')
         return real(str(text_file), *rest, **options)
 
-    real = train.prepare.build
-    monkeypatch.setattr(train.prepare, 'build', no_network)
+    real = train.build
+    monkeypatch.setattr(train, 'build', no_network)
     out = run_train(dataset='shakespeare', fallback_dataset='source_char')
     assert out['run_dir'] == 'out/source_char'
     text = capsys.readouterr().out

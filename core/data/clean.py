@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import re
-import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,15 +17,7 @@ import numpy as np
 import regex  # comes with tiktoken
 
 # ---------------------------------------------------------------------------------------------
-# Normalization
-
-
-def normalize(text: str, form: str) -> str:
-    """The text in Unicode normalization form NFC or NFKC ('': as it is), with \\n line ends and
-    without NUL characters and a byte order mark at its start."""
-    text = text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n').replace('\0', '')
-    return unicodedata.normalize(form, text) if form and not text.isascii() else text
-
+# What is no part of the text, or should not be
 
 # "*** START OF THIS PROJECT GUTENBERG EBOOK EMMA ***" and "*** END OF ...", in all their spellings.
 MARKER = re.compile(r'^\*\*\* ?(START|END) OF (?:THIS|THE) PROJECT GUTENBERG EBOOK.*?\*\*\*$',

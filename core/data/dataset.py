@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core.ranks.processes import IGNORE, PADDING
 from core.settings import stop
 
 # ---------------------------------------------------------------------------------------------
@@ -128,9 +129,6 @@ def open_shard(path: Path) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------
 # The order of windows
-
-PADDING = -1      # the sample number of a padding row
-IGNORE = -100     # the target of a position that does not count
 
 
 class Order:
@@ -349,20 +347,6 @@ class Rows(Order):
                 x[r, at], doc[r, at], weight[r, at] = ids[:-1], number, w
                 y[r, at] = np.where(w > 0, ids[1:], IGNORE)
         return tuple(map(torch.from_numpy, (x, y, doc, weight)))
-
-
-def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
-          multiple: int = 1) -> list[list[int]]:
-    """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches.
-
-    Every rank gets the same number of equally large micro-batches; uneven shares are filled up
-    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]]. There are a multiple of `multiple`.
-    """
-    per_rank = -(-n // world)
-    padded = -(-per_rank // (micro_batch_size * multiple)) * micro_batch_size * multiple
-    mine = list(range(first + rank * per_rank, first + min(n, (rank + 1) * per_rank)))
-    mine += [PADDING] * (padded - len(mine))
-    return [mine[i:i + micro_batch_size] for i in range(0, padded, micro_batch_size)]
 
 
 class Ahead:

@@ -3,6 +3,8 @@ import html
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from core.data.clean import LIMITS
 from core.settings import warn
 
@@ -27,6 +29,15 @@ class Tally:
             counts[i] += len(texts)
             counts[i + 1] += size
             self.sizes[f'{end} {source} {name}'] += size
+
+    def step_of_all(self, name: str, source: np.ndarray, before: np.ndarray, after: np.ndarray
+                    ) -> None:
+        """Note what a step made of all documents, by their characters before and after it."""
+        self.steps[name] = [int(n) for sizes in (before, after)
+                            for n in (np.count_nonzero(sizes), sizes.sum())]
+        for end, sizes in (('in', before), ('out', after)):
+            self.sizes.update({f'{end} {i} {name}': int(n)
+                               for i, n in enumerate(np.bincount(source, sizes))})
 
     def warn_of_losses(self, sources: list[str]) -> None:
         """Warn of each step that removed more than half of a source's characters, with the rule
@@ -55,11 +66,8 @@ class Tally:
         if len(found) < 3:
             found.append([where, text[:300]])
 
-    def state(self) -> dict:
-        return dict(vars(self))
-
     def add(self, other: dict) -> None:
-        """Add the state of another tally."""
+        """Add the `vars` of another tally."""
         for mine, theirs in ((self.steps, other['steps']), (self.rules, other['rules'])):
             for name, counts in theirs.items():
                 mine[name] = [a + b for a, b in zip(mine.get(name, [0] * 4), counts)]

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.data.dataset import IGNORE
 from core.device import Device
 from core.net import optim
 from core.net.optim import LossScale
 from core.ranks import parallel, processes
-from core.ranks.processes import Ranks, print0
+from core.ranks.processes import IGNORE, Ranks, print0
 from core.run import checkpoint
 from core.run.checkpoint import Progress
 from core.settings import stop

@@ -14,26 +14,20 @@ samples must mask ids from `len(tokenizer)` on.
 """
 import codecs
 import hashlib
-import heapq
-import itertools
 import json
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import regex  # comes with tiktoken
 import tiktoken
-from tqdm import tqdm
 
-from core.data import clean
 from core.device import cpu_count
 from core.read.download import fetch
 from core.settings import stop
-from core.workers import ordered_map
+from core.text.bpe import blocks, count_pieces, learn_merges
 
 # Reserved by every trained tokenizer, so that a base model can become a chat model unchanged.
 ROLES = ('system', 'user', 'assistant')
@@ -51,6 +45,13 @@ PATTERNS = {
               r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     'gpt2': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
+
+
+def normalize(text: str, form: str) -> str:
+    """The text in Unicode normalization form NFC or NFKC ('': as it is), with \\n line ends and
+    without NUL characters and a byte order mark at its start."""
+    text = text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n').replace('\0', '')
+    return unicodedata.normalize(form, text) if form and not text.isascii() else text
 
 
 class Tokenizer:
@@ -82,7 +83,7 @@ class Tokenizer:
 
     def as_corpus(self, text: str) -> str:
         """A text that a user gives, made as prepare.py made the one that was learnt from."""
-        return clean.normalize(text, self.corpus_normalize)
+        return normalize(text, self.corpus_normalize)
 
     def encode_batch(self, texts: list[str]) -> list:
         """The ids of several texts; BPE encodes them on all cores."""
@@ -169,29 +170,6 @@ class Tokenizer:
             before = [*start, self.special[f'<|{message["role"]}|>']]
             said, start = message['role'] == 'assistant', []
             yield before + ids, [False] * len(before) + [said] * len(ids)
-
-    def decode_chat(self, ids) -> list[dict]:
-        """The messages of a conversation's ids: the inverse of encode_chat.
-
-        A last turn may lack its end. Raises ValueError if anything else stands outside of a turn.
-        """
-        self.check_chat()
-        role_of = {self.special[f'<|{role}|>']: role for role in ROLES}
-        messages, turn, closed, ids = [], [], True, list(ids)
-        for i in [*ids[self.add_bos and ids[:1] == [self.bos]:], None]:
-            if i in role_of and closed:
-                messages.append({'role': role_of[i]})
-                turn, closed = [], False
-            elif i is None or i == self.special['<|end|>'] and not closed:
-                if not closed:
-                    messages[-1]['content'] = self.decode(turn)
-                closed = True
-            elif closed or i in self.special.values():
-                raise ValueError(f'{self.decode([i])!r} at token {len(turn)} of turn '
-                                 f'{len(messages)}: not a conversation')
-            else:
-                turn.append(i)
-        return messages
 
     def state(self) -> dict:
         """What the kind needs beyond its name to be rebuilt, as JSON."""
@@ -370,138 +348,6 @@ def gpt2(downloads) -> BPETokenizer:
     return BPETokenizer(PATTERNS['gpt2'], sorted(ids, key=ids.get), bos='<|endoftext|>',
                         special={name: end + i for i, name in enumerate(SPECIAL)})
 
-
-# ---------------------------------------------------------------------------------------------
-# Training a byte-level BPE
-
-
-def blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """Parts of about `size` characters, each ending with a letter before a space and a letter.
-
-    No piece of PATTERNS crosses such a place, so the parts encode to the ids of the whole.
-    """
-    begin = 0
-    while len(text) - begin > size:
-        found = re.compile(r'(?<=[^\W\d_]) (?=[^\W\d_])').search(text, begin + size)
-        if not found:
-            break
-        yield text[begin:found.start()]
-        begin = found.start()
-    yield text[begin:]
-
-
-def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counter:
-    """How often each piece occurs in the texts; counted by `workers` processes (0: all cores)."""
-    shares = shares_of(texts)
-    first = next(shares, [])
-    large = sum(map(len, first)) >= SHARE
-    if not workers:     # more than one pay from some megabytes on
-        workers = cpu_count() if large else 1
-    shares = tqdm(itertools.chain([first], shares), desc='counting', leave=False, disable=not large)
-    counts = Counter()
-    for found in ordered_map(count_share, shares, workers, pattern):
-        counts.update(found)
-        if len(counts) > MOST_PIECES:   # as in Chinese, where few pieces come twice
-            counts = Counter({piece: n for piece, n in counts.items() if n > 1})
-    return counts
-
-
-SHARE = 1 << 22         # characters that a process counts at a time
-MOST_PIECES = 500_000   # kept in memory; above, those that came only once are forgotten
-
-
-def shares_of(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Parts of the texts (see blocks), about SHARE characters together at a time."""
-    share, size = [], 0
-    for part in (part for text in texts for part in blocks(text)):
-        share.append(part)
-        size += len(part)
-        if size >= SHARE:
-            yield share
-            share, size = [], 0
-    if share:
-        yield share
-
-
-def count_share(parts: Iterable[str], pattern: str) -> Counter:
-    """How often each piece occurs in some of the texts."""
-    split = regex.compile(pattern).findall
-    counts = Counter()
-    for part in parts:
-        counts.update(split(part))
-    return counts
-
-
-def learn_merges(pieces: dict[str, int], n_tokens: int) -> list[bytes]:
-    """The tokens of a BPE: the 256 bytes, then again and again the union of the most frequent pair.
-
-    pieces: how often each occurs. Stops early when no pair occurs twice. Among equally frequent
-    pairs the one with the lowest ids comes first, so the result is a function of the counts.
-
-    All distinct pieces lie in one array of ids, each with its neighbours' positions. For each pair
-    the positions where it began when it came up are kept. A pair contains the newest token of its
-    time, so all its places come up in one merge, and later merges only take places away: counts
-    never rise. So a heap with counts that may be too high is enough: a pair that comes to its top
-    is counted anew, and put back if it has become less frequent.
-    """
-    encoded = sorted((piece.encode(), n) for piece, n in pieces.items() if len(piece.encode()) > 1)
-    lengths = np.array([len(piece) + 1 for piece, _ in encoded], dtype=np.int64)
-    ids = np.frombuffer(b'\0'.join([b'', *(piece for piece, _ in encoded), b'']), np.uint8)
-    ids = ids.astype(np.int32)
-    ids[np.cumsum(lengths)] = ids[0] = OUTSIDE
-    weight = np.repeat(np.array([0, *(n for _, n in encoded)]), [1, *lengths])
-    after = np.arange(1, len(ids) + 1, dtype=np.int32)      # position of the right neighbour
-    before = np.arange(-1, len(ids) - 1, dtype=np.int32)    # and of the left one
-    after[-1] = len(ids) - 1
-    tokens = [bytes([i]) for i in range(256)]
-    places, heap = {}, []                                   # (a, b) -> positions of a before b
-
-    def add(at) -> None:
-        """Note new pairs, given by the positions of their first token."""
-        if not len(at):
-            return
-        keys = ids[at].astype(np.int64) << 32 | ids[after[at]]
-        order = np.argsort(keys, kind='stable')
-        keys, at = keys[order], at[order]
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        counts = np.add.reduceat(weight[at], starts)
-        for key, n, part in zip(keys[starts].tolist(), counts.tolist(),
-                                np.split(at, starts[1:])):
-            if n > 1:
-                heapq.heappush(heap, (-n, key))
-                places[key] = part
-
-    add(np.flatnonzero((ids >= 0) & (ids[after] >= 0)))
-    with tqdm(total=n_tokens, initial=256, desc='merging', unit='token', leave=False,
-              delay=2) as bar:
-        while len(tokens) < n_tokens and heap:
-            n, key = heapq.heappop(heap)
-            a, b = key >> 32, key & 0xffffffff
-            first = places.pop(key)
-            first = first[(ids[first] == a) & (ids[after[first]] == b)]
-            if (now := int(weight[first].sum())) < -n:
-                if now > 1:
-                    heapq.heappush(heap, (-now, key))
-                    places[key] = first
-                continue
-            if a == b:      # in a row of a's every second pair is taken, from the left
-                index = np.arange(len(first))
-                begins = np.concatenate([[True], first[1:] != after[first[:-1]]])
-                first = first[(index - np.maximum.accumulate(index * begins)) % 2 == 0]
-            new = len(tokens)
-            tokens.append(tokens[a] + tokens[b])
-            second = after[first]
-            right = after[second]
-            ids[first], ids[second] = new, GONE
-            after[first], before[right] = right, first
-            left = before[first]
-            left = left[(ids[left] >= 0) & (ids[left] != new)]
-            add(np.concatenate([left, first[ids[right] >= 0]]))
-            bar.update()
-    return tokens
-
-
-OUTSIDE, GONE = -1, -2      # ids of the positions between two pieces, and of merged seconds
 
 KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer)}
 

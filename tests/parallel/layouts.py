@@ -18,11 +18,11 @@ import torch
 
 import model as model_module
 import train
-from core.data.dataset import IGNORE, PADDING, share
+from core.data.dataset import IGNORE, PADDING
 from core.device import Device
 from core.net import optim
 from core.ranks import parallel, processes
-from core.ranks.processes import Ranks
+from core.ranks.processes import Ranks, share
 from core.run import checkpoint, layout_check
 from core.run.learner import Learner, count_targets, lm_loss_sums
 from core.settings import Stop, settings_of
