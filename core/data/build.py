@@ -20,24 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from core.data import clean, named
-from core.data.corpus import (
-    Corpus,
-    Split,
-    choose_validation,
-    clean_all,
-    complain,
-    drop_duplicates,
-    encode_split,
-    jobs,
-    leakage,
-    save_json,
-    split_corpus,
-    texts_of,
-)
+from core.data import corpus as steps
+from core.data.corpus import Corpus, Split, complain, save_json
 from core.data.dataset import HEADER, Tokens, open_shard
 from core.data.named import content, is_made, is_there, is_url, read_meta, split_places
 from core.data.recipes import RECIPES
-from core.data.report import Tally, write_report
+from core.data.report import Tally, print_summary, write_report
 from core.device import cpu_count
 from core.formats import hf
 from core.ranks.processes import print0
@@ -74,8 +62,8 @@ def make(folder: Path, sources: list[Source], options: dict, ready_tok, tally: T
     work, sizes = begin(folder, meta), [found['bytes'] for found in meta['inputs']]
     workers = options['workers'] or (cpu_count() if sum(sizes) > 8 * BATCH else 1)
     with timed('cleaned', sum(sizes), workers):
-        n_batches = clean_all(work, batches(sources, sizes, options, tally), options,
-                              benchmark_index(options), bad_words_index(options), workers)
+        n_batches = steps.clean_all(work, batches(sources, sizes, options, tally), options,
+                                    benchmark_index(options), bad_words_index(options), workers)
     corpus = Corpus(work, n_batches, tally)
     size = int(corpus.rows['size'].sum())
     if not size:
@@ -83,22 +71,20 @@ def make(folder: Path, sources: list[Source], options: dict, ready_tok, tally: T
         stop(f'{meta["source"]}: nothing is left to learn from: all of it is empty or dropped')
     with timed('duplicates found', size, workers):
         given = np.array([source.validation for source in sources])
-        stays, pairs = drop_duplicates(corpus, given[corpus.rows['source']], options, workers)
+        stays, pairs = steps.drop_duplicates(corpus, given, options, workers)
         tally.warn_of_losses([str(source.files[0]) + ' and others' * (len(source.files) > 1)
                               for source in sources])
-        val, cuts = choose_validation(corpus.rows, stays, given, pairs, options['near_duplicates'],
-                                      options['val_fraction'])
-        splits = split_corpus(corpus, stays, val, cuts, [source.weight for source in sources])
-        warn_of_weights(sources, corpus.rows, stays & ~val, splits[1].copies)
-        meta['leakage'] = leakage(pairs, splits, options['near_duplicates'])
+        val, cuts = steps.choose_validation(corpus.rows, stays, given, pairs,
+                                            options['near_duplicates'], options['val_fraction'])
+        splits = steps.split_corpus(corpus, stays, val, cuts, [s.weight for s in sources])
+        meta['leakage'] = steps.leakage(pairs, splits, options['near_duplicates'])
     with timed('tokenizer ready', min(SAMPLE, size), workers):
         tok = ready_tok or learn_tokenizer(meta['tokenizer'], corpus, splits, options)
         tok.corpus_normalize = options['normalize']
     with timed('encoded', int(corpus.rows['size'][stays].sum()), workers):
         for split in splits:
-            encode_split(corpus, split, tok, options['shard_tokens'], workers)
-    meta |= describe(corpus, stays, tok, meta)
-    finish(folder, work, tok, meta)
+            steps.encode_split(corpus, split, tok, options['shard_tokens'], workers)
+    finish(folder, work, tok, meta | describe(corpus, stays, tok, meta))
 
 
 def begin(folder: Path, meta: dict) -> Path:
@@ -137,8 +123,8 @@ def learn_tokenizer(label: str, corpus: Corpus, splits: tuple[Split, Split], opt
     def texts(split, fraction=1.0):
         limit = np.uint64(min(fraction, 1) * (2 ** 64 - 2 ** 12))
         split = split._replace(copies=(split.copies > 0) * (corpus.rows['hash'] <= limit))
-        for job in jobs(corpus, split):
-            yield from texts_of(job, corpus, split)
+        for job in steps.jobs(corpus, split):
+            yield from steps.texts_of(job, corpus, split)
 
     val, train = splits
     if label.startswith('bpe'):
@@ -158,18 +144,6 @@ def learn_tokenizer(label: str, corpus: Corpus, splits: tuple[Split, Split], opt
     return tok
 
 
-def warn_of_weights(sources: list[Source], rows: np.ndarray, train: np.ndarray,
-                    copies: np.ndarray) -> None:
-    """Warn where a source has too few documents in `train` for a part of its text."""
-    sizes = rows['characters'] * train.astype(np.int64)
-    for i, source in enumerate(sources):
-        mine = rows['source'] == i
-        used = (copies * sizes)[mine].sum() / max(1, sizes[mine].sum())
-        if source.weight % 1 and abs(used / source.weight - 1) > 0.1:
-            warn(f'weights: {source.weight:g} for {source.files[0]} comes to {used:.2f}, since '
-                 'documents are taken whole; cut its text into more of them')
-
-
 def describe(corpus: Corpus, stays: np.ndarray, tok, meta: dict) -> dict:
     """What meta.json and the report say of a dataset: counts, lengths, frequent tokens, losses."""
     ready, rows, tally = corpus.work / 'ready', corpus.rows[stays], corpus.tally
@@ -185,7 +159,9 @@ def describe(corpus: Corpus, stays: np.ndarray, tok, meta: dict) -> dict:
             at += ids.nbytes
     few = Tokens(ready, 'val' if n_val > 1000 else 'train').read(0, 500_000).tolist()
     text = tok.decode([i for i in few if i != tok.eos])
-    gpt2 = gpt2_if_here(corpus.work.parent)
+    downloads = corpus.work.parent / 'downloads'
+    is_here = any(Path(place, 'gpt2/encoder.json').is_file()
+                  for place in (downloads, os.environ.get('DATA_MIRROR') or downloads))
     bins = np.bincount(np.floor(np.log2(np.maximum(1, rows['characters']))).astype(np.int64))
     low = int(np.flatnonzero(bins)[0])
     return {
@@ -195,20 +171,14 @@ def describe(corpus: Corpus, stays: np.ndarray, tok, meta: dict) -> dict:
         'steps': tally.steps, 'rules': tally.rules, 'counts': dict(sorted(tally.counts.items())),
         'examples': tally.examples, 'bad': tally.bad[:1000], 'n_bad': len(tally.bad),
         'bytes_per_token': len(text.encode()) / max(1, len(few)),
-        'gpt2_bytes_per_token': len(text.encode()) / len(gpt2.encode(text)) if gpt2 else None,
+        'gpt2_bytes_per_token': len(text.encode()) / len(
+            tokenizers.gpt2(downloads).encode(text)) if is_here else None,
         'lengths': [[1 << i, 2 << i, int(n)] for i, n in enumerate(bins) if i >= low],
         'frequent': [[tok.tokens[i].decode('utf-8', 'replace'), int(counts[i])]
                      for i in np.argsort(-counts, kind='stable')[:30].tolist() if counts[i]],
         'n_inputs': len(meta['inputs']),
         'input_bytes': sum(found['bytes'] for found in meta['inputs']),
         'inputs': meta['inputs'][:1000]}
-
-
-def gpt2_if_here(data_dir: Path):
-    """GPT-2's tokenizer, if its file is on this machine already, to compare with; or None."""
-    places = (data_dir / 'downloads', os.environ.get('DATA_MIRROR') or data_dir / 'downloads')
-    return tokenizers.gpt2(data_dir / 'downloads') if any(
-        Path(place, 'gpt2/encoder.json').is_file() for place in places) else None
 
 
 def finish(folder: Path, work: Path, tok, meta: dict) -> None:
@@ -224,27 +194,6 @@ def finish(folder: Path, work: Path, tok, meta: dict) -> None:
     os.rename(ready, folder)
     print_summary(folder, meta)
     shutil.rmtree(work)
-
-
-def print_summary(folder: Path, meta: dict) -> None:
-    """What the dataset is and what was removed from it, on a few lines."""
-    print(f'{folder}: {meta["about"]} ({meta["licence"]})\n'
-          f'  {meta["documents"]:,} documents, {meta["characters"]:,} characters; '
-          f'{meta["tokenizer"]} tokenizer of {meta["vocab_size"]:,} tokens\n'
-          f'  {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} to validate on')
-    for name, (documents_in, characters_in, documents_out, characters_out) in meta['steps'].items():
-        if characters_in != characters_out:
-            print(f'  {name}: {documents_in:,} -> {documents_out:,} documents, {characters_in:,} '
-                  f'-> {characters_out:,} characters')
-    if meta['leakage'] and meta['documents'] > 1:
-        print('  validation documents like one in training: ' + ', '.join(
-            f'{n:,} (Jaccard {low} or more)' for low, n in meta['leakage'].items()))
-    for what, n in meta['counts'].items():
-        if n and what.startswith(('U+FFFD', 'NUL', 'masked', 'files')):
-            print(f'  {what}: {n:,}')
-    if meta['n_bad']:
-        print(f'  left out because it cannot be read: {meta["n_bad"]:,}')
-    print(f'  what was removed and why: {folder}/report.html')
 
 
 # ---------------------------------------------------------------------------------------------

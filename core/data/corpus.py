@@ -219,6 +219,7 @@ def drop_duplicates(corpus: Corpus, given: np.ndarray, options: dict, n_workers:
     and what else is similar: (number, number of an earlier one, Jaccard similarity of 0.5 or more).
     """
     rows, tally, pairs = corpus.rows, corpus.tally, set()
+    given = given[rows['source']]
     threshold, order = options['near_duplicates'], np.argsort(~given, kind='stable')
     stays = np.ones(len(rows), bool)
     stays[order[clean.repeats(rows['hash'][order])]] = False
@@ -343,12 +344,20 @@ def choose_validation(rows: np.ndarray, stays: np.ndarray, given: np.ndarray, pa
 def split_corpus(corpus: Corpus, stays: np.ndarray, val: np.ndarray, cuts: dict[int, int],
                  weights: list[float]) -> tuple[Split, Split]:
     """The validation and the training split; `weights` are those of the sources."""
-    weight = np.array(weights)[corpus.rows['source']]
+    rows, train = corpus.rows, stays & ~val
+    weight = np.array(weights)[rows['source']]
     copies = np.floor(weight).astype(np.int64)      # of a part of a copy that part of the documents
-    copies += (corpus.rows['hash'] & np.uint64(0xffffffff)) < np.uint64(2 ** 32) * (weight % 1)
+    copies += (rows['hash'] & np.uint64(0xffffffff)) < np.uint64(2 ** 32) * (weight % 1)
     once = (stays & val).astype(np.int64)
     once[[*cuts]] = 1
-    return Split('val', once, cuts), Split('train', copies * stays * ~val, cuts)
+    for i, wanted in enumerate(weights):
+        sizes = rows['characters'] * (train & (rows['source'] == i)).astype(np.int64)
+        used = (copies * sizes).sum() / max(1, sizes.sum())
+        if wanted % 1 and abs(used / wanted - 1) > 0.1:
+            warn(f'weights={",".join(f"{one:g}" for one in weights)}: number {i + 1} is used '
+                 f'{used:.2f} times, since documents are taken whole; cut its text into more of '
+                 'them')
+    return Split('val', once, cuts), Split('train', copies * train, cuts)
 
 
 def leakage(pairs: set, splits: tuple[Split, Split], threshold: float) -> dict[str, int]:

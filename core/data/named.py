@@ -63,8 +63,7 @@ def check_sizes(places: list[str], max_files: int) -> None:
 def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
     """Names a tokenizer in one word: char, byte, gpt2, bpe4096, or of-<last part of a path>."""
     recipe = RECIPES.get(dataset)
-    own = recipe.tokenizer if recipe else 'char'
-    kind = tokenizer or own
+    kind = tokenizer or (recipe.tokenizer if recipe else 'char')
     known = kind in (*tokenizers.KINDS, *hf.GPT2_SIZES)
     if not known and '/' not in kind and not Path(kind).exists():
         stop(f'tokenizer={kind}: must be char, byte, bpe, gpt2, or where a model is: a run, a '
@@ -72,7 +71,7 @@ def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
     if kind != 'bpe':   # a model's name may be that of a kind
         return kind if known else f'of-{os.path.basename(os.path.abspath(kind))}'
     least = 256 + len(tokenizers.SPECIAL)
-    size = vocab_size or (recipe.vocab_size if recipe and own == 'bpe' else 4096)
+    size = vocab_size or (recipe.vocab_size if recipe and recipe.tokenizer == 'bpe' else 4096)
     if size < least:
         stop(f'vocab_size={size}: a bpe has at least {least} tokens: the bytes and the special '
              'ones')
@@ -92,8 +91,8 @@ def count_tokens(dataset: str, tokenizer: str, vocab_size: int) -> int:
 
 
 def folder_name(dataset: str, tokenizer: str, vocab_size: int) -> str:
-    """The name of a dataset's folder: that of a named one with its own tokenizer, or
-    <dataset>_<tokenizer>, where several datasets are joined by a plus."""
+    """The name of a dataset's folder: the dataset's, with another tokenizer than its own
+    <dataset>_<tokenizer>; several datasets are joined by a plus."""
     label = tokenizer_label(dataset, tokenizer, vocab_size)
     if dataset in RECIPES and label == tokenizer_label(dataset, '', 0):
         return dataset

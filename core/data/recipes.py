@@ -1,7 +1,7 @@
-"""The named datasets: where their files come from, and how they are read.
+"""The named datasets for pretraining, and the named sets of records: where they come from.
 
-Each is a function of the folder for downloads and of max_files, which large ones need: it returns
-the files to train on, and those to validate on (none: a part of the others is taken).
+A dataset is a function of the folder for downloads and of max_files, which large ones need: it
+returns the files to train on, and those to validate on (none: a part of the others is taken).
 """
 import os
 import re
@@ -145,3 +145,34 @@ RECIPES = {
     'fineweb-edu': Recipe('100 billion tokens of web pages chosen for what they teach, shuffled',
                           'ODC-By 1.0', 'gpt2', fineweb_edu, 0, 1823, 100),
 }
+
+
+class NamedSet(NamedTuple):
+    """A set of records for post-training."""
+    about: str
+    licence: str
+    kind: str                   # conversation, preference or labelled, of core/data/records.py
+    source: str | Callable      # a URL, or what makes (where, dict) on the spot
+
+
+GITHUB = 'https://raw.githubusercontent.com'
+BOOK = f'{GITHUB}/rasbt/LLMs-from-scratch/main/ch07'
+SETS = {
+    'instruction': NamedSet(
+        '1,100 instructions with answers', 'Apache-2.0', 'conversation',
+        f'{BOOK}/01_main-chapter-code/instruction-data.json'),
+    'preference': NamedSet(
+        '1,100 instructions, each with a polite and an impolite answer', 'Apache-2.0', 'preference',
+        f'{BOOK}/04_preference-tuning-with-dpo/instruction-data-with-preference.json'),
+    'sms_spam': NamedSet(
+        '5,574 text messages, 13% of them spam', 'free for research', 'labelled',
+        f'{GITHUB}/justmarkham/pycon-2016-tutorial/master/data/sms.tsv'),
+    'python_chat': NamedSet(
+        'docstring -> function: from the Python standard library on this machine',
+        'PSF License Version 2', 'conversation', stdlib.docstrings),
+    'python_modules': NamedSet(
+        'function -> package it is from: the Python standard library on this machine',
+        'PSF License Version 2', 'labelled', stdlib.origins),
+    'python_bugs': NamedSet(
+        'docstring -> true function against a corrupted one: the Python standard library',
+        'PSF License Version 2', 'preference', stdlib.corrupted)}

@@ -78,6 +78,27 @@ class Tally:
             self.examples[kind] = [*self.examples.get(kind, []), *found][:3]
 
 
+def print_summary(folder: Path, meta: dict) -> None:
+    """What the dataset is and what was removed from it, on a few lines."""
+    print(f'{folder}: {meta["about"]} ({meta["licence"]})\n'
+          f'  {meta["documents"]:,} documents, {meta["characters"]:,} characters; '
+          f'{meta["tokenizer"]} tokenizer of {meta["vocab_size"]:,} tokens\n'
+          f'  {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} to validate on')
+    for name, (documents_in, characters_in, documents_out, characters_out) in meta['steps'].items():
+        if characters_in != characters_out:
+            print(f'  {name}: {documents_in:,} -> {documents_out:,} documents, {characters_in:,} '
+                  f'-> {characters_out:,} characters')
+    if meta['leakage'] and meta['documents'] > 1:
+        print('  validation documents like one in training: ' + ', '.join(
+            f'{n:,} (Jaccard {low} or more)' for low, n in meta['leakage'].items()))
+    for what, n in meta['counts'].items():
+        if n and what.startswith(('U+FFFD', 'NUL', 'masked', 'files')):
+            print(f'  {what}: {n:,}')
+    if meta['n_bad']:
+        print(f'  left out because it cannot be read: {meta["n_bad"]:,}')
+    print(f'  what was removed and why: {folder}/report.html')
+
+
 STYLE = '''
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
