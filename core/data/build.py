@@ -57,8 +57,7 @@ class Source(NamedTuple):
 def make(folder: Path, sources: list[Source], options: dict, ready_tok, tally: Tally, meta: dict
          ) -> None:
     """Clean, drop duplicates, split, learn the tokenizer, encode, report; the finished folder
-    appears at once. A run with the same input, settings and source code goes on with what an
-    earlier one has done."""
+    appears at once."""
     work, sizes = begin(folder, meta), [found['bytes'] for found in meta['inputs']]
     workers = options['workers'] or (cpu_count() if sum(sizes) > 8 * BATCH else 1)
     with timed('cleaned', sum(sizes), workers):
@@ -88,7 +87,8 @@ def make(folder: Path, sources: list[Source], options: dict, ready_tok, tally: T
 
 
 def begin(folder: Path, meta: dict) -> Path:
-    """The work folder; emptied if it was for other input, settings or source code."""
+    """The work folder with what an earlier run has done, if its input, settings and source code
+    were the same."""
     work = named.work_folder(folder)
     plan = {**content(meta), 'source code': source_hashes(str(PREPARE))}
     known = work / 'plan.json'

@@ -1,8 +1,7 @@
-"""The documents of a dataset in the making: on disk, a row each in memory.
+"""The documents of a dataset in the making, and the steps of the pipeline over them.
 
 A work folder has a few files for each batch of documents (their texts, hashes, counts), written by
-several processes; what is there already is not done again. Duplicates are found over all rows; then
-the texts that stay are encoded, in order, into shards.
+several processes; what is there is not done again. In memory a document is a row of numbers.
 """
 import itertools
 import json
@@ -45,23 +44,15 @@ def complain(message: str, options: dict, tally: Tally | None = None) -> None:
 
 def clean_all(work: Path, batches: Iterable[list], options: dict, index: dict, banned: dict,
               n_workers: int) -> int:
-    """Clean all batches of records into `work`, but those that are there; how many they are.
-
-    What is in `index` (of a benchmark) is cut out, `banned` are bad words: see clean.ngram_index.
-    """
-    count = 0
-
-    def missing():
-        nonlocal count
-        for number, batch in enumerate(batches):
-            count = number + 1
-            if not (work / f'{number:06d}.json').is_file():
-                yield number, batch
-
-    for bad in ordered_map(clean_batch, missing(), n_workers, work, options, index, banned):
+    """Clean all batches of records into `work`, but those that are there; how many they are. What
+    is in `index` (of a benchmark) is cut out, `banned` are bad words: see clean.ngram_index."""
+    numbers = itertools.count()
+    missing = ((number, batch) for batch, number in zip(batches, numbers)
+               if not (work / f'{number:06d}.json').is_file())
+    for bad in ordered_map(clean_batch, missing, n_workers, work, options, index, banned):
         for message in bad:     # which are in the batch's own tally
             complain(message, options)
-    return count
+    return next(numbers)
 
 
 def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> list[str]:
@@ -191,9 +182,6 @@ class Corpus:
         begins = ends - self.rows['size']
         self.offset = begins - begins[np.minimum(self.first[self.batch], max(0, len(begins) - 1))]
 
-    def load(self, number: int, array: str) -> np.ndarray:
-        return np.load(self.work / f'{number:06d}.npz')[array]
-
     def place(self, i: int) -> tuple[int, int, int, int]:
         """Where document i is: its number, batch, offset in it and size in bytes."""
         return int(i), int(self.batch[i]), int(self.offset[i]), int(self.rows['size'][i])
@@ -215,9 +203,9 @@ def read_document(work: Path, place: tuple[int, int, int, int]) -> str:
 
 def drop_duplicates(corpus: Corpus, given: np.ndarray, options: dict, n_workers: int
                     ) -> tuple[np.ndarray, set]:
-    """Which documents stay: of equal and of similar ones the first, or one `given` for validation;
-    and what else is similar: (number, number of an earlier one, Jaccard similarity of 0.5 or more).
-    """
+    """Which documents stay: of equal and of similar ones the first, or one of a source `given` for
+    validation; and what else is similar: (number, number of an earlier one, Jaccard similarity of
+    0.5 or more)."""
     rows, tally, pairs = corpus.rows, corpus.tally, set()
     given = given[rows['source']]
     threshold, order = options['near_duplicates'], np.argsort(~given, kind='stable')
@@ -233,7 +221,8 @@ def drop_duplicates(corpus: Corpus, given: np.ndarray, options: dict, n_workers:
     bands = np.lib.format.open_memmap(corpus.work / 'bands.npy', 'w+', np.uint64, (
         clean.bands_and_rows(threshold)[0], len(rows)))
     for number in range(corpus.n_batches):
-        bands[:, corpus.first[number]:corpus.first[number + 1]] = corpus.load(number, 'bands')
+        bands[:, corpus.first[number]:corpus.first[number + 1]] = np.load(
+            corpus.work / f'{number:06d}.npz')['bands']
     for band in tqdm(bands, desc='near duplicates', unit='band', leave=False,
                      disable=len(rows) < 1000):
         buckets = (list(map(corpus.place, bucket)) for bucket in equal_in(
@@ -286,8 +275,8 @@ def check_bucket(places: list, work: Path, threshold: float, n: int
 
 
 class Split(NamedTuple):
-    """What of a corpus goes into a split: how often each document. Of those in `cuts` so many
-    characters go into the training split, and the rest into the other."""
+    """How often each document goes into a split. Of those in `cuts` so many characters go into the
+    training split, and the rest into the other."""
     name: str
     copies: np.ndarray
     cuts: dict[int, int]
@@ -298,11 +287,11 @@ def choose_validation(rows: np.ndarray, stays: np.ndarray, given: np.ndarray, pa
     """Which documents are for validation, and of which others the last part is: number ->
     characters before it.
 
-    It is what is `given` for it, or `fraction` of the characters: of MANY documents and more at
-    most VAL_CHARACTERS, taken whole, together with all that are similar, in an order by their
-    hashes, as far as they fit. A document that is larger than a tenth of this share of all that are
-    not larger, and than ten of median size, would leave most small ones to validation: it gives its
-    last part, too. Of fewer documents, or if none fits, it is the last part of the text.
+    They are those of a source `given` for it, or `fraction` of the characters: of MANY documents
+    and more at most VAL_CHARACTERS, whole clusters of similar ones in an order by their hashes, as
+    far as they fit. A large document (than a tenth of this share of all that are not larger, and
+    than ten of median size) would leave most small ones to validation: it gives its last part, too.
+    Of fewer documents, or if none fits, it is the last part of the text.
     """
     sizes, number = rows['characters'] * stays.astype(np.int64), np.arange(len(rows))
     val, cuts = given[rows['source']], {}
@@ -361,8 +350,8 @@ def split_corpus(corpus: Corpus, stays: np.ndarray, val: np.ndarray, cuts: dict[
 
 
 def leakage(pairs: set, splits: tuple[Split, Split], threshold: float) -> dict[str, int]:
-    """How many documents in validation have one in training that is as similar, by the Jaccard
-    similarity that was found: '0.7' -> 0, '0.5' -> 12; nothing if threshold is 0."""
+    """How many documents in validation have one in training with such a Jaccard similarity or more:
+    {'0.7': 0, '0.5': 12}; nothing if threshold is 0."""
     val, train = (split.copies > 0 for split in splits)
     return {f'{low:g}': len({i for *pair, similarity in pairs if similarity >= low
                              for i, j in (pair, pair[::-1]) if val[i] and train[j]})

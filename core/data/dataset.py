@@ -319,8 +319,8 @@ class Rows(Order):
         return torch.from_numpy(rows)
 
     def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs, targets, document numbers and the targets' weights, (B, T) each. Targets of weight
-        0 are IGNORE; documents are numbered from 0 in each row, -1 is padding."""
+        """Inputs, targets, document numbers and the targets' weights, (B, T) each. Targets without
+        weight are IGNORE; documents are numbered from 0 in each row, -1 is padding."""
         shape = len(samples), self.block_size
         x, y = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         doc, weight = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)

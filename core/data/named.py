@@ -16,10 +16,6 @@ from core.text import tokenizer as tokenizers
 ROOT = Path(__file__).parents[2]
 FILES = ('validation', 'decontaminate', 'bad_words')     # settings of prepare.py that name files
 
-# ---------------------------------------------------------------------------------------------
-# Places: named datasets, URLs, paths and globs
-
-
 def split_places(dataset: str) -> list[str]:
     """The parts of a dataset given as several with commas; a path may have commas, too."""
     parts, places = dataset.split(','), []
@@ -54,10 +50,6 @@ def check_sizes(places: list[str], max_files: int) -> None:
                  f'{recipe.file_mb:,} MB to download, which is not started unasked: python '
                  f'prepare.py {place} --max_files={recipe.n_files}'
                  + ', or fewer' * (recipe.n_files > 1))
-
-
-# ---------------------------------------------------------------------------------------------
-# Names
 
 
 def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
@@ -102,10 +94,6 @@ def folder_name(dataset: str, tokenizer: str, vocab_size: int) -> str:
     stems = [re.sub(rf'({"|".join(map(re.escape, documents.SUFFIXES))})?(\.gz)?$', '', stem)
              for stem in stems]
     return f'{"+".join(stems)[:100]}_{label[:100]}'
-
-
-# ---------------------------------------------------------------------------------------------
-# Is it there, and current?
 
 
 def is_made(folder) -> bool:
@@ -194,10 +182,6 @@ def content(meta: dict) -> dict:
     settings = {key: bool(value) if key in FILES else value
                 for key, value in meta.get('settings', {}).items()}
     return {**found, 'tokenizer_hash': meta.get('tokenizer_hash'), **settings}
-
-
-# ---------------------------------------------------------------------------------------------
-# What to do next
 
 
 def next_command(folder: Path, meta: dict, tokenizer: str = '') -> str:

@@ -1,9 +1,8 @@
 """Files of any format -> documents: text, web pages, notebooks, JSON, tables, Parquet, also as .gz.
 
-Reading has two halves. `read` goes through files in order, in one process, and yields records:
-bytes or text of a few megabytes at most, with the place they come from. `parse` makes documents of
-a record; that is the slow half, which prepare.py gives to several processes.
-Whatever cannot be read raises Bad with file, line or row, and a remedy.
+`read` goes through a file in one process and yields records: bytes or text of a few megabytes at
+most, with their place. `parse` makes documents of a record, which is slower: several processes do
+it. Whatever cannot be read raises Bad with file, line or row, and a remedy.
 """
 import codecs
 import functools
@@ -56,9 +55,9 @@ def made_here(folder) -> str:
 
 
 def find_files(place: str, bad, without=(), made=None) -> tuple[list[Path], Counter]:
-    """The files of a path, a folder with all below it, or a glob, sorted; and how many were left
-    out of folders by suffix. `bad` is called with a message for what is no file, and for a loop of
-    links. Left out are folders below that are in `without` or made_here; they go to dict `made`."""
+    """The files of a path, of a folder with all below it, or of a glob, sorted; and how many were
+    left out of folders, by suffix. Folders that are in `without` or made_here are left out, and
+    noted in `made`. `bad` is called with a message for what is no file, and for loops of links."""
     made, without = {} if made is None else made, {os.path.realpath(path) for path in without}
 
     @functools.cache
@@ -122,14 +121,10 @@ def walk(folder: Path, bad, is_ours, above: tuple = ()) -> Iterator[Path]:
             yield path
 
 
-# ---------------------------------------------------------------------------------------------
-# Files to records
-
-
 def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterator[Record]:
-    """The records of a file in their order. `encoding` '' is found out, and told if it is not
-    UTF-8; `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet. Tables
-    give whole rows if it is a tuple, of what tables.read_table asks for. Raises Bad."""
+    """The records of a file in order. `encoding` '' is found out, and told if it is not UTF-8;
+    `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet, or a tuple of
+    those that read_table asks for: then tables give whole rows. Raises Bad."""
     kind, where, told = suffix(path), path, encoding
     if encoding and not is_encoding(encoding):
         raise Bad(f'{path}: encoding={encoding} is none that Python knows for text; correct it')
@@ -261,10 +256,6 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         raise Bad(f'{path}: a damaged or truncated Parquet file, after row {row} '
                   f'({" ".join(str(e).split())[:200]}); get it again') from e
-
-
-# ---------------------------------------------------------------------------------------------
-# Records to documents
 
 
 def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Document]:

@@ -58,10 +58,6 @@ def suffix(path) -> str:
     return Path(path.stem if path.suffix.lower() == '.gz' else path).suffix.lower()
 
 
-# ---------------------------------------------------------------------------------------------
-# Bytes to lines
-
-
 def is_encoding(name: str) -> bool:
     """Whether Python knows an encoding of text by that name; hex and the like are none."""
     try:
@@ -131,10 +127,6 @@ def lines_of(text) -> Iterator[str]:
             more, line = text.readline(LONGEST_LINE), 'x' * LONGEST_LINE
         yield line.removeprefix(mark)
         mark = ''
-
-
-# ---------------------------------------------------------------------------------------------
-# Lines to rows
 
 
 def read_lines(path, f, raw, encoding: str, errors: str, column) -> Iterator[Record]:

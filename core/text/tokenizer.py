@@ -18,13 +18,11 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from core.device import cpu_count
 from core.read.download import fetch
 from core.settings import stop
 from core.text.bpe import blocks, count_pieces, learn_merges
@@ -85,29 +83,21 @@ class Tokenizer:
         """A text that a user gives, made as prepare.py made the one that was learnt from."""
         return normalize(text, self.corpus_normalize)
 
-    def encode_batch(self, texts: list[str]) -> list:
-        """The ids of several texts; BPE encodes them on all cores."""
-        return [self.encode(text) for text in texts]
-
     def blocks(self, text: str) -> list[str]:
         """Parts of a long text that encode to the ids of the whole."""
         return list(blocks(text))
 
     def decode(self, ids) -> str:
-        """Text of a sequence of ids; bytes that are no valid UTF-8 become U+FFFD.
-
-        Raises IndexError for an id that has no token.
-        """
+        """Text of a sequence of ids; bytes that are no valid UTF-8 become U+FFFD. Raises IndexError
+        for an id that has no token."""
         ids = list(ids)
         if ids and min(ids) < 0:
             raise IndexError(f'id {min(ids)} has no token')
         return b''.join(self.tokens[i] for i in ids).decode('utf-8', errors='replace')
 
     def stream(self):
-        """A function id -> text for tokens that come one at a time.
-
-        It keeps back the bytes of an unfinished character until the rest of them has come.
-        """
+        """A function id -> text for tokens that come one at a time; it keeps the bytes of an
+        unfinished character back until the rest has come."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         return lambda i: decoder.decode(self.tokens[i])
 
@@ -127,10 +117,6 @@ class Tokenizer:
         ids = self.encode(self.as_corpus(text))
         return ([self.bos] if self.add_bos else []) + ids or self.start()
 
-    def knows_chat(self) -> bool:
-        """Whether it has the tokens of chats; one that was not made here may lack them."""
-        return self.special.keys() >= set(CHAT)
-
     def turn_ends(self) -> set[int]:
         """The ids at which an answer ends: <|end|>, and what can only come after it."""
         return {self.eos, *(self.special[name] for name in CHAT)}
@@ -139,28 +125,31 @@ class Tokenizer:
         """What of a text cannot be encoded, and what to do; '' if all can."""
         return ''
 
+    def knows_chat(self) -> bool:
+        """Whether it has the tokens of chats; one that was not made here may lack them."""
+        return self.special.keys() >= set(CHAT)
+
     def check_chat(self) -> None:
         """Stop if the tokens of chats are missing."""
-        missing = [name for name in CHAT if name not in self.special]
-        if missing:
-            stop(f'this tokenizer has no {missing[0]}: it knows no chats; its special tokens are '
+        if not self.knows_chat():
+            missing = next(name for name in CHAT if name not in self.special)
+            stop(f'this tokenizer has no {missing}: it knows no chats; its special tokens are '
                  f'{", ".join(list(self.special)[:8])}')
 
     def encode_chat(self, messages: list[dict], reply: bool = False) -> list[int]:
         """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML); bos before
-        them where the model is used to it.
+        them where the model is used to it. With `reply` they end where the assistant begins.
 
-        messages are {'role': 'system', 'user' or 'assistant', 'content': text}. With `reply` the
-        ids end where the assistant begins to answer. What looks like a special token in a content
-        stays text, so nobody can write himself another role. Raises ValueError for another role.
+        messages are {'role': 'system', 'user' or 'assistant', 'content': text}; a special token in
+        a content stays text, so nobody can write himself another role. Raises ValueError for
+        another role.
         """
         turns = [ids for ids, _ in self.encode_turns(messages)]
         return sum(turns, []) + [self.special['<|assistant|>']] * reply
 
     def encode_turns(self, messages: list[dict]) -> Iterator[tuple[list[int], list[bool]]]:
         """For each message its ids in a conversation, and which of them the assistant says: its
-        content and the end token, not the token of its role.
-        """
+        content and the end token, not that of its role."""
         self.check_chat()
         start = [self.bos] if self.add_bos else []
         for message in messages:
@@ -239,13 +228,13 @@ class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019, section 2.2).
 
     A text is split into pieces by `pattern`; within a piece, the adjacent pair of tokens whose
-    union has the lowest id is merged, until none has one: ids are ranks, and nothing else is kept.
-    tiktoken does the work. `bos` and `eos` are names of special tokens ('': there is none),
-    `written` the names of those that text may spell, as <think> in Qwen3.
+    union has the lowest id is merged, until none has one: ids are ranks. tiktoken does the work.
+    `bos` and `eos` are names of special tokens ('': there is none), `written` the names of those
+    that text may spell, as <think> in Qwen3.
     """
     kind = 'bpe'
 
-    def __init__(self, pattern: str, ranks: list[str], special: dict[str, int], bos: str = '',
+    def __init__(self, pattern: str, ranks: list[str], special: dict[str, int], *, bos: str = '',
                  eos: str = '<|endoftext|>', add_bos: bool = False, normalize: str = '',
                  written: Iterable[str] = (), first: int = 0):
         super().__init__([unprintable(token) for token in ranks], special, first)
@@ -265,8 +254,8 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = 'llama3',
               workers: int = 0) -> 'BPETokenizer':
         """A tokenizer of vocab_size tokens, special ones included, or fewer if texts are short."""
-        pieces = count_pieces(texts, PATTERNS[pattern], workers)
-        tokens = learn_merges(pieces, vocab_size - len(SPECIAL))
+        tokens = learn_merges(count_pieces(texts, PATTERNS[pattern], workers),
+                              vocab_size - len(SPECIAL))
         return cls(PATTERNS[pattern], [printable(token) for token in tokens],
                    {name: len(tokens) + i for i, name in enumerate(SPECIAL)})
 
@@ -289,10 +278,6 @@ class BPETokenizer(Tokenizer):
         return [i for begin, end in zip([0, *ends], [*ends, len(text)])
                 for i in self.encode(text[begin:end])]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        with ThreadPoolExecutor(cpu_count()) as pool:   # tiktoken lets other threads run
-            return list(pool.map(self.encode, texts))
-
     def byte_lengths(self) -> np.ndarray:
         lengths = super().byte_lengths()
         for name, i in self.written.items():
@@ -302,8 +287,8 @@ class BPETokenizer(Tokenizer):
     def with_chat(self) -> 'BPETokenizer':
         """The same with the tokens of chats behind all others, where it lacks them."""
         missing = [name for name in CHAT if name not in self.special]
-        new = {name: len(self) + i for i, name in enumerate(missing)}
-        found = BPETokenizer(**self.state(), special=self.special | new)
+        found = BPETokenizer(**self.state(), special=self.special | {
+            name: len(self) + i for i, name in enumerate(missing)})
         found.corpus_normalize = self.corpus_normalize
         return found
 
@@ -335,11 +320,8 @@ def unprintable(text: str) -> bytes:
 
 
 def gpt2(downloads) -> BPETokenizer:
-    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all.
-
-    From encoder.json in DATA_MIRROR/gpt2, in the folder `downloads`, or from OpenAI. Its ids are in
-    the order of the merges, so vocab.bpe, which lists these, is not needed.
-    """
+    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all. The ids
+    are in the order of the merges, so OpenAI's vocab.bpe, which lists these, is not needed."""
     path = fetch('gpt2/encoder.json', 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/'
                  'main/encoder.json', downloads, size=1_042_301,
                  sha256='196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')
