@@ -201,7 +201,7 @@ class Pairs(Order):
 def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
     """Pairs to train and to validate on, and facts for the log."""
     split = records.load_split(dataset, validation, val_fraction, records.preference, data_dir,
-                               skip_bad, max_records)
+                               skip_bad, max_records=max_records)
     parts, facts = records.fit_window(dataset, 'pairs', size, [
         [(record, encode(record, tokenizer, size)) for record in part] for part in split])
     longest = max(len(row) for part in parts for _, pair in part for row in pair.ids) - 1

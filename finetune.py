@@ -136,7 +136,7 @@ def check_settings() -> None:
 def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
     """Rows to train on and to validate on, the conversations of these, and facts for the log."""
     split = records.load_split(dataset, validation, val_fraction, records.conversation, data_dir,
-                               skip_bad, max_records)
+                               skip_bad, max_records=max_records)
     (train, val), facts = records.fit_window(dataset, 'conversations', size, [
         [(r, records.encode(tokenizer, r.where, r.messages, size, weight)) for r in part]
         for part, weight in zip(split, (prompt_loss_weight, 0.0))])

@@ -477,7 +477,8 @@ def test_few_records_are_chosen_whatever_the_first_words_are(tmp_path):
     found = [{'messages': [*messages, says('assistant', 'Yes')]}
              for messages in BEGIN_ALIKE['70% begin with Hello']]
     path = put(tmp_path, 'a.jsonl', lines(*found))
-    train, val = records.load_split(str(path), '', 0.2, conversation, 'data', False, 50)
+    train, val = records.load_split(str(path), '', 0.2, conversation, 'data', False,
+                                    max_records=50)
     n_hello = sum(records.question(r) == 'Hello' for r in train + val)
     assert len(train + val) == 50 and 25 <= n_hello <= 45
 
@@ -503,7 +504,8 @@ def test_the_split_of_ordinary_sets_is_what_it_was(tmp_path, monkeypatch, name, 
         found = sorted(found, key=lambda r: fraction_of(f'of all: {records.question(r)}'))[:300]
     expected = [[r for r in found if (fraction_of(records.question(r)) < 0.1) == side]
                 for side in (False, True)]
-    assert list(records.load_split(name, '', 0.1, kind, str(tmp_path), False, max_records)) == \
+    assert list(records.load_split(name, '', 0.1, kind, str(tmp_path), False,
+                                   max_records=max_records)) == \
         expected
 
 

@@ -279,11 +279,12 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
 
     try:
         path = Path(name)
-        if found and isinstance(found.source, str):
+        if found and not callable(found.source):
             path = fetch(name + Path(found.source).suffix, found.source,
                          Path(data_dir) / 'downloads')
-        for where, row in (found.source() if found and callable(found.source)
-                           else rows_of(path, NEEDED[kind], leave_out)):
+        rows = found.source() if found and callable(found.source) else \
+            rows_of(path, NEEDED[kind], leave_out)
+        for where, row in rows:
             try:
                 records.append(kind(where, row))
                 more.update(unused(row, NEEDED[kind] + ALSO[kind]))
@@ -305,7 +306,7 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
 
 
 def load_split(dataset: str, validation: str, val_fraction: float, kind: Callable, data_dir: str,
-               skip_bad: bool, max_records: int = 0) -> tuple[list, list]:
+               skip_bad: bool, *, max_records: int = 0) -> tuple[list, list]:
     """Records to train on and to validate on: those of a file of their own, or a part. Of the
     dataset at most max_records, if that is not 0.
 

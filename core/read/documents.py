@@ -136,15 +136,15 @@ def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterato
         with open(path, 'rb') as raw:
             f = gzip.open(raw) if path.suffix.lower() == '.gz' else raw
             refuse(path, kind, f)
-            for record in reader(path, f, raw, encoding, errors, column):
+            for record in reader(path, f, encoding, errors, column):
                 if not told and record.encoding not in ('utf-8', 'utf-8-sig'):
                     told = record.encoding
                     if os.environ.get('RANK', '0') == '0':
                         tqdm.write(f'{path}: not UTF-8, read as {told}', file=sys.stderr)
-                where = record.where
-                if record.kind == 'row' and isinstance(column, str):
-                    record = record._replace(data=record.data[column.strip().lower()], kind='text')
-                yield record
+                where, kind, data = record.where, record.kind, record.data
+                if kind == 'row' and isinstance(column, str):
+                    kind, data = 'text', data[column.strip().lower()]
+                yield record._replace(kind=kind, data=data, end=record.end or raw.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise Bad(f'{path}: a damaged or truncated gzip file, after {where} ({e}); get it '
                   'again') from e
@@ -165,7 +165,7 @@ def refuse(path, kind: str, f) -> None:
         raise Bad(f'{path}: is {what[0]}, which is not read; save its text as .txt')
 
 
-def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+def read_text(path, f, encoding, errors, column) -> Iterator[Record]:
     """A text file, decoded a block at a time; of any length, and with lines of any length."""
     head = f.read(1 << 24)
     encoding = encoding or detect(path, head)
@@ -185,9 +185,9 @@ def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
             text += '\n'
         *whole, text = SEPARATOR.split(text)
         for part in whole:
-            yield from parts(part, True, str(path), raw.tell(), encoding, continued)
+            yield from parts(part, True, str(path), encoding, continued)
             continued = False
-        rest = yield from parts(text, not block, str(path), raw.tell(), encoding, continued)
+        rest = yield from parts(text, not block, str(path), encoding, continued)
         text, continued = rest, continued or len(rest) < len(text)
         if not block:
             return
@@ -195,7 +195,7 @@ def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
         block = block or f.read(1 << 20)
 
 
-def parts(text: str, whole: bool, where: str, end: int, encoding: str, continued: bool):
+def parts(text: str, whole: bool, where: str, encoding: str, continued: bool):
     """Records of a text, none longer than LONGEST; if it is not the whole document yet, returns the
     rest, which more will follow."""
     while len(text) > LONGEST or whole and text:
@@ -203,24 +203,24 @@ def parts(text: str, whole: bool, where: str, end: int, encoding: str, continued
         if cut < len(text):     # between two words if there are any
             cut = max(text.rfind('\n', cut // 2, cut), text.rfind(' ', cut // 2, cut), 0) or cut
             cut -= text.startswith('<', cut)    # which at the start of a part might begin END
-        yield Record(where, text[:cut], end, 'text', encoding, continued)
+        yield Record(where, text[:cut], 'text', encoding, continued)
         text, continued = text[cut:], True
     return text
 
 
-def read_html(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+def read_html(path, f, encoding, errors, column) -> Iterator[Record]:
     page = f.read(LONGEST_PAGE + 1)
     if len(page) > LONGEST_PAGE:
         raise Bad(f'{path}: a web page of more than {LONGEST_PAGE >> 20} MiB; give its text')
     # a page states its encoding itself
-    yield Record(str(path), page.decode(encoding, errors) if encoding else page, raw.tell(), 'html')
+    yield Record(str(path), page.decode(encoding, errors) if encoding else page, 'html')
 
 
-def read_notebook(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+def read_notebook(path, f, encoding, errors, column) -> Iterator[Record]:
     """The cells of a Jupyter notebook, text and code in their order; what code printed is left out.
     """
     text, encoding = tables.open_text(path, f, encoding, errors)
-    found = Record(str(path), text.read().removeprefix('\ufeff'), raw.tell(), 'json', encoding)
+    found = Record(str(path), text.read().removeprefix('\ufeff'), 'json', encoding)
     try:
         cells = [''.join(cell['source']).strip('\n') for cell in tables.parse_json(found)['cells']
                  if cell['cell_type'] in ('markdown', 'code')]
@@ -229,7 +229,7 @@ def read_notebook(path, f, raw, encoding, errors, column) -> Iterator[Record]:
     yield found._replace(data='\n\n'.join(filter(None, cells)) + '\n', kind='text')
 
 
-def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+def read_parquet(path, f, encoding, errors, column) -> Iterator[Record]:
     """The rows of a Parquet file, a few hundred in memory at a time; bad rows are records."""
     try:
         import pyarrow
@@ -249,10 +249,10 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
                 row += 1
                 text = value.as_py()
                 if isinstance(text, str):
-                    yield Record(f'{path}:{row}', text, size * row // max(row, n_rows))
+                    yield Record(f'{path}:{row}', text, end=size * row // max(row, n_rows))
                 else:
                     yield tables.bad_record(f'{path}: row {row}', f'{column!r} is no text; name '
-                                            'the column that has it with --text_column', raw)
+                                            'the column that has it with --text_column')
     except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         raise Bad(f'{path}: a damaged or truncated Parquet file, after row {row} '
                   f'({" ".join(str(e).split())[:200]}); get it again') from e
@@ -283,7 +283,7 @@ def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Docum
     if len(text) <= LONGEST:
         yield Document(where, text, record.continued)
     else:
-        for part in parts(text, True, where, 0, '', record.continued):
+        for part in parts(text, True, where, '', record.continued):
             yield Document(where, part.data, part.continued)
 
 
