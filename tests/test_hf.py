@@ -362,8 +362,8 @@ def test_bos_in_front(tokenizer, tmp_path):
     """As Llama 3: a template that puts a token before every text; it survives a round trip."""
     ours = BPETokenizer(tokenizer.pattern,
                         [printable(t) for t in tokenizer.ordinary],
-                        {'<|begin|>': 700, '<|end_of_text|>': 701}, '<|begin|>',
-                        '<|end_of_text|>', add_bos=True)
+                        {'<|begin|>': 700, '<|end_of_text|>': 701}, bos='<|begin|>',
+                        eos='<|end_of_text|>', add_bos=True)
     ours.corpus_normalize = ''
     assert ours.prompt('x') == [700, *ours.encode('x')] and ours.prompt('') == [700]
     hf.save(our_model('llama'), ours, tmp_path / 'bos')
