@@ -35,8 +35,9 @@ from core.formats import hf
 from core.net import optim
 from core.ranks import parallel
 from core.ranks.processes import Ranks, share
-from core.run import rundir
 from core.run.learner import Learner, count_targets, lm_loss_sums
+from core.run.log import draw as draw_figure
+from core.run.log import read_log
 from core.settings import check_bounds, check_choice, configure, stop
 from core.text import tokenizer as tokenizers
 from model import build_model, count_parameters, flops_per_token, generate
@@ -183,7 +184,7 @@ def draw(name: str, panels: list[tuple[str, str, dict]]) -> None:
             axes.grid(alpha=0.3)
             axes.legend()
     path = output(name + '.png')
-    if rundir.draw(path, fill, figsize=(6 * len(panels), 4.5), layout='constrained'):
+    if draw_figure(path, fill, figsize=(6 * len(panels), 4.5), layout='constrained'):
         print(f'drawn in {path}')
 
 
@@ -399,7 +400,7 @@ def bench_runs() -> dict:
     paths = [Path(name) for name in folders.split(',') if name]
     lines = {}
     for path in paths:
-        evals, starts = rundir.read_log(path, 'eval'), rundir.read_log(path, 'start')
+        evals, starts = read_log(path, 'eval'), read_log(path, 'start')
         if not evals or not starts:
             print(f'{path}: has no evaluation in its log, left out')
             continue
@@ -442,8 +443,7 @@ def main() -> dict:
     ways = {'train': bench_train, 'memory': bench_memory, 'decode': bench_decode,
             'runs': bench_runs}
     check_choice(globals(), what=tuple(ways))
-    check_bounds(globals(), rounds=(1, None), steps=(1, None), warmup=(1, None), rows=(1, None),
-                 prompt_tokens=(1, None), new_tokens=(1, None))
+    check_bounds(globals())
     check_train_settings()
     if vs and what in ('train', 'memory'):
         from dev import peers

@@ -18,28 +18,20 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tqdm import tqdm
 
-import model as model_module
-from core import device as hardware
 from core.data import records
 from core.data.dataset import IGNORE, PADDING, Order, Rows
 from core.formats import hf
 from core.net import lora, optim
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
-from core.run import checkpoint, metrics, rundir
-from core.run.learner import Learner, print_above
-from core.settings import (
-    check_bounds,
-    check_choice,
-    configure,
-    settings_of,
-    stop,
-    warn,
-)
+from core.run import metrics, models
+from core.run.identity import identity, out_folder
+from core.run.learner import Learner, Step
+from core.run.run import Run
+from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
 from core.source import source_hashes
-from model import build_model, copy_weights, count_parameters
+from model import build_model, copy_weights
 
 POSITIONAL = ('run_dir',)
 CONFIG, FLAGS, GIVEN = '', (), ()   # filled by configure
@@ -98,23 +90,14 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 
 def check_settings() -> None:
     """Stop at the first setting that is out of range."""
-    check_bounds(globals(), batch_size=(1, None), micro_batch_size=(0, None), block_size=(0, None),
-                 val_fraction=(0, 0.9), max_records=(0, None), beta=(1e-6, None),
-                 label_smoothing=(0, 0.49), dropout=(0, 0.99), lora_rank=(0, None),
-                 lora_alpha=(1e-6, None), lora_dropout=(0, 0.99), learning_rate=(0, None),
-                 weight_decay=(0, None), chosen_weight=(0, None), beta1=(0, 0.9999),
-                 beta2=(0, 0.9999), grad_clip=(0, None), epochs=(1e-6, None),
-                 max_steps=(0, None), warmup_steps=(0, None), decay_fraction=(0, 1),
-                 min_lr_fraction=(0, 1), eval_interval=(0, None), log_interval=(1, None),
-                 seed=(0, 2 ** 31 - 1), threads=(0, None), timeout_minutes=(0.01, None),
-                 step=(0, None))
+    check_bounds(globals())
     check_choice(globals(), loss=('dpo', 'ipo'), schedule=optim.SCHEDULES,
                  init_from=('', 'resume'))
     if loss == 'ipo' and label_smoothing:
         stop(f'label_smoothing={label_smoothing}: is for loss=dpo')
     if save_adapters and not lora_rank:
         stop('save_adapters=True: needs a lora_rank')
-    checkpoint.check_named(run_dir, 'dpo.py {} --dataset=preference')
+    models.check_named(run_dir, 'dpo.py {} --dataset=preference')
     if not dataset:
         stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
 
@@ -156,8 +139,8 @@ def pair_losses(log_p: torch.Tensor, reference: torch.Tensor, n_tokens: torch.Te
 
 
 def loss_sums(trained, batch) -> torch.Tensor:
-    """Of a batch of Pairs the sums of: loss, reward of the chosen and of the rejected answers (beta
-    log p / ref, as in section 5 of the paper), pairs in the right order by it."""
+    """(4,) sums over a batch of Pairs: the loss, the rewards of the chosen and of the rejected
+    answers (beta log p / ref, section 5 of the paper), and the pairs in the right order by them."""
     x, y, doc, reference = batch
     log_p = -trained(x, y, doc=doc, reduction='none').sum(dim=1).view(-1, 2)
     reference, n_tokens = reference.view(-1, 2), (y != IGNORE).sum(dim=1).view(-1, 2)
@@ -166,7 +149,18 @@ def loss_sums(trained, batch) -> torch.Tensor:
     return (torch.stack([found, *rewards, (margin > 0).float()]) * real).sum(dim=1)
 
 
-NAMES = ('train_loss', 'chosen_reward', 'rejected_reward', 'reward_accuracy')   # of loss_sums
+def train_step(learner: Learner, batches, step: int, factor: float, limit=math.inf, request=None
+               ) -> Step:
+    """One optimizer step on micro-batches of Pairs: the gradient of the mean loss of the pairs.
+    Rows of padding have no targets and do not count."""
+    n_pairs = sum(int((y != IGNORE).any(dim=1).sum()) for _, y, *_ in batches) // 2
+    share, sums = learner.share(n_pairs), []
+    for batch in learner.micro_batches(batches, step):
+        with learner.autocast():
+            means = loss_sums(learner.trained, batch) / share
+        means[0].backward()
+        sums.append(means.detach())
+    return learner.update(sums, factor, limit, request)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,171 +264,120 @@ def kl_divergence(model, reference, data: Rows, dev, ranks, asked) -> float | No
     return None if found is None else float(found[:, 0].sum() / found[:, 1].sum())
 
 
-def take_stock(at, log, model, before, pairs, rows, dev, ranks, asked) -> bool:
-    """Evaluate, beside the model `before`; all goes to the log, the loss into at.
+# ---------------------------------------------------------------------------------------------
+# Between two steps
 
-    Returns whether asked() said to stop meanwhile: then nothing is noted, and it is still due.
-    """
-    losses = metrics.sequence_losses(model, pairs.rows, 2 * rows, dev, ranks, asked)
-    kl = losses is not None and kl_divergence(model, before, pairs.rows, dev, ranks, asked)
-    if asked():
-        return True
+
+def evaluate(learner: Learner, before, pairs: Pairs, rows: int, asked) -> dict | None:
+    """The scores of the model on pairs, beside the model `before`; None if asked() says to stop."""
+    model, device, ranks = learner.model, learner.device, learner.ranks
+    losses = metrics.sequence_losses(model, pairs.rows, 2 * rows, device, ranks, asked)
+    if losses is None:
+        return None
+    kl = kl_divergence(model, before, pairs.rows, device, ranks, asked)
+    if kl is None:
+        return None
     log_p = torch.from_numpy(-losses[:, 0].reshape(-1, 2))
     reference, n_tokens = (torch.from_numpy(x) for x in (pairs.reference,
                                                          losses[:, 1].reshape(-1, 2)))
     found, margin = pair_losses(log_p, reference, n_tokens)
     gain, each = log_p - reference, log_p / n_tokens
-    scores = {'val_loss': found.mean().item(),
-              'accuracy': (log_p[:, 0] > log_p[:, 1]).double().mean().item(),
-              'accuracy_per_token': (each[:, 0] > each[:, 1]).double().mean().item(),
-              'reward_accuracy': (margin > 0).double().mean().item(),
-              'chosen_reward': beta * gain[:, 0].mean().item(),
-              'rejected_reward': beta * gain[:, 1].mean().item(),
-              'reward_margin': beta * margin.mean().item(),
-              'chosen_log_p': log_p[:, 0].mean().item(),
-              'rejected_log_p': log_p[:, 1].mean().item(), 'kl': kl}
-    at.note(scores['val_loss'])
-    log.write('eval', step=at.step, seconds=at.seconds, **scores)
-    print_above(ranks, f'step {at.step}: loss {at.val_loss:.4f}, chosen more probable '
-                       f'{scores["accuracy"]:.3f}, by reward {scores["reward_accuracy"]:.3f}, '
-                       f'margin {scores["reward_margin"]:.3f}, log p of chosen '
-                       f'{scores["chosen_log_p"]:.2f}, of rejected {scores["rejected_log_p"]:.2f}, '
-                       f'KL {kl:.4f} nats per token')
-    return False
+    return {'val_loss': found.mean().item(),
+            'accuracy': (log_p[:, 0] > log_p[:, 1]).double().mean().item(),
+            'accuracy_per_token': (each[:, 0] > each[:, 1]).double().mean().item(),
+            'reward_accuracy': (margin > 0).double().mean().item(),
+            'chosen_reward': beta * gain[:, 0].mean().item(),
+            'rejected_reward': beta * gain[:, 1].mean().item(),
+            'reward_margin': beta * margin.mean().item(),
+            'chosen_log_p': log_p[:, 0].mean().item(),
+            'rejected_log_p': log_p[:, 1].mean().item(), 'kl': kl}
+
+
+def shown(scores: dict) -> str:
+    """The scores in words."""
+    return (f'loss {scores["val_loss"]:.4f}, chosen more probable {scores["accuracy"]:.3f}, by '
+            f'reward {scores["reward_accuracy"]:.3f}, margin {scores["reward_margin"]:.3f}, log p '
+            f'of chosen {scores["chosen_log_p"]:.2f}, of rejected {scores["rejected_log_p"]:.2f}, '
+            f'KL {scores["kl"]:.4f} nats per token')
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
 
 
 def main() -> dict:
     """Learn from preferences; returns the run directory, the last step and its scores."""
     code = source_hashes(__file__)      # before anybody edits it
     check_settings()
-    ranks = processes.find_ranks()
-    why = processes.arrange(ranks)
-    dev = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
-    at = checkpoint.Progress(evaluated=-1)
-    processes.start(ranks, dev, timeout_minutes, at)
-    dev = hardware.agree(dev, processes.exchange)
-    print0(*dev.why, *why, sep='\n')
+    ranks, dev = processes.begin(device, dtype, compile, threads, timeout_minutes)
 
-    # Model, data, reference
-    source, tokenizer, begun, size = rundir.load_base(run_dir, step, data_dir, block_size, ranks)
+    # Model, data, run directory
+    source, tokenizer, begun, size = models.load_base(run_dir, step, data_dir, block_size, ranks)
     tokenizer.check_chat()
     if save_adapters:
         hf.architecture(source.config)      # stops if PEFT could not have it
-    config, weights = replace(source.config, dropout=dropout), checkpoint.weights_hash(source)
+    config, weights = replace(source.config, dropout=dropout), models.weights_hash(source)
     train_pairs, val_pairs, facts = load_pairs(tokenizer, size)
     model = build_model(config, None, dev.name)
     copy_weights(source, model)
-    model.recompute = activation_checkpointing
+    del source
+    model.train().recompute = activation_checkpointing
     reference = model
     if lora_rank:
         lora.add(model, lora_rank, lora_alpha, lora_targets, lora_dropout, seed)
     else:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
-    del source
     window = facts.pop('window')        # follows from what else is in the identity
-    identity = rundir.identity(settings_of(globals()), config, tokenizer, source=code,
-                               data=facts | {'block_size': size}, weights=weights)
-    base = Path(out_dir) if out_dir else rundir.named(
-        CONFIG or f'{Path(run_dir).resolve().name}-dpo',
-        Path(dataset).resolve().stem if 'dataset' in FLAGS else '')
-    run, saver, state, dev = rundir.open_run(base, identity, ranks, dev, init_from == 'resume')
-    per_rank = math.ceil(batch_size / ranks.dp)
-    rows = min(micro_batch_size, per_rank) or max(1, hardware.fit_micro_batch(
-        dev, 2 * per_rank, train_pairs.rows.block_size, config.n_layer, config.n_embd,
-        ranks.local_world, parallel.learning_bytes(model, ranks), activation_checkpointing) // 2)
-    rows = min(processes.exchange(rows))    # machines may have more memory or less
+    settings = settings_of(globals())
+    base = out_folder(out_dir, CONFIG or f'{Path(run_dir).resolve().name}-dpo',
+                      Path(dataset).resolve().stem if 'dataset' in FLAGS else '')
+    run = Run(base, identity(settings, config, tokenizer, source=code, weights=weights,
+                             data=facts | {'block_size': size}),
+              ranks, dev, insist=init_from == 'resume')
+    dev, length = run.device, train_pairs.rows.block_size
+    rows = parallel.rows_at_once(model, ranks, dev, batch_size, length, micro_batch_size,
+                                 per_sample=2)
     key = '-'.join([weights, dev.dtype, facts['sha256'][:16], facts['val_sha256'][:16],
-                    str(train_pairs.rows.block_size)])
-    add_reference((train_pairs, val_pairs), run, key, model, rows, dev, ranks)
+                    str(length)])
+    add_reference((train_pairs, val_pairs), run.folder, key, model, rows, dev, ranks)
 
-    # Optimizer, what a checkpoint says
-    at.max_steps = max_steps or math.ceil(epochs * len(train_pairs) / batch_size)
-    between = eval_interval or math.ceil(at.max_steps / 5)
-    n_learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    n_parameters = count_parameters(model)
-    print0(f'{n_learnt:,} of {n_parameters:,} parameters learn ({n_learnt / n_parameters:.2%}); '
-           f'{at.max_steps:,} steps of {batch_size} pairs, {len(train_pairs) / batch_size:,.1f} an '
-           'epoch')
-    trained, n_micro = parallel.wrap(model, ranks, dev, per_rank, rows)
+    # What trains it
+    n_steps = max_steps or math.ceil(epochs * len(train_pairs) / batch_size)
+    between = eval_interval or math.ceil(n_steps / 5)
+    trained, n_micro = parallel.wrap(model, ranks, dev, math.ceil(batch_size / ranks.dp), rows)
     learner = Learner(model, trained, optim.make_optimizers(
         model, 'adamw', learning_rate, weight_decay, beta1, beta2),
         optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
         seed if dropout or lora_dropout else None)
-    facts = {'config': asdict(config), 'identity': identity, 'task': begun.get('task', 'chat'),
-             'block_size': size}
+    learnt = learner.tell_sizes(n_steps, batch_size, 'pairs', len(train_pairs))
+    rows = learner.fit_rows(train_step, train_pairs.batch, rows)
+    batches_of = lambda i: [train_pairs.batch(samples) for samples in share(
+        i * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)]
+    learner.warm_up(train_step, batches_of)
+    run.begin(learner, tokenizer, max_steps=n_steps, settings=settings, script=__file__,
+              kept={'config': asdict(config), 'task': begun.get('task', 'chat'),
+                    'block_size': size}, micro_batch_size=rows, window=window, **learnt)
 
-    def do_step(step, factor, *rest):
-        shares = share(step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)
-        batches = [train_pairs.batch(samples) for samples in shares]
-        n_pairs = sum(sample != PADDING for samples in shares for sample in samples)
-        return learner.step(batches, loss_sums, n_pairs, step, factor, *rest)
-
-    model.train()
-    rows = learner.fit_rows(rows, train_pairs.batch, loss_sums)
-    if dev.compile or ranks.world > 1:      # as in train.py
-        learner.time_steps(do_step, 1)
-    if state:
-        rundir.resume(at, state, run, learner)
-    log = rundir.Log(None)
-    if ranks.rank == 0:
-        log = rundir.start_log(
-            run, state, settings_of(globals()), (model_module.__file__, __file__), (),
-            device=dev.why, world=ranks.world, micro_batch_size=rows, parameters=n_parameters,
-            trained=n_learnt, max_steps=at.max_steps, window=window, **facts)
-
-    # The loop
-    bar = tqdm(total=at.max_steps, initial=at.step, unit='step', disable=ranks.rank != 0)
-    saved, stopping = replace(at), False
-    with rundir.StopRequest() as request:
-        asked = lambda: processes.any_rank(bool(request.asked))
-        while True:
-            ends, due = at.step == at.max_steps, at.step % between == 0
-            if (due or ends) and at.evaluated < at.step and not stopping:
-                stopping = take_stock(at, log, model, reference, val_pairs, rows, dev, ranks, asked)
-            if (due or stopping or ends) and at.step and at != saved and saver:
-                saver.save(model, learner.optimizers, tokenizer, asdict(at) | facts | {
-                    'scaler': learner.scaler.state_dict()}, last=ends)
-                saved = replace(at)
-            if stopping or ends:
+    with run:
+        for i in run:
+            if run.due(between):
+                run.score(evaluate(learner, reference, val_pairs, rows, run.asked), shown)
+            run.save(between)
+            if run.over:
                 break
             began = time.perf_counter()
-            factor = optim.schedule(at.step, at.max_steps, schedule, warmup_steps, decay_fraction,
+            factor = optim.schedule(i, n_steps, schedule, warmup_steps, decay_fraction,
                                     min_lr_fraction)
-            means, grad_norm, skipped, stopping = do_step(at.step, factor, math.inf, request)
-            at.step, at.seconds = at.step + 1, at.seconds + time.perf_counter() - began
-            bar.update()
-            if skipped:
-                learner.note_skip(at, log, bar, saver, skipped, train_loss=means[0],
-                                  grad_norm=grad_norm)
-                continue
-            at.skipped_in_a_row = 0
-            if at.step % log_interval == 0 or at.step == at.max_steps:
-                log.write('step', step=at.step, seconds=at.seconds, grad_norm=grad_norm,
-                          learning_rate=learning_rate * factor, **dict(zip(NAMES, means)),
-                          reward_margin=means[1] - means[2])
-                bar.set_postfix_str(f'loss {means[0]:.4f}')
-        bar.close()
-        if saver:
-            saver.finish(at.step)
-        processes.broadcast(None, patient=True)
-    if stopping:
-        print0(f'stopped after step {at.step}, which is saved in {run}; the same command goes on'
-               if at.step else 'stopped before the first step')
-    elif ranks.rank == 0:
-        if save_adapters:
-            checkpoint.load_weights(model, run, at.best_step)
-            lora.save(model, run / 'adapter', run_dir, lora_dropout)
-        log.write('end', step=at.step, seconds=at.seconds, best_val_loss=at.best_val_loss,
-                  best_step=at.best_step)
-        plotted = rundir.plot_losses(run)
-        print(f'best validation loss {at.best_val_loss or math.nan:.4f} at step {at.best_step}; '
-              f'{run}/ has the checkpoints, log.jsonl' + ' and loss.png' * plotted + '\n\nnext:\n'
-              f'  python sample.py {shlex.quote(str(run))}')
-    if ranks.rank == 0:
-        saver.lock.close()
-    processes.finish()
-    return {'run_dir': str(run), 'step': at.step, 'stopped': stopping, 'val_loss': at.val_loss,
-            'best_val_loss': at.best_val_loss, 'seconds': at.seconds}
+            done = train_step(learner, batches_of(i), i, factor, request=run.request)
+            if run.count(done, time.perf_counter() - began, log_interval):
+                _, chosen, rejected, right = done.means
+                run.log_step(done, learning_rate * factor, chosen_reward=chosen,
+                             rejected_reward=rejected, reward_accuracy=right,
+                             reward_margin=chosen - rejected)
+        run.finish()
+    if save_adapters:
+        run.save_adapters(run_dir, lora_dropout)
+    return run.end(f'  python sample.py {shlex.quote(str(run.folder))}')
 
 
 if __name__ == '__main__':

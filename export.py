@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from core.formats import hf
-from core.run import checkpoint
+from core.run import models
 from core.settings import check_bounds, check_choice, configure, stop
 
 POSITIONAL = ('run_dir',)
@@ -89,12 +89,12 @@ def compare_with_transformers(model, tokenizer, folder: Path, ids) -> float:
 def main() -> dict:
     """Export; returns the folder and the differences that the comparison found."""
     check_choice(globals(), to=('hf',), dtype=('float32', 'bfloat16', 'float16'))
-    check_bounds(globals(), step=(0, None), shard_gb=(1e-6, None))
-    checkpoint.check_named(run_dir, 'export.py {}')
+    check_bounds(globals())
+    models.check_named(run_dir, 'export.py {}')
     folder = Path(export_dir or f'{run_dir.rstrip("/")}-hf')
     if folder.exists():
         stop(f'{folder} is there already; delete it, or give another --export_dir')
-    model, tokenizer, state = checkpoint.load_run(run_dir, step)
+    model, tokenizer, state = models.load_run(run_dir, step)
     tmp = folder.with_name(f'.tmp-{folder.name}')
     shutil.rmtree(tmp, ignore_errors=True)
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from core.data import named
 from core.formats import hf
-from core.run import checkpoint
+from core.run import checkpoint, models
 from core.settings import configure, stop
 from model import GPTConfig, build_model, count_parameters, flops_per_token
 
@@ -37,7 +37,7 @@ def preset_config(train: dict) -> GPTConfig:
         return train['adapted'](GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                           vocab_size=50_257), n_tokens)
     if train['from_model']():
-        folder = checkpoint.find_model(init_from, train['data_dir'], False, 'init_from')
+        folder = models.find_model(init_from, train['data_dir'], False, 'init_from')
         found = checkpoint.steps(folder)
         config = GPTConfig(**checkpoint.read_state(folder, found[-1])['config']) if found else \
             hf.read_config(folder)

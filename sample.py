@@ -17,7 +17,7 @@ import torch
 from core import device as hardware
 from core.data import records
 from core.read.documents import Bad, read, suffix
-from core.run import checkpoint
+from core.run import models
 from core.settings import Stop, check_bounds, configure, stop, warn
 from model import generate, pad_rows
 
@@ -281,16 +281,14 @@ def write_classes(model, tokenizer, state: dict, dev) -> list[dict]:
 
 def main() -> dict:
     """Returns the texts that were generated, without the prompt, or the classes."""
-    check_bounds(globals(), num_samples=(1, None), max_new_tokens=(1, None), temperature=(0, None),
-                 top_k=(0, None), top_p=(1e-6, 1), min_p=(0, 1), repetition_penalty=(1e-6, None),
-                 step=(0, None), seed=(0, 2 ** 31 - 1), threads=(0, None))
-    checkpoint.check_named(run_dir, 'sample.py {}')
+    check_bounds(globals())
+    models.check_named(run_dir, 'sample.py {}')
     asked = bool(classify or classify_file)
     try:
         ''.join((prompt, system, classify)).encode()
         text = None if asked else read_prompt()
         dev = hardware.choose(device, dtype, compile and not asked, threads, training=False)
-        model, tokenizer, state = checkpoint.load_run(run_dir, step, dev.name, classifier=asked)
+        model, tokenizer, state = models.load_run(run_dir, step, dev.name, classifier=asked)
         print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:3])}', file=sys.stderr)
         chats = chat and state.get('task') == 'chat'
         check_flags(chats, asked)

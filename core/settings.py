@@ -38,6 +38,24 @@ OTHER_NAMES = {
     'log_interval': 'logging_steps', 'dtype': 'precision bf16 fp16', 'prompt': 'start',
     'temperature': 'temp', 'num_samples': 'n', 'run_dir': 'model model_name_or_path',
     'init_from': 'model model_name_or_path', 'val_fraction': 'val_split test_size'}
+# At least, at most: of a setting in all scripts that have it. None: no limit on that side.
+BOUNDS = {name: bounds for bounds, names in (
+    ((1, None), 'batch_size log_interval sample_tokens answer_tokens max_new_tokens num_samples tp '
+                'pp ns_steps rope_theta rounds steps warmup rows prompt_tokens new_tokens '
+                'shard_tokens'),
+    ((0, None), 'micro_batch_size block_size depth max_steps max_minutes warmup_steps '
+                'learning_rate embed_learning_rate weight_decay muon_learning_rate '
+                'muon_weight_decay grad_clip spike_sigma eval_interval eval_tokens save_interval '
+                'sample_interval threads replicas n_kv_head head_dim n_hidden window vocab_size '
+                'max_records lora_rank chosen_weight answers step temperature top_k'),
+    ((0, 1), 'decay_fraction min_lr_fraction norm_eps prompt_loss_weight min_p near_duplicates'),
+    ((0, 0.99), 'dropout lora_dropout'),
+    ((0, 0.9999), 'beta1 beta2 muon_momentum'),
+    ((0, 0.9), 'val_fraction test_fraction'),
+    ((1e-6, None), 'lora_alpha beta epochs repetition_penalty shard_gb'),
+    ((1e-6, 1), 'top_p'), ((0, 0.49), 'label_smoothing'), ((0, 2 ** 31 - 1), 'seed'),
+    ((0, 3), 'zero'), ((0.01, None), 'timeout_minutes'), ((1, 100), 'shingle_words'),
+    ((0, 1000), 'workers')) for name in names.split()}
 NOT_RUN = '; it was not run: a config file assigns settings, and names of its own that begin with _'
 
 
@@ -84,11 +102,11 @@ def defaults_of(script: Path) -> dict:
 
 
 def check_bounds(settings: dict, **bounds) -> None:
-    """Stop if a setting lies outside its interval, as in check_bounds(globals(), dropout=(0, 0.9)).
-
-    A bound of None means no limit on that side.
-    """
-    for name, (low, high) in bounds.items():
+    """Stop if a setting lies outside of its BOUNDS, or of those that are given for this script, as
+    in check_bounds(globals(), block_size=(1, None))."""
+    for name, (low, high) in (BOUNDS | bounds).items():
+        if name not in settings:
+            continue
         value = settings[name]
         if (low is not None and value < low) or (high is not None and value > high):
             limits = [f'at least {low}' if low is not None else '',

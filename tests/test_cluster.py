@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import TINY
 
-from core.run import rundir
+from core.run.log import read_log
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,17 +96,17 @@ def test_slurm_requeues_before_the_time_limit(tmp_path, text_file, slurm):
                             capture_output=True, check=True)
     output, run = place / f'scratchgpt-{answer.stdout.strip()}.txt', place / 'out/a'
     end = time.monotonic() + 1200
-    while not rundir.read_log(run, 'end'):
+    while not read_log(run, 'end'):
         assert time.monotonic() < end, output.read_text()[-3000:]
         time.sleep(1)
     text = output.read_text()
     starts = 1 + text.count('back into the queue')
     assert starts >= 2 and text.count('the time limit is near: the run is saved') == starts - 1
     assert f'start {starts}, 1 x 2 processes' in text
-    resumed = rundir.read_log(run, 'resume')
+    resumed = read_log(run, 'resume')
     assert len(resumed) == starts - 1 and 'Traceback (most recent call last):\n  File "' + str(
         place) not in text
-    losses = [event['step'] for event in rundir.read_log(run, 'step')]
+    losses = [event['step'] for event in read_log(run, 'step')]
     assert losses == list(range(1, 1701))       # each step once: nothing was lost at the limit
     saved = [int(line.split('stopped after step ')[1].split(',')[0]) for line in text.splitlines()
              if 'stopped after step ' in line]

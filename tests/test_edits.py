@@ -18,7 +18,7 @@ from core.device import Device, keep_freed_memory
 from core.formats import hf
 from core.net import optim
 from core.ranks.processes import Ranks
-from core.run import checkpoint, layout_check
+from core.run import layout_check, models
 from core.settings import read_config
 from model import GPTConfig, build_model, copy_weights, named_weights
 
@@ -174,7 +174,7 @@ def largest_mapping() -> int:
 
 def checked(run: str):
     """A model of a run, whose constants are what the edit sets."""
-    model = checkpoint.load_run(run)[0]
+    model = models.load_run(run)[0]
     assert constants_stay(model)
     return model
 
@@ -219,7 +219,7 @@ def test_stages_after_training(edited_base, run_stage, chats, preferences, texts
     run_stage(dpo, dataset=str(preferences), out_dir='out/dpo', **short)
     checked('out/dpo')
     run_stage(finetune, dataset=str(texts), out_dir='out/class', task='classify', **short)
-    assert constants_stay(checkpoint.load_run('out/class', classifier=True)[0])
+    assert constants_stay(models.load_run('out/class', classifier=True)[0])
 
 
 def test_sampling_goes_on_from_a_checkpoint(edited_base, monkeypatch, capsys):
@@ -232,15 +232,15 @@ def test_sampling_goes_on_from_a_checkpoint(edited_base, monkeypatch, capsys):
 def test_files_of_another_model(edit, run_train, capsys):
     """A run or a Hugging Face folder that lacks what an edit adds, or has what it took away."""
     run = run_train(out_dir='out/plain', tokenizer='byte', max_steps=2, eval_interval=2)['run_dir']
-    plain, tokenizer, _ = checkpoint.load_run(run)
+    plain, tokenizer, _ = models.load_run(run)
     hf.save(plain, tokenizer, Path('folder'))
     edit('layer scale')
-    assert 'h.0.number is missing' in stopped_at_last(capsys, lambda: checkpoint.load_run(run))
-    message = stopped_at_last(capsys, lambda: checkpoint.load_run('folder'))
+    assert 'h.0.number is missing' in stopped_at_last(capsys, lambda: models.load_run(run))
+    message = stopped_at_last(capsys, lambda: models.load_run('folder'))
     assert 'lack model.layers.0.scale, which an edit of model.py has added' in message
     run = run_train(out_dir='out/edited', tokenizer='byte', max_steps=2, eval_interval=2)['run_dir']
     edit()
-    assert "'h.0.number'" in stopped_at_last(capsys, lambda: checkpoint.load_run(run))
+    assert "'h.0.number'" in stopped_at_last(capsys, lambda: models.load_run(run))
 
 
 class TwoMLPs(M.Block):

@@ -14,7 +14,7 @@ import export
 import finetune
 import sample
 from core.formats import hf
-from core.run import checkpoint
+from core.run import models
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 ROOT = Path(export.__file__).parent
@@ -44,7 +44,7 @@ def test_a_run_in_transformers(run_train, run_export, capsys, tokenizer):
     assert found['folder'] == f'{run_dir}-hf' and left_behind() == ['tiny', 'tiny-hf']
     assert found['differences']['read back'] == 0 and found['differences']['in transformers'] < 1e-4
     assert 'as qwen3, float32' in capsys.readouterr().out
-    model, tok, _ = checkpoint.load_run(run_dir)
+    model, tok, _ = models.load_run(run_dir)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(found['folder'])
     again = transformers.AutoTokenizer.from_pretrained(found['folder'])
     text = 'import sys\n  # argparse'
@@ -97,7 +97,7 @@ def test_a_chat_model_comes_back(tuned, base, run_export, monkeypatch, capsys, w
         found['chat_template'] = found['chat_template'].replace('<|end|>', '<|im_end|>')
     path.write_text(json.dumps(found))
     capsys.readouterr()
-    model, tokenizer, state = checkpoint.load_run(str(folder))
+    model, tokenizer, state = models.load_run(str(folder))
     assert (state['task'] == 'chat') == (way in ('ours', 'jinja'))
     err = capsys.readouterr().err
     assert err.count('has a chat template that is not ours') == (way == 'theirs')

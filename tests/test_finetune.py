@@ -13,8 +13,9 @@ import finetune
 import sample
 import train
 from core.net import lora
-from core.run import checkpoint, rundir
+from core.run import checkpoint, models
 from core.run.learner import Learner
+from core.run.log import read_log
 from core.settings import Stop
 from core.text.tokenizer import ByteTokenizer
 
@@ -25,7 +26,7 @@ def tensors_of(run) -> dict:
     folder = checkpoint.step_folder(run, step)
     return {f'{kind}: {name}': t for kind in ('model', 'optimizer', 'adapters')
             if list(folder.glob(f'{kind}*'))
-            for _, name, t in checkpoint.read_tensors(folder, kind)}
+            for _, name, t in models.read_tensors(folder, kind)}
 
 
 def chat(run_stage, chats, **settings):
@@ -49,13 +50,13 @@ def test_chat(run_stage, chats, capsys, monkeypatch):
     """It learns, evaluates before and after, answers, and talks in sample.py."""
     result = chat(run_stage, chats, out_dir='out/chat', max_steps=30, eval_interval=15)
     run = result['run_dir']
-    evals = rundir.read_log(run, 'eval')
+    evals = read_log(run, 'eval')
     assert [e['step'] for e in evals] == [0, 15, 30] and all(e['interval'] > 0 for e in evals)
     assert evals[-1]['val_loss'] < evals[0]['val_loss'] - 0.5
-    answers = rundir.read_log(run, 'answer')
+    answers = read_log(run, 'answer')
     assert len(answers) == 6 and answers[0]['expected'].startswith('It is ')
     assert capsys.readouterr().out.count('--- Colour of ball') == 2     # those of the last step
-    model, tokenizer, state = checkpoint.load_run(run)
+    model, tokenizer, state = models.load_run(run)
     assert state['task'] == 'chat'
     for name, value in dict(run_dir=run, prompt='Colour of ball 7?', temperature=0.0,
                             max_new_tokens=20, device='cpu').items():
@@ -168,7 +169,7 @@ def test_cuts_are_in_the_log(run_stage, tmp_path, door):
     path.write_text(''.join(json.dumps(said_by(door, 96 + n % 2, n)) + '\n' for n in range(60)))
     script, more = DOORS[door][0], {} if door == 'dpo' else {'task': door}
     run = run_stage(script, dataset=str(path), max_steps=1, **more)['run_dir']
-    start = rundir.read_log(run, 'start')[0]
+    start = read_log(run, 'start')[0]
     assert start['window'] == {'records': 60, 'cut': 30, 'left_out': 0,
                                'would_hold_95_percent': 97, 'longest': 97}
     assert 'window' not in start['identity']['data']
@@ -179,7 +180,7 @@ def test_classify(run_stage, texts, capsys, monkeypatch, tmp_path):
                      learning_rate=1e-2)
     assert result['accuracy'] > 0.9 and sum(map(sum, result['confusion'])) == 18
     run = result['run_dir']
-    end = rundir.read_log(run, 'end')[0]
+    end = read_log(run, 'end')[0]
     assert end['test_accuracy'] == result['accuracy'] and 'test_calibration_error' in end
     (tmp_path / 'two.txt').write_text('rise number 500\n\nfall number 501 and more\n')
     for name, value in dict(run_dir=run, classify_file=str(tmp_path / 'two.txt'),
@@ -345,10 +346,10 @@ def test_interrupted_and_resumed(run_stage, chats, texts, monkeypatch, settings)
 
 
 def test_only_some_layers_learn(run_stage, base, texts):
-    before = dict(checkpoint.load_run(base)[0].named_parameters())
+    before = dict(models.load_run(base)[0].named_parameters())
     for layers, expected in (('head', {'ln_f', 'lm_head'}), ('1', {'h.1', 'ln_f', 'lm_head'})):
         run = classes(run_stage, texts, out_dir=f'out/{layers}', layers=layers)['run_dir']
-        after = checkpoint.load_run(run, classifier=True)[0].named_parameters()
+        after = models.load_run(run, classifier=True)[0].named_parameters()
         changed = {'.'.join(name.split('.')[:2 if name.startswith('h.') else 1])
                    for name, p in after
                    if name == 'lm_head.weight' or not torch.equal(p, before[name])}
@@ -360,7 +361,7 @@ def test_adapters_alone(run_stage, chats):
                     save_adapters=True)['run_dir'])
     config = json.loads((run / 'adapter/adapter_config.json').read_text())
     assert config['peft_type'] == 'LORA' and config['r'] == 2
-    assert not lora.adapters(checkpoint.load_run(str(run))[0])
+    assert not lora.adapters(models.load_run(str(run))[0])
 
 
 def test_random_weights_and_pairs(run_stage, chats, base, capsys):

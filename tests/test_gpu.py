@@ -21,8 +21,8 @@ from core.net import optim
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
 from core.run import learner as learning
-from core.run import rundir
 from core.run.learner import Learner, lm_loss_sums
+from core.run.log import read_log
 from model import generate
 
 WIDE = dict(head_dim=16, n_layer=2)
@@ -479,7 +479,7 @@ def test_a_run_with_the_rows_that_fit(run_train, run_stage, chats, preferences, 
     tried = run(micro_batch_size=0, out_dir='out/tried')
     assert found and found[0][0] > 2
     logs = [[(e['step'], e.get('train_loss'), e.get('val_loss')) for kind in ('step', 'eval')
-             for e in rundir.read_log(Path(result['run_dir']), kind)] for result in (given, tried)]
+             for e in read_log(Path(result['run_dir']), kind)] for result in (given, tried)]
     assert logs[0] == logs[1] and logs[0]
-    start, = rundir.read_log(Path(tried['run_dir']), 'start')
+    start, = read_log(Path(tried['run_dir']), 'start')
     assert start['micro_batch_size'] == 2

@@ -18,7 +18,7 @@ from test_bpe import fuzz, nfc
 
 import plan
 from core.formats import hf
-from core.run import checkpoint
+from core.run import models
 from core.settings import Stop
 from core.text.hf_tokenizer import merges_of, read_tokenizer, tokenizer_json
 from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, printable
@@ -649,24 +649,24 @@ def test_from_the_hub(hub, tokenizer, tmp_path, monkeypatch):
     (tmp_path / 'hub' / 'org').mkdir(parents=True)
     hf.save(ours, tokenizer, tmp_path / 'hub' / 'org' / 'small', shard_bytes=100_000)
     monkeypatch.setenv('HF_TOKEN', 'secret')
-    model, found, state = checkpoint.load_run('org/small')
+    model, found, state = models.load_run('org/small')
     assert all(map(torch.equal, model.parameters(), ours.parameters()))
     assert found.hash() == tokenizer.hash() and state['step'] == 0
     assert all(token == 'Bearer secret' for _, token in hub) and len(hub) > 6
     hub.clear()
-    checkpoint.load_run('org/small')
+    models.load_run('org/small')
     assert hub == []                                    # all of it is there
     assert not list(Path('data/downloads').rglob('*.part'))
     (tmp_path / 'data' / 'downloads' / 'org' / 'small' / hf.COMPLETE).unlink()
     (tmp_path / 'data' / 'downloads' / 'org' / 'small' / hf.INDEX).unlink()
-    checkpoint.load_run('org/small')                    # interrupted: the rest is fetched
+    models.load_run('org/small')                    # interrupted: the rest is fetched
 
 
 def test_gpt2_by_name(hub, their_folders, tmp_path):
     (tmp_path / 'hub' / 'openai-community').mkdir(parents=True)
     shutil.copytree(their_folders['gpt2'][1], tmp_path / 'hub' / 'openai-community' / 'gpt2')
-    assert difference(checkpoint.load_run('gpt2')[0], their_folders['gpt2'][0]) <= 1e-4
-    assert checkpoint.load_tokenizer('gpt2').eos == 595
+    assert difference(models.load_run('gpt2')[0], their_folders['gpt2'][0]) <= 1e-4
+    assert models.load_tokenizer('gpt2').eos == 595
 
 
 def test_two_at_once(hub, tokenizer, tmp_path):
@@ -674,7 +674,7 @@ def test_two_at_once(hub, tokenizer, tmp_path):
     (tmp_path / 'hub' / 'org').mkdir(parents=True)
     hf.save(our_model('qwen3'), tokenizer, tmp_path / 'hub' / 'org' / 'small', shard_bytes=50_000)
     code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from core import checkpoint; ' \
-        'checkpoint.load_run("org/small")'
+        'models.load_run("org/small")'
     processes = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     asked = [path for path, _ in hub if path.endswith('.safetensors')]
@@ -694,31 +694,31 @@ def test_from_the_mirror(hub, folder, tmp_path, monkeypatch):
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
     assert hf.find('copy') == folder and hub == []
-    assert checkpoint.find_model('copy') == folder
+    assert models.find_model('copy') == folder
 
 
 def test_names_that_lead_nowhere(capsys, hub, folder, tmp_path, monkeypatch):
-    message = stopped(capsys, lambda: checkpoint.find_model('org/none'))
+    message = stopped(capsys, lambda: models.find_model('org/none'))
     assert 'org/none' in message and '404' in message
     shutil.copytree(folder, tmp_path / 'hub' / 'org' / 'pickled')
     (tmp_path / 'hub' / 'org' / 'pickled' / hf.WEIGHTS).rename(
         tmp_path / 'hub' / 'org' / 'pickled' / 'pytorch_model.bin')
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        checkpoint.find_model('org/pickled')
+        models.find_model('org/pickled')
     assert 'pickle' in capsys.readouterr().err
     hub.clear()
     (tmp_path / 'runs').mkdir()
     for name in ('nowhere', 'out/nowhere', 'runs/none', '../x', 'a/b/c', '/none', 'http://x/y',
                  'a' * 300):
-        message = stopped(capsys, lambda name=name: checkpoint.find_model(name))
+        message = stopped(capsys, lambda name=name: models.find_model(name))
         assert message.startswith(f'run_dir={name:.80}: ')
     assert hub == []                                    # a slip of the pen asks nobody
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     monkeypatch.setattr('core.read.download.time.sleep', lambda s: None)
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        checkpoint.find_model('org/other')
+        models.find_model('org/other')
     assert 'DATA_MIRROR' in capsys.readouterr().err
 
 

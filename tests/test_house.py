@@ -1,4 +1,4 @@
-"""The house: which room imports which, how many files a room has, that there are no circles."""
+"""The house: which room may import which, how many files a room has, that there are no circles."""
 import ast
 from pathlib import Path
 

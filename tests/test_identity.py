@@ -13,8 +13,10 @@ import dpo
 import finetune
 import model as model_module
 import train
-from core.run import checkpoint, rundir
+from core.run import checkpoint, models
+from core.run.identity import MAY_DIFFER, differences, identity_of
 from core.run.learner import Learner
+from core.run.log import read_log
 from core.settings import Stop, settings_of
 from core.source import read_source, source_hashes
 
@@ -119,11 +121,11 @@ def test_spelling_does_not_count(door, name, tmp_path):
     Path('out/base').rename('elsewhere')
     assert door.identity(name, **{model: 'elsewhere'}) == first
     # ... but what they hold does
-    changes = rundir.differences(first, door.identity(name, **{model: 'out/other'}))
+    changes = differences(first, door.identity(name, **{model: 'out/other'}))
     assert [change[0] for change in changes] == ['weights']
     text = Path(data).read_text()
     Path('other' + Path(data).suffix).write_text(text.replace('1', '7').replace('def', 'fed'))
-    changes = rundir.differences(first, door.identity(
+    changes = differences(first, door.identity(
         name, **{model: 'elsewhere', 'dataset': 'other' + Path(data).suffix}))
     assert {change[0].split('.')[0] for change in changes} == {'data'}, changes
 
@@ -141,10 +143,10 @@ def test_every_setting_counts(door, name):
     """Also one that somebody adds to a script, without naming it anywhere else."""
     script = door.scripts[name]
     first = door.identity(name)
-    known = {*rundir.MAY_DIFFER, *first['architecture'], *first['settings']}
+    known = {*MAY_DIFFER, *first['architecture'], *first['settings']}
     assert {*settings_of(vars(script))} <= known
     other = dict(learning_rate=1e-3, max_steps=7, beta2=0.9, dropout=0.1, my_idea=0.5)
-    changes = rundir.differences(first, door.identity(name, **other))
+    changes = differences(first, door.identity(name, **other))
     assert {change[0].split('.')[1] for change in changes} == other.keys(), changes
 
 
@@ -154,12 +156,12 @@ def test_layout_and_intervals_do_not_count(door, name):
                    activation_checkpointing=True, timeout_minutes=1.0, out_dir='out/elsewhere')
     changes |= dict(sample_interval=2, sample_tokens=7, save_interval=1) if name == 'train' else {}
     changes |= dict(block_size=0) if name != 'train' else {}    # as in out/base, which has as many
-    assert not rundir.differences(door.identity(name), door.identity(name, **changes))
+    assert not differences(door.identity(name), door.identity(name, **changes))
 
 
 def test_names_that_may_differ_are_settings():
     known = {name for script in (train, finetune, dpo) for name in settings_of(vars(script))}
-    assert {*rundir.MAY_DIFFER} - known <= {'check_layout'}
+    assert {*MAY_DIFFER} - known <= {'check_layout'}
 
 
 @pytest.mark.parametrize('name, changed, said', [
@@ -194,11 +196,11 @@ def test_dtype_is_kept(door, name, capsys, monkeypatch):
         assert door.cut(name, dtype='') == run
         out = capsys.readouterr().out
     assert 'resuming' in out and 'dtype bfloat16 (with which the run was begun)' in out
-    assert rundir.identity_of(run)['settings']['dtype'] == 'bfloat16'
+    assert identity_of(run)['settings']['dtype'] == 'bfloat16'
     whole = door(name, dtype='bfloat16', out_dir='out/whole')
     assert door(name, dtype='bfloat16')['val_loss'] == whole['val_loss']
-    assert [e['train_loss'] for e in rundir.read_log(run, 'step')] == \
-        [e['train_loss'] for e in rundir.read_log('out/whole', 'step')]
+    assert [e['train_loss'] for e in read_log(run, 'step')] == \
+        [e['train_loss'] for e in read_log('out/whole', 'step')]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -325,12 +327,12 @@ def test_edited_source(door, project, name, capsys):
     assert 'seed is 3, but was 1337' in capsys.readouterr().out
     # both ways on
     assert door(name, out_dir='out/anew')['step'] == 6
-    checkpoint.load_run(str(run), classifier=name == 'classify')
+    models.load_run(str(run), classifier=name == 'classify')
     assert 'was trained with another model.py' in capsys.readouterr().err
     assert door(name, init_from='resume')['run_dir'] == str(run)
     assert 'core/net/optim.py has changed' in capsys.readouterr().err
-    assert rundir.read_log(run, 'end') and rundir.read_log(run, 'start')
-    checkpoint.load_run(str(run), classifier=name == 'classify')
+    assert read_log(run, 'end') and read_log(run, 'start')
+    models.load_run(str(run), classifier=name == 'classify')
     assert 'was trained with another model.py' not in capsys.readouterr().err
 
 
@@ -384,7 +386,7 @@ def test_runs_of_an_older_version(door, capsys):
     (folder / 'manifest.json').write_text(checkpoint.manifest(
         files | {'state.json': checkpoint.flushed(folder / 'state.json')}))
     stops(lambda: door('train'), 'source of an older version is not known', '--init_from=resume')
-    checkpoint.load_run(str(run))
+    models.load_run(str(run))
     assert 'another model.py' not in capsys.readouterr().err
     assert door('train', init_from='resume')['run_dir'] == str(run)
 
@@ -432,8 +434,8 @@ def test_skipped_from_the_beginning(door, name, settings, monkeypatch):
             run(name, out_dir=out_dir, micro_batch_size=4, **settings)
         folder = Path(out_dir) / 'step-00000006'
         found[out_dir] = {n: t for kind in ('model', 'optimizer')
-                          for _, n, t in checkpoint.read_tensors(folder, kind)}
-        assert len(rundir.read_log(out_dir, 'skip')) == 3
+                          for _, n, t in models.read_tensors(folder, kind)}
+        assert len(read_log(out_dir, 'skip')) == 3
     whole, cut = found.values()
     assert whole.keys() == cut.keys() and any('/' in n for n in whole)
     assert all(torch.equal(t, cut[n]) for n, t in whole.items())
@@ -443,7 +445,7 @@ def test_a_parameter_that_had_no_gradient_yet(tmp_path, door):
     """An expert that no token has come to, or a head that is not used yet, has no state; the others
     have theirs."""
     run = door.cut('train', optimizer='muon')
-    model, tokenizer, state = checkpoint.load_run(str(run))
+    model, tokenizer, state = models.load_run(str(run))
     batch = torch.arange(32)[None]
     found = []
     for stopped in (False, True):
@@ -466,8 +468,8 @@ def test_a_parameter_that_had_no_gradient_yet(tmp_path, door):
                 saver.finish(2)
                 model = model_module.build_model(model.config, 2)
                 optimizers = learn()
-                checkpoint.load_weights(model, folder, 2)
-                checkpoint.load_optimizers(model, optimizers, folder, 2)
+                models.load_weights(model, folder, 2)
+                models.load_optimizers(model, optimizers, folder, 2)
         found.append({**checkpoint.model_tensors(model),
                       **checkpoint.optimizer_tensors(model, optimizers)})
     assert found[0].keys() == found[1].keys() and 'ln_f.weight/exp_avg' in found[0]

@@ -9,7 +9,8 @@ import torch
 import export
 import train
 from core.formats import hf
-from core.run import checkpoint, rundir
+from core.run import models
+from core.run.identity import identity_of
 from core.settings import Stop
 from core.text.tokenizer import BPETokenizer, printable
 from model import GPTConfig, build_model, copy_weights
@@ -22,8 +23,8 @@ def test_from_a_run(run_train):
     run = first['run_dir']
     again = run_train(init_from=run, out_dir='out/b', **STILL)
     assert again['val_loss'] == pytest.approx(first['best_val_loss'], abs=1e-6)
-    assert again['step'] == 1 and rundir.identity_of(Path('out/b'))['weights'] == \
-        checkpoint.weights_hash(checkpoint.load_run(run)[0])
+    assert again['step'] == 1 and identity_of(Path('out/b'))['weights'] == \
+        models.weights_hash(models.load_run(run)[0])
     assert run_train(init_from=run, **STILL)['run_dir'] == 'out/tiny-2'     # not the run itself
 
 
@@ -73,7 +74,7 @@ def test_init_from_resume(run_train):
     Path(run).rename('elsewhere')
     out = run_train(init_from='resume', tokenizer='byte', out_dir='out/b', max_steps=8, n_layer=1)
     assert out['step'] == 8
-    assert checkpoint.load_run('out/b')[0].config.n_layer == 2
+    assert models.load_run('out/b')[0].config.n_layer == 2
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_a_vocabulary_that_grows(run_train, two_tokenizers):
     hf.save(build_model(GPTConfig(vocab_size=405, n_layer=1, n_head=1, n_embd=8)), chat,
             Path('chat'))
     run = run_train(init_from='base', tokenizer='./chat', **STILL)['run_dir']
-    model, tok, state = checkpoint.load_run(run)
+    model, tok, state = models.load_run(run)
     assert tok.hash() == chat.hash() and model.config.vocab_size == 405
     assert model.config.norm == 'layernorm' and model.config.block_size == 32  # theirs and ours
     ids = torch.tensor([[1, 2, 3]])

@@ -13,7 +13,7 @@ import model as model_module
 from core.device import Device
 from core.formats import hf
 from core.net import lora, optim
-from core.run import checkpoint
+from core.run import checkpoint, models
 from core.source import source_hashes
 from core.text.tokenizer import ByteTokenizer
 from model import GPTConfig, build_model, count_parameters, named_weights
@@ -233,7 +233,7 @@ def test_checkpoint(tmp_path, capsys, n_classes):
     own = set(load_file(tmp_path / 'step-00000002' / 'adapters.safetensors'))
     assert own == {key for key, p in named_weights(model).items() if p.requires_grad}
 
-    plain, _, _ = checkpoint.load_run(str(tmp_path), classifier=bool(n_classes))
+    plain, _, _ = models.load_run(str(tmp_path), classifier=bool(n_classes))
     assert capsys.readouterr().err == '' and not lora.adapters(plain)
     assert difference(plain, model.eval()) <= 1e-5
     assert difference(plain, tiny('qwen3', n_classes=n_classes)) > 0.01
@@ -241,8 +241,8 @@ def test_checkpoint(tmp_path, capsys, n_classes):
     again, its_optimizers = learner(n_classes, seed=6)
     if n_classes:
         torch.nn.init.zeros_(again.lm_head.weight)  # as it is before it has learnt
-    checkpoint.load_weights(again, tmp_path, 2)
-    checkpoint.load_optimizers(again, its_optimizers, tmp_path, 2)
+    models.load_weights(again, tmp_path, 2)
+    models.load_optimizers(again, its_optimizers, tmp_path, 2)
     assert difference(again.eval(), model) == 0
     for number in range(2, 4):
         step(model.train(), optimizers, number)
@@ -259,12 +259,12 @@ def test_checkpoint(tmp_path, capsys, n_classes):
 def test_checkpoint_of_other_adapters(tmp_path, capsys, other, message):
     save(*learner(), tmp_path)
     model, _ = learner(**other)
-    assert message in stopped(capsys, lambda: checkpoint.load_weights(model, tmp_path, 2))
+    assert message in stopped(capsys, lambda: models.load_weights(model, tmp_path, 2))
 
 
 def test_checkpoint_without_adapters(tmp_path, capsys):
     save(tiny('qwen3'), [], tmp_path)
-    message = stopped(capsys, lambda: checkpoint.load_weights(learner()[0], tmp_path, 2))
+    message = stopped(capsys, lambda: models.load_weights(learner()[0], tmp_path, 2))
     assert 'is missing in adapters' in message
 
 

@@ -22,8 +22,10 @@ from core.data.dataset import IGNORE, ShardWriter, load_split
 from core.net import optim
 from core.net.optim import LossScale
 from core.ranks.processes import Ranks, share
-from core.run import checkpoint, rundir
+from core.run import checkpoint, models
+from core.run.identity import is_finished
 from core.run.learner import Learner, count_targets, lm_loss_sums
+from core.run.log import events, read_log
 from core.settings import Stop, configure, read_config, settings_of
 from model import GPT, LSTM, GPTConfig, flops_per_token
 
@@ -42,7 +44,7 @@ def stopped(capsys, run, *parts, **settings):
 
 
 def losses(run_dir):
-    return [e['train_loss'] for e in rundir.read_log(run_dir, 'step')]
+    return [e['train_loss'] for e in read_log(run_dir, 'step')]
 
 
 def test_run_directory(run_train):
@@ -82,7 +84,7 @@ def test_a_picture_that_fails_is_a_warning(run_train, monkeypatch, capsys, error
     assert run_train(max_steps=2)['step'] == 2
     out, err = capsys.readouterr()
     assert err.count('warning: out/tiny/loss.png was not drawn (') == 1
-    assert 'has the checkpoints, log.jsonl\n' in out and rundir.is_finished(Path('out/tiny'))
+    assert 'has the checkpoints, log.jsonl\n' in out and is_finished(Path('out/tiny'))
 
 
 def test_a_user_without_a_home(run_train, monkeypatch):
@@ -120,7 +122,7 @@ def test_a_run_directory_that_could_not_be_read_again(run_train, capsys):
 def test_first_loss_is_log_v_and_training_lowers_it(run_train):
     out = run_train(max_steps=40, eval_interval=40, optimizer='muon')
     found = losses(out['run_dir'])
-    tokens = len(checkpoint.load_run(out['run_dir'])[1])
+    tokens = len(models.load_run(out['run_dir'])[1])
     assert abs(found[0] - math.log(tokens)) < 1e-5
     assert found[-1] < 0.8 * found[0] and out['val_loss'] < 0.85 * found[0]
 
@@ -254,7 +256,7 @@ def test_packed_documents(run_train, letters, monkeypatch, capsys):
     assert ' documents, of which ' in line and 'rows an epoch' in line and '% of it padding' in line
     found = losses('out/whole')
     assert found[-1] < found[0] - 0.1
-    assert rundir.read_log('out/whole', 'step')[-1]['tokens'] == 6 * 4 * 32
+    assert read_log('out/whole', 'step')[-1]['tokens'] == 6 * 4 * 32
     assert run_train(out_dir='out/whole', eval_only=True, **settings)['val_loss'] == \
         pytest.approx(whole['best_val_loss'], abs=1e-6)
     evaluate = dict(out_dir='out/whole', eval_only=True, dataset=letters)
@@ -390,7 +392,7 @@ def test_max_minutes(run_train, monkeypatch, seconds_of, schedule):
     out = run_train(max_minutes=1.0, max_steps=1000, warmup_steps=100, eval_interval=10_000,
                     schedule=schedule, n_layer=1)
     assert out['seconds'] == pytest.approx(60, rel=0.05)
-    for event in rundir.read_log(out['run_dir'], 'step'):
+    for event in read_log(out['run_dir'], 'step'):
         before = event['seconds'] - seconds_of(event['step'])
         assert event['learning_rate'] == pytest.approx(3e-3 * optim.schedule(
             before / 60 * 1000, 1000, schedule, 100, 0.5, 0.1))
@@ -416,7 +418,7 @@ def test_max_minutes_is_resumed(run_train, monkeypatch):
         run_train(**settings)
     out = run_train(**settings)
     assert out['run_dir'] == 'out/timed' and 57 <= out['seconds'] <= 63 and out['step'] == 60
-    assert 'resume' in [event['event'] for event in rundir.events('out/timed')]
+    assert 'resume' in [event['event'] for event in events('out/timed')]
 
 
 def test_activation_checkpointing_and_bfloat16(run_train):
@@ -437,7 +439,7 @@ def test_depth_is_one_knob(run_train, capsys, monkeypatch):
     out = run_train(depth=2)
     config = checkpoint.read_state(out['run_dir'], 6)['config']
     assert (config['n_layer'], config['n_head'], config['n_embd']) == (2, 2, 128)
-    step = rundir.read_log(out['run_dir'], 'step')[-1]
+    step = read_log(out['run_dir'], 'step')[-1]
     factor = optim.schedule(5, 6, 'cosine', warmup_steps=2, min_lr_fraction=0.1)
     assert step['learning_rate'] == pytest.approx(factor * 3e-3 * (768 / 128) ** 0.5)
     monkeypatch.setattr(train, 'FLAGS', ('n_layer',))
@@ -513,7 +515,7 @@ def test_compiled_training_is_the_same_training(run_train):
     """Compilation is the default; its warm-up step changes nothing."""
     plain = run_train(out_dir='out/plain', max_steps=3)
     compiled = run_train(out_dir='out/compiled', max_steps=3, compile=True)
-    start, = rundir.read_log(compiled['run_dir'], 'start')
+    start, = read_log(compiled['run_dir'], 'start')
     assert 'compile on' in start['device'][2] and start['compile_seconds'] > 0
     assert losses(compiled['run_dir']) == pytest.approx(losses(plain['run_dir']), abs=1e-5)
 
@@ -536,7 +538,7 @@ def test_run_that_ended_before_its_first_checkpoint_begins_again(run_train, monk
             run_train(out_dir='out/a')
     assert Path('out/a/log.jsonl').exists()
     assert run_train(out_dir='out/a')['run_dir'] == 'out/a'
-    assert [e['event'] for e in rundir.events('out/a')].count('start') == 1
+    assert [e['event'] for e in events('out/a')].count('start') == 1
 
 
 def test_tensorboard(run_train):
@@ -584,7 +586,7 @@ def torchrun(tmp_path, n, name, **settings):
     subprocess.run([*command, ROOT / 'train.py', *flags, f'--out_dir=out/{name}'], cwd=tmp_path,
                    check=True, capture_output=True, timeout=300)
     run = tmp_path / 'out' / name
-    return losses(run), [e['val_loss'] for e in rundir.read_log(run, 'eval')]
+    return losses(run), [e['val_loss'] for e in read_log(run, 'eval')]
 
 
 @pytest.mark.parametrize('optimizer, tolerance', [

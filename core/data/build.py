@@ -32,7 +32,7 @@ from core.ranks.processes import print0
 from core.read import documents
 from core.read.documents import Bad
 from core.read.download import fetch, file_hash, locked, stated
-from core.run import checkpoint
+from core.run import models
 from core.settings import defaults_of, stop, warn
 from core.source import source_hashes
 from core.text import tokenizer as tokenizers
@@ -289,7 +289,7 @@ def ready_tokenizer(tokenizer: str, data_dir: str):
         return None
     if tokenizer in hf.GPT2_SIZES:
         return tokenizers.gpt2(Path(data_dir) / 'downloads')
-    return checkpoint.load_tokenizer(tokenizer, data_dir)
+    return models.load_tokenizer(tokenizer, data_dir)
 
 
 # ---------------------------------------------------------------------------------------------

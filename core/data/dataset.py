@@ -374,3 +374,9 @@ def load_split(folder, split: str, block_size: int, seed: int = 0, shuffle: bool
     if eos is None or not shuffle:
         return Windows(tokens, block_size, seed, shuffle, eos)
     return PackedWindows(tokens, block_size, seed, eos=eos)
+
+
+def rows_of(part: list, size: int, seed: int, packed: bool) -> Rows:
+    """Rows of size tokens of a list of (record, Encoded): see core/data/records.py."""
+    return Rows([it.ids for _, it in part], [it.weights for _, it in part], size, seed,
+                packed=packed)

@@ -149,3 +149,17 @@ def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
     hf.save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})
     (folder / 'adapter_config.json').write_text(json.dumps(config, indent=1) + '\n',
                                                 encoding='utf-8')
+
+
+def freeze(model, layers: str) -> None:
+    """Let only a part of the model learn: 'all'; 'head'; or the last so many blocks, with the final
+    norm and the head. Stops if there are not so many."""
+    if layers == 'all':
+        return
+    n_layer, last = model.config.n_layer, 0 if layers == 'head' else int(layers)
+    if last > n_layer:
+        stop(f'layers={layers}: the model has only {n_layer}')
+    blocks = [model.h[str(i)] for i in range(n_layer - last, n_layer)]
+    learns = {p for m in (*blocks, model.ln_f, model.lm_head) for p in m.parameters()}
+    for p in set(model.parameters()) - learns:
+        p.requires_grad_(False)

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from core import device as hardware
 from core.device import compile_options
 from core.net import optim
 from core.ranks import processes
 from core.ranks.processes import Ranks
-from core.run.checkpoint import Writers
 from core.settings import stop
 from model import tie
 
@@ -191,7 +191,7 @@ def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
         return parts[0], 1
     from core.ranks import pipeline
     n_micro = pipeline.fitting(math.ceil(per_rank / rows), ranks)
-    return pipeline.Pipeline(parts, ranks, device, n_micro, rows), n_micro
+    return pipeline.Pipeline(parts, ranks, device, n_micro, rows, passes), n_micro
 
 
 def passes(ranks: Ranks):
@@ -246,6 +246,18 @@ def learning_bytes(model, ranks: Ranks) -> int:
                for p in model.parameters() if p.requires_grad)
 
 
+def rows_at_once(model, ranks: Ranks, device, batch_size: int, block_size: int, wanted: int,
+                 per_sample: int = 1) -> int:
+    """Samples in a forward pass, the same on all ranks: `wanted`, or if that is 0 as many as memory
+    allows. A sample is per_sample rows of block_size tokens; a pipeline takes pp or more at once.
+    """
+    per_rank, config = math.ceil(batch_size / ranks.dp / ranks.pp), model.config
+    rows = min(wanted, per_rank) or max(1, hardware.fit_micro_batch(
+        device, per_sample * per_rank, block_size, config.n_layer, config.n_embd,
+        ranks.local_world, learning_bytes(model, ranks), model.recompute) // per_sample)
+    return min(processes.exchange(rows))    # machines may have more memory or less
+
+
 def local(x: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return x.to_local() if is_cut(x) else x
@@ -276,15 +288,6 @@ def complete_gradients(model, ranks: Ranks) -> None:
     if ranks.pp > 1 and model.config.tied and ranks.pp_rank in (0, ranks.pp - 1):
         matrix = model.wte if model.wte is not None else model.lm_head
         dist.all_reduce(local(matrix.weight.grad), group=processes.tied_group)
-
-
-def writers(ranks: Ranks) -> Writers:
-    """What each rank does in saving; where one has everything, rank 0 does all."""
-    if ranks.plain:
-        return Writers()
-    exchange = functools.partial(processes.exchange, group=processes.writing_group)
-    return Writers(ranks.rank, ranks.dp_rank * ranks.tp + ranks.tp_rank, ranks.dp * ranks.tp,
-                   f'-{ranks.rank:05d}', gathered, exchange)
 
 
 def local_gradients(model, ranks: Ranks) -> dict[float, list]:

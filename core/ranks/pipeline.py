@@ -3,9 +3,7 @@ import torch
 from torch.distributed import pipelining
 from torch.nn.parallel import DistributedDataParallel
 
-from core.ranks import parallel
-
-SCHEDULES = {'1f1b': pipelining.Schedule1F1B, 'gpipe': pipelining.ScheduleGPipe,
+SCHEDULES = {'1f1b': pipelining.Schedule1F1B,
              'interleaved': pipelining.ScheduleInterleaved1F1B}
 
 
@@ -21,12 +19,12 @@ class Pipeline:
     """Runs this rank's stages. All ranks of a pipeline call with batches of the same sizes.
 
     `parts` are the modules, compiled or with DDP around; each step has `n_micro` micro-batches of
-    rows x block_size tokens.
+    rows x block_size tokens. passes(ranks) is the context of forward and backward passes.
     """
 
-    def __init__(self, parts, ranks, device, n_micro: int, rows: int):
+    def __init__(self, parts, ranks, device, n_micro: int, rows: int, passes):
         self.ranks, self.n_micro, self.device = ranks, n_micro, torch.device(device.name)
-        self.autocast = device.autocast
+        self.autocast, self.passes = device.autocast, passes
         self.first = 0 in ranks.stages
         self.divisor = 1.0      # of the losses, in the step under way
         stages = [self.stage(part, i, device, rows) for i, part in zip(ranks.stages, parts)]
@@ -58,7 +56,7 @@ class Pipeline:
         self.divisor, losses = divisor, []
         options = {} if doc is None else {'doc': doc}
         # autocast is entered here so that micro-batches share what it converts
-        with parallel.passes(self.ranks), self.autocast(cache=self.ranks.zero < 3):
+        with self.passes(self.ranks), self.autocast(cache=self.ranks.zero < 3):
             step(*((x,) if self.first else ()), targets=y, reduction='sum', target=y,
                  losses=losses, return_outputs=False, **options)
         return torch.stack(losses).detach().sum() if losses else y.new_zeros((), dtype=torch.float)

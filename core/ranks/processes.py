@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from core import device as hardware
 from core.settings import stop
 
 IGNORE = -100     # the target of a position that does not count
@@ -50,6 +51,7 @@ class Ranks:
     tp_rank: int = 0
     pp_rank: int = 0
     dp_rank: int = 0
+    step: int = 0           # steps done, for messages
 
     @property
     def plain(self) -> bool:
@@ -85,7 +87,7 @@ def find_ranks() -> Ranks:
                  int(env.get('LOCAL_RANK', 0)), int(env.get('LOCAL_WORLD_SIZE', 1)))
 
 
-PP_SCHEDULES = ('1f1b', 'gpipe', 'interleaved')
+PP_SCHEDULES = ('1f1b', 'interleaved')
 
 
 def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
@@ -128,12 +130,25 @@ def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int
     return said
 
 
-def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
+def begin(device: str, dtype: str, compile: bool, threads: int, timeout_minutes: float,
+          layout: tuple = ()) -> tuple:
+    """The ranks and the device of this process, as a script's settings ask for them: printed, and
+    agreed by all ranks, which have found each other when this returns. For `layout` see arrange."""
+    ranks = find_ranks()
+    said = arrange(ranks, *layout)
+    found = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
+    start(ranks, found, timeout_minutes)
+    found = hardware.agree(found, exchange)
+    print0(*found.why, *said, sep='\n')
+    return ranks, found
+
+
+def start(ranks: Ranks, device, timeout_minutes: float) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), if there is more than one process, and
     form the mesh.
 
     A rank that waits for others longer than timeout_minutes gives up; its message names the step
-    after `progress.step`.
+    after `ranks.step`.
     """
     global patient_group, writing_group
     if ranks.world == 1 and not ranks.zero:
@@ -154,7 +169,7 @@ def start(ranks: Ranks, device, timeout_minutes: float, progress) -> None:
             # count restarts differently; they can be told not to share their store.)
             count = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
             store = dist.PrefixStore(f'start-{count}', store)
-        sys.excepthook = functools.partial(explain, sys.excepthook, ranks, progress, store)
+        sys.excepthook = functools.partial(explain, sys.excepthook, ranks, store)
         atexit.register(tell_end, store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
@@ -270,7 +285,7 @@ def broadcast(value, patient: bool = False):
     return json.loads(bytes(data.tolist()))
 
 
-def explain(otherwise, ranks: Ranks, progress, store, kind, error, trace) -> None:
+def explain(otherwise, ranks: Ranks, store, kind, error, trace) -> None:
     """Says in one line that other ranks are silent or lost, if that is what ended this process; and
     nothing if one of them has ended by itself: then its message stands above."""
     cause = error
@@ -286,7 +301,7 @@ def explain(otherwise, ranks: Ranks, progress, store, kind, error, trace) -> Non
         said = store.check(['ended'])
     if not said:
         print(f'[rank {ranks.rank}] error: {what} another of {ranks.world} ranks in step '
-              f'{progress.step + 1} ({str(cause).strip().splitlines()[0]}); so this one ends, and '
+              f'{ranks.step + 1} ({str(cause).strip().splitlines()[0]}); so this one ends, and '
               'the same command resumes the run', file=sys.stderr, flush=True)
     # The interpreter would wait for gloo's threads, and those for ranks that are gone. It has
     # waited for other threads, such as one that saves, when this is called.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from core.net import optim
 from core.ranks import parallel
 from core.ranks.processes import IGNORE, Ranks, broadcast, exchange, print0
-from core.run.learner import Learner, count_targets, lm_loss_sums, to_device
+from core.run.learner import Learner, count_targets, to_device
 from core.settings import stop, warn
 from core.source import source_hashes
 from model import allocate, build_model, copy_weights, named_weights
@@ -28,30 +28,30 @@ from model import allocate, build_model, copy_weights, named_weights
 ROWS, TOLERANCE = 2, 1e-4       # of a micro-batch; of what is to be equal, in fp32
 
 
-def check(ranks, device, config, make_optimizers, settings: dict, memory: Path,
-          insist: bool) -> None:
+def check(ranks, device, config, settings, make_optimizers) -> None:
     """Stop, on all ranks, if a small model of this GPTConfig trains differently in their layout.
 
-    make_optimizers(model, device, ranks) gives the optimizers; `settings` are train.py's
-    optimizer, pack_documents and activation_checkpointing. The file `memory` keeps what has passed,
-    which is not tried again unless `insist`.
+    make_optimizers(model, device, ranks) gives the optimizers; `settings` are those of train.py.
+    A file in data_dir keeps what has passed, which is not tried again unless check_layout is set.
     """
+    memory = Path(settings.data_dir) / '.layouts-checked.json'
     layout = ', '.join(
         f'{name}={value}' for name in ('tp', 'pp', 'zero', 'replicas', 'sequence_parallel')
         if (value := getattr(ranks, name)) is True or value not in (0, 1)) or f'{ranks.dp} x data'
     small, passed = small_copy(config, ranks), []
     source = source_hashes(str(Path(__file__).parents[2] / 'train.py'))
-    key = repr((source, layout, ranks.dp, ranks.pp_schedule, small, settings))
+    chosen = settings.optimizer, settings.pack_documents, settings.activation_checkpointing
+    key = repr((source, layout, ranks.dp, ranks.pp_schedule, small, chosen))
     key = hashlib.sha256(key.encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, TypeError):
         passed = list(json.loads(memory.read_text(encoding='utf-8')))
-    if broadcast(key in passed and not insist):
+    if broadcast(key in passed and not settings.check_layout):
         return
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
     with torch.random.fork_rng():
         said = difference(ranks, replace(device, dtype='float32', compile=False), small,
-                          make_optimizers, settings, layout)
+                          settings, make_optimizers, layout)
     torch.set_float32_matmul_precision(precision)
     if said := next(filter(None, exchange(said)), said):
         stop(f'{said}, for a small copy of this model: an edit does something that {layout} does '
@@ -73,11 +73,11 @@ def small_copy(config, ranks):
         window=min(config.window, 5), vocab_size=min(config.vocab_size, 61), dropout=0.0)
 
 
-def difference(ranks, device, config, make_optimizers, settings, layout: str) -> str | None:
+def difference(ranks, device, config, settings, make_optimizers, layout: str) -> str | None:
     """What differs between two steps in the layout and in one process, '' if nothing does; None if
     the model does not run in one process, either: model.py may have sizes written as numbers."""
     n, generator = 2 * ranks.pp, torch.Generator().manual_seed(0)   # n: micro-batches of a rank
-    batches = [random_batch(config, settings['pack_documents'], generator)
+    batches = [random_batch(config, settings.pack_documents, generator)
                for _ in range(n * ranks.dp)]
     mine = batches[ranks.dp_rank * n:][:n]
     alone, model = build_model(config, 0, device.name), build_model(replace(config), 0, 'meta')
@@ -85,7 +85,7 @@ def difference(ranks, device, config, make_optimizers, settings, layout: str) ->
         p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p.device)
 
     def loss_alone() -> torch.Tensor:
-        losses = [loss_sums(alone, to_device(batch, device))[0] for batch in batches]
+        losses = [lm_loss(alone, to_device(batch, device)) for batch in batches]
         return sum(losses) / count_targets(batches)
 
     try:
@@ -97,16 +97,15 @@ def difference(ranks, device, config, make_optimizers, settings, layout: str) ->
                  f'{root_of(e)}')
         return None
     with ending_all(layout):
-        model.recompute = settings['activation_checkpointing']
+        model.recompute = settings.activation_checkpointing
         parallel.place(model, ranks)
         allocate(model, device.name, parallel.put)
         copy_weights(alone, model, parallel.put)
         trained, _ = parallel.wrap(model, ranks, device, n * ROWS, ROWS)
-        learner = Learner(model, trained, [], optim.LossScale(False), device, ranks, 0.0, None)
-        step = lambda: learner.step(mine, loss_sums, count_targets(mine), 0, 1.0)[0][0]
-        loss, found = step(), gradients(model)
+        learner = Learner(model, trained, [], optim.LossScale(False), device, ranks)
+        loss, found = step(learner, mine), gradients(model)
         optim.apply_gradients(make_optimizers(model, device, ranks), 1.0, False)
-        second = step()
+        second = step(learner, mine)
     (first := loss_alone()).backward()
     expected = gradients(alone)
     optim.apply_gradients(make_optimizers(alone, device, Ranks()), 1.0, False)
@@ -132,10 +131,23 @@ def random_batch(config, packed: bool, generator) -> tuple:
     return x, y, doc.long().expand_as(x).contiguous() if packed else None
 
 
-def loss_sums(trained, batch) -> torch.Tensor:
-    """The loss of a language model. Random numbers, if an edit draws any, follow from the data."""
-    torch.manual_seed(int(batch[0].sum()))
-    return lm_loss_sums(trained, batch)
+def lm_loss(trained, batch) -> torch.Tensor:
+    """The sum of a batch's losses. Random numbers, if an edit draws any, follow from the data."""
+    x, y, doc = batch
+    torch.manual_seed(int(x.sum()))
+    return trained(x, y, doc=doc, reduction='sum')
+
+
+def step(learner, batches) -> float:
+    """The mean loss of micro-batches; their gradient is in the parameters."""
+    share, losses = learner.share(count_targets(batches)), []
+    if learner.ranks.pp > 1:
+        losses.append(learner.trained.train(batches, share))
+    else:
+        for batch in learner.micro_batches(batches, 0):
+            losses.append(lm_loss(learner.trained, batch) / share)
+            losses[-1].backward()
+    return learner.update(losses, 1.0).means[0]
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -1,29 +1,36 @@
-"""One optimizer step, the same in pretraining, fine-tuning and preference optimization.
+"""What a training step is made of beside its loss: the random numbers of dropout, what the ranks
+exchange and when, and whether the gradient is good enough to be applied.
 
-The gradient over all micro-batches of all ranks is made, looked at, clipped, and applied or left;
-what the loss is, the stage says.
+The loss and its forward and backward pass are the stage's: see train_step in train.py.
 """
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from core.device import Device
 from core.net import optim
 from core.net.optim import LossScale
 from core.ranks import parallel, processes
 from core.ranks.processes import IGNORE, Ranks, print0
-from core.run import checkpoint
-from core.run.checkpoint import Progress
+from core.run import models
 from core.settings import stop
+from model import count_parameters
 
 NO_MEMORY = ('the GPU has too little memory; give --activation_checkpointing, a smaller '
              '--micro_batch_size or --block_size, or train.py on several GPUs --zero=3')
+
+
+class Step(NamedTuple):
+    """What a step has come to: the same on all ranks."""
+    means: list[float]      # the loss, then the means of what else the stage sums
+    norm: float             # of the gradient
+    skipped: str            # why the gradient was not applied; '' if it was
+    asked: bool             # whether a signal asks the run to end
 
 
 @dataclass
@@ -35,46 +42,55 @@ class Learner:
     scaler: LossScale
     device: Device
     ranks: Ranks
-    grad_clip: float            # largest gradient norm; 0: no clipping
-    seed: int | None            # of dropout; None: there is none
+    grad_clip: float = 0.0      # largest gradient norm; 0: no clipping
+    seed: int | None = None     # of dropout; None: there is none
+    trial: bool = False         # the step is only tried: nothing is exchanged or changed
 
-    def step(self, batches, loss_sums, n_targets, step: int, factor: float, limit=math.inf,
-             request=None) -> tuple[list[float], float, str, bool]:
-        """One optimizer step over this rank's micro-batches, unless its gradient is no good.
+    def share(self, n_targets: float) -> torch.Tensor:
+        """What this rank divides its sums of losses by, so that the gradients of all ranks together
+        are that of the mean loss over the targets of the whole batch.
 
-        loss_sums(trained, batch) gives (k,) sums over a micro-batch: of the losses, then of what
-        else is to be reported. The gradient is that of the sum of all ranks' losses over the sum of
-        their n_targets. `factor` scales the learning rates. If loss or gradient
-        are not finite on any rank, or the gradient's norm is above `limit`, weights and optimizer
-        state stay as they are. Returns the k means, the gradient norm, why the step was skipped
-        ('' if it was not), and whether a `request` to stop has come to any rank: the same on all.
+        DDP and FSDP divide gradients by the number of data-parallel ranks; fp16 scales the loss.
         """
+        n = torch.tensor(float(n_targets))
+        if not self.trial:
+            n = processes.all_sum(n, self.device) / (self.ranks.world // self.ranks.dp)
+        return n / (self.scaler.scale * self.ranks.dp)
+
+    def micro_batches(self, batches, step: int) -> Iterator[tuple]:
+        """The micro-batches of a step on the device. While one is used, dropout has its own random
+        numbers; only the backward pass of the last one exchanges gradients."""
+        for micro_step, batch in enumerate(batches):
+            self.seed_dropout(step, micro_step)
+            last = micro_step == len(batches) - 1 and not self.trial
+            with parallel.accumulate(self.trained, self.ranks, last):
+                yield to_device(batch, self.device)
+
+    def autocast(self):
+        """The context of forward passes: their precision."""
+        return self.device.autocast(cache=self.ranks.zero < 3)
+
+    def update(self, sums: list, factor: float, limit=math.inf, request=None) -> Step | None:
+        """Clip the gradient and apply it, at `factor` times the learning rates.
+
+        `sums` has for each micro-batch a tensor: the sum of its losses over `share`, or (k,) with
+        what else is to be reported. If the loss or the gradient is not finite on any rank, or the
+        gradient's norm is above `limit`, weights and optimizer state stay as they are.
+        """
+        if self.trial:
+            return None
         ranks, device, scaler = self.ranks, self.device, self.scaler
-        n_targets = processes.all_sum(torch.tensor(float(n_targets)), device)
-        n_targets = n_targets / (ranks.world // ranks.dp)
-        divisor = n_targets / (scaler.scale * ranks.dp)     # DDP and FSDP divide gradients by dp
-        sums = torch.zeros(1, dtype=device.sums, device=device.name)
-        if ranks.pp > 1:
-            self.seed_dropout(step, 0)
-            sums = sums + self.trained.train(batches, divisor)
-        else:
-            for micro_step, batch in enumerate(batches):
-                self.seed_dropout(step, micro_step)
-                batch = to_device(batch, device)
-                last = micro_step == len(batches) - 1
-                with parallel.accumulate(self.trained, ranks, last):
-                    with device.autocast(cache=ranks.zero < 3):
-                        means = loss_sums(self.trained, batch) / divisor
-                    means[0].backward()
-                sums = sums + means.detach()
         parallel.complete_gradients(self.model, ranks)
-        # The step's only wait for the device. One sum over the ranks carries all that they must
-        # agree on: were a single one to skip or to stop, the others would train another model, or
-        # wait.
+        # This is the step's only wait for the device. One sum over the ranks carries all that they
+        # must agree on: loss, norm and requests to stop. If a rank skipped a step or stopped alone,
+        # the others would wait for it, or go on with other weights.
         asked = torch.tensor([bool(request and request.asked)], device=device.name)
         gradients = parallel.local_gradients(self.model, ranks)
         squared_norm = parallel.squared_norm(gradients, device.sums)
-        report = torch.cat([sums * ranks.owns_loss / ranks.dp, squared_norm[None], asked])
+        total = torch.zeros(1, dtype=device.sums, device=device.name)
+        for one in sums:
+            total = total + one.detach()
+        report = torch.cat([total * ranks.owns_loss / ranks.dp, squared_norm[None], asked])
         *means, squared_norm, asked = processes.all_sum(report, device).tolist()
         means = [mean / scaler.scale for mean in means]
         norm = math.sqrt(squared_norm) / scaler.scale
@@ -84,13 +100,12 @@ class Learner:
         del gradients       # each goes as soon as its optimizer has made its step
         scaler.update(math.isfinite(norm))
         optim.apply_gradients(self.optimizers, factor, skip=bool(skipped))
-        return means, norm, skipped, asked > 0
+        return Step(means, norm, skipped, asked > 0)
 
     def seed_dropout(self, step: int, micro_step: int) -> None:
-        """Other random numbers in each pass of each rank that has other data, layers or positions;
-        the same ones on ranks that only share matrices, which must drop the same of the residual
-        stream.
-        """
+        """Seed dropout for a pass. Ranks that have other data, layers or positions get other random
+        numbers; ranks that share matrices get the same, for they must drop the same elements of the
+        residual stream."""
         if self.seed is None:
             return
         ranks = self.ranks
@@ -99,22 +114,30 @@ class Learner:
         key = np.random.SeedSequence((self.seed, step, micro_step, ranks.dp_rank, *more))
         torch.manual_seed(int(key.generate_state(1)[0]))
 
-    def fit_rows(self, rows: int, batch_of, loss_sums) -> int:
+    def tell_sizes(self, n_steps: int, batch_size: int, what: str, n: int) -> dict:
+        """Print how many parameters learn in how many steps from n rows, pairs, ...; for the log
+        the numbers of parameters."""
+        n_all = count_parameters(self.model)
+        n_learnt = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        print0(f'{n_learnt:,} of {n_all:,} parameters learn ({n_learnt / n_all:.2%}); {n_steps:,} '
+               f'steps of {batch_size} {what}, {n / batch_size:,.1f} an epoch')
+        return {'parameters': n_all, 'trained': n_learnt}
+
+    def fit_rows(self, step_on, batch_of, rows: int) -> int:
         """`rows`, halved until a GPU has memory for a pass over batch_of(range(rows)) beside the
-        optimizer's state. The pass exchanges nothing: a rank that runs out of memory would leave
-        the others waiting. So nothing is tried where ranks share a model."""
+        optimizer's state. Where ranks share a model nothing is tried: a rank that runs out of
+        memory would leave the others waiting."""
         while self.device.kind == 'cuda' and self.ranks.plain:
-            state, full = [], False
+            state, full, self.trial = [], False, True
             try:
                 state += [p.new_empty(2, *p.shape) for p in self.model.parameters()
                           if p.requires_grad]
-                with parallel.accumulate(self.trained, self.ranks, False), self.device.autocast():
-                    batch = to_device(batch_of(range(rows)), self.device)
-                    loss_sums(self.trained, batch)[0].backward()
+                step_on(self, [batch_of(range(rows))], 0, 0.0)
             except torch.OutOfMemoryError:
                 full = True
             state.clear()
             self.model.zero_grad()
+            self.trial = False
             if not processes.any_rank(full):
                 break
             if rows == 1:
@@ -123,66 +146,40 @@ class Learner:
             print0(f'out of memory; tried again with {rows} rows at a time')
         return rows
 
-    def time_steps(self, do_step, n: int) -> list[float]:
-        """Seconds of each of n steps that change nothing: their learning rate is 0."""
-        times, state = [], self.scaler.state_dict()
-        for _ in range(n):
-            began = time.perf_counter()
-            try:
-                do_step(0, 0.0)
-            except torch.OutOfMemoryError:
-                stop(NO_MEMORY)
-            self.device.synchronize()
-            times.append(time.perf_counter() - began)
+    def warm_up(self, step_on, batches_of) -> float:
+        """The seconds of a step with a learning rate of 0, after which all is as it was; 0.0 if no
+        such step is needed.
+
+        It compiles the model. It also makes DDP arrange its buckets: without it, the first step of
+        a resumed run would add up gradients in another order than the run that went on.
+        """
+        if not self.device.compile and self.ranks.world == 1:
+            return 0.0
+        began, state = time.perf_counter(), self.scaler.state_dict()
+        try:
+            step_on(self, batches_of(0), 0, 0.0)
+        except torch.OutOfMemoryError:
+            stop(NO_MEMORY)
+        self.device.synchronize()
         for o in self.optimizers:
             o.state.clear()
         self.scaler.load_state_dict(state)
-        return times
+        if self.device.compile:
+            print0(f'compiled in {time.perf_counter() - began:.1f} s')
+        return time.perf_counter() - began
 
     def restore(self, run, state: dict) -> None:
         """Take weights, optimizer state and scale from a run's checkpoint with this state.json."""
-        checkpoint.load_weights(self.model, run, state['step'], parallel.put)
-        checkpoint.load_optimizers(self.model, self.optimizers, run, state['step'], parallel.put)
+        models.load_weights(self.model, run, state['step'], parallel.put)
+        models.load_optimizers(self.model, self.optimizers, run, state['step'], parallel.put)
         self.scaler.load_state_dict(state['scaler'])
-
-    def note_skip(self, at: Progress, log, bar, saver, why: str, **facts) -> None:
-        """Count and log a step that was skipped. The tenth in a row ends the run."""
-        at.skipped += 1
-        log.write('skip', step=at.step, reason=why, **facts)
-        print_above(self.ranks, f'step {at.step} skipped: {why}')
-        # a scaler that is still coming down to its scale overflows a few times
-        at.skipped_in_a_row += math.isfinite(facts['grad_norm']) or self.scaler.scale <= 1
-        if at.skipped_in_a_row >= 10:
-            bar.close()
-            give_up(saver, self.ranks, why)
-
-
-def lm_loss_sums(trained, batch) -> torch.Tensor:
-    """The loss of a language model: batch is (x, y, doc), as Windows give it."""
-    x, y, doc = batch
-    return trained(x, y, doc=doc, reduction='sum')[None]
 
 
 def count_targets(batches) -> int:
-    """How many tokens micro-batches (x, y, doc) have to predict."""
-    return sum(int((y != IGNORE).sum()) for _, y, _ in batches)
+    """How many tokens micro-batches (x, y, ...) have to predict."""
+    return sum(int((y != IGNORE).sum()) for _, y, *_ in batches)
 
 
 def to_device(batch, device: Device) -> tuple:
     """The tensors of a batch, or None where there is none, on the device."""
     return tuple(t if t is None else t.to(device.name, non_blocking=True) for t in batch)
-
-
-def print_above(ranks: Ranks, text: str) -> None:
-    """Print above the progress bar, on rank 0 only."""
-    if ranks.rank == 0:
-        tqdm.write(text)
-
-
-def give_up(saver: checkpoint.Saver, ranks: Ranks, skipped: str) -> NoReturn:
-    """End a run in which no step is any good; rank 0 says why, and what is left."""
-    left = processes.broadcast(saver.last_good() if ranks.rank == 0 else None, patient=True)
-    if ranks.rank:
-        raise SystemExit(2)
-    stop(f'10 steps in a row were skipped, the last one for {skipped}; {left}; start a new run '
-         'with a lower learning rate, or look at the samples that log.jsonl names')

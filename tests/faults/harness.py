@@ -20,7 +20,8 @@ from conftest import FAULTS, TINY
 from safetensors.torch import load_file
 
 import train
-from core.run import checkpoint, rundir
+from core.run import checkpoint
+from core.run.log import events, read_log
 
 ROOT = Path(train.__file__).parent
 TIMES = ('seconds', 'tokens_per_second', 'mfu')     # what may differ between two equal runs
@@ -145,7 +146,7 @@ def tensors_of(run, step) -> dict[str, torch.Tensor]:
 
 def history(run) -> list[dict]:
     """The log without times, and without what tells of interruptions."""
-    return [{k: v for k, v in event.items() if k not in TIMES} for event in rundir.events(run)
+    return [{k: v for k, v in event.items() if k not in TIMES} for event in events(run)
             if event['event'] in ('step', 'skip', 'eval', 'sample', 'end')]
 
 
@@ -175,7 +176,7 @@ def assert_clean(run) -> None:
 
 def last_step(run) -> int:
     """The last step in a run's log; 0 without one."""
-    return max((event['step'] for event in rundir.read_log(run, 'step')), default=0)
+    return max((event['step'] for event in read_log(run, 'step')), default=0)
 
 
 def limit_file_size(n_bytes: int) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from core.read.download import file_hash
-from core.run import checkpoint
+from core.run import checkpoint, models
 from core.settings import Stop
 from model import GPTConfig, build_model
 
@@ -134,21 +134,21 @@ def test_later_stages_pass_over_a_damaged_best_one(run, capsys):
     best = checkpoint.read_state(whole, 8)['best_step']
     path = checkpoint.step_folder(whole, best) / 'optimizer.safetensors'
     path.write_bytes(bytes(path.stat().st_size))
-    assert checkpoint.load_run(str(whole))[2]['step'] == best
+    assert models.load_run(str(whole))[2]['step'] == best
     path = path.with_name('model.safetensors')
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(Stop) as e:
-        checkpoint.load_run(str(whole), step=best)
+        models.load_run(str(whole), step=best)
     assert 'damaged' in e.value.message
     others = [step for step in checkpoint.steps(whole) if step != best]
-    assert checkpoint.load_run(str(whole))[2]['step'] == others[-1]
+    assert models.load_run(str(whole))[2]['step'] == others[-1]
     assert 'model.safetensors is not what was written' in capsys.readouterr().err
 
 
 def test_tensors_in_several_files(run):
     """As several writers would leave them."""
     folder = run / 'step-00000006'
-    whole = bits_of(checkpoint.load_run(str(run), step=6)[0])
+    whole = bits_of(models.load_run(str(run), step=6)[0])
     tensors = load_file(folder / 'model.safetensors')
     names = sorted(tensors)
     for i in range(3):
@@ -156,11 +156,11 @@ def test_tensors_in_several_files(run):
                   folder / f'model-{i + 1:05d}-of-00003.safetensors')
     (folder / 'model.safetensors').unlink()
     seal(folder)
-    assert bits_of(checkpoint.load_run(str(run), step=6)[0]) == whole
+    assert bits_of(models.load_run(str(run), step=6)[0]) == whole
     (folder / 'model-00002-of-00003.safetensors').unlink()
     seal(folder)
     with pytest.raises(Stop) as e:
-        checkpoint.load_run(str(run), step=6)
+        models.load_run(str(run), step=6)
     assert 'is missing in model' in e.value.message
 
 
@@ -195,7 +195,7 @@ def test_pickles_are_refused_by_name(run, tmp_path, monkeypatch, capsys):
     shutil.copy(pickle, tmp_path / 'foreign')
     for path, part in ((pickle, 'ckpt.pt'), (tmp_path / 'foreign', 'ckpt.pt')):
         with pytest.raises(Stop) as e:
-            checkpoint.load_run(str(path))
+            models.load_run(str(path))
         assert part in e.value.message and 'pickle' in e.value.message
     folder = run / 'step-00000006'
     for name in ('model.safetensors', 'state.json', 'tokenizer.json'):
@@ -203,7 +203,7 @@ def test_pickles_are_refused_by_name(run, tmp_path, monkeypatch, capsys):
         shutil.copy(pickle, tmp_path / 'hostile' / folder.name / name)
         seal(tmp_path / 'hostile' / folder.name)
         with pytest.raises(Stop) as e:
-            checkpoint.load_run(str(tmp_path / 'hostile'), step=6)
+            models.load_run(str(tmp_path / 'hostile'), step=6)
         assert name in e.value.message
         shutil.rmtree(tmp_path / 'hostile')
     assert not (tmp_path / 'executed').exists()
@@ -256,10 +256,10 @@ def load_mutants(folder: str, n: int, output: str) -> None:
     for i in range(n):
         if i % 100 == 0:    # the original always loads, or the refusals would mean nothing
             path.write_bytes(original)
-            checkpoint.load_weights(model, run, 6)
+            models.load_weights(model, run, 6)
         path.write_bytes(mutate_header(original, rng))
         try:
-            checkpoint.load_weights(model, run, 6)
+            models.load_weights(model, run, 6)
             found['loaded'] += 1
         except Stop as e:
             assert str(path) in e.message or path.parent.name in e.message, e.message
@@ -292,7 +292,7 @@ def test_hostile_json(run, name):
         path.write_bytes(damaged)
         seal(path.parent)
         try:
-            checkpoint.load_run(str(run), step=6)
+            models.load_run(str(run), step=6)
         except Stop as e:
             assert 'step-00000006' in e.message or str(run) in e.message, e.message
             refused += 1

@@ -12,7 +12,8 @@ from conftest import TINY
 from harness import ROOT, assert_clean, assert_same, last_step, limit_file_size, note
 
 import train
-from core.run import checkpoint, rundir
+from core.run import checkpoint
+from core.run.log import Log, events
 from core.settings import Stop
 
 SURVIVED = 'warning, old ones intact, temporary removed, training goes on, later saves succeed'
@@ -104,7 +105,7 @@ def test_last_save_fails(run_train, monkeypatch, capsys):
 
 def test_log_on_a_full_disk(tmp_path, capsys):
     """What could not be written to the log comes with a later event."""
-    log = rundir.Log(tmp_path)
+    log = Log(tmp_path)
     log.write('step', step=1)
     limit_file_size((tmp_path / 'log.jsonl').stat().st_size + 3)
     try:
@@ -113,7 +114,7 @@ def test_log_on_a_full_disk(tmp_path, capsys):
     finally:
         limit_file_size(-1)
     log.write('step', step=500)
-    assert [e['step'] for e in rundir.events(tmp_path)] == list(range(1, 501))
+    assert [e['step'] for e in events(tmp_path)] == list(range(1, 501))
     assert 'log.jsonl cannot be written now (File too large)' in capsys.readouterr().err
 
 

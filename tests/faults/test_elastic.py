@@ -10,7 +10,7 @@ from harness import assert_same, finished, last_step, note
 from test_ranks import children
 from test_signals import start_train, wait_for_step
 
-from core.run import rundir
+from core.run.log import read_log
 
 # steps of a tenth of a second: starting anew takes ten
 SETTINGS = dict(batch_size=64, micro_batch_size=4, block_size=64, n_embd=64, save_interval=5,
@@ -24,12 +24,12 @@ def free_port() -> int:
 
 
 def losses(run) -> list[float]:
-    return [event['train_loss'] for event in rundir.read_log(run, 'step')]
+    return [event['train_loss'] for event in read_log(run, 'step')]
 
 
 def resumed(run) -> list[int]:
     """With how many processes the run was resumed each time."""
-    return [event['world'] for event in rundir.read_log(run, 'resume')]
+    return [event['world'] for event in read_log(run, 'resume')]
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_machine_lost_and_replaced(tmp_path, text_file, agent):
     run, settings = tmp_path / 'out/a', dict(SETTINGS, dataset=text_file, max_steps=500)
     first, second = start_two('1:2', **settings)
     wait_for_step(run, first, 20)
-    begun, = rundir.read_log(run, 'start')
+    begun, = read_log(run, 'start')
     worker, = children(second.pid)
     os.kill(second.pid, signal.SIGKILL)
     os.kill(worker, signal.SIGKILL)

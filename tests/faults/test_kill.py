@@ -10,7 +10,8 @@ import pytest
 from harness import Ranks, assert_clean, assert_same, finished, last_step, note
 
 import train
-from core.run import checkpoint, rundir
+from core.run import checkpoint
+from core.run.log import read_log
 
 LONG = dict(eval_interval=40, save_interval=8, optimizer='muon', dropout=0.1)
 
@@ -114,7 +115,7 @@ def test_killed_within_an_epoch_and_at_its_boundary(run_train, monkeypatch):
         assert checkpoint.steps('out/cut')[-1] == kill
     run_train(out_dir='out/cut', **settings)
     assert_same('out/whole', 'out/cut')
-    assert [e['step'] for e in rundir.read_log('out/cut', 'resume')] == [5, 13, 21, 26, 27]
+    assert [e['step'] for e in read_log('out/cut', 'resume')] == [5, 13, 21, 26, 27]
     note('killed 3 times within an epoch, 2 times at its boundary', 5, 'bitwise equal')
 
 

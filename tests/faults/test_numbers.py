@@ -9,7 +9,8 @@ from harness import Ranks, bits, finished, note, tensors_of
 import train
 from core.net import optim
 from core.ranks import parallel
-from core.run import checkpoint, rundir
+from core.run import checkpoint
+from core.run.log import read_log
 from core.settings import Stop
 
 BAD = {'NaN': math.nan, 'inf': math.inf, '-inf': -math.inf}
@@ -63,10 +64,10 @@ def test_step_is_skipped(run_train, monkeypatch, capsys, where, kind):
     assert [bool(skipped) for *_, skipped in states] == [False, False, True, True, False, False]
     for step, before, after, _ in states:
         assert (before == after) == (step in (2, 3))
-    skips = rundir.read_log(run, 'skip')
+    skips = read_log(run, 'skip')
     assert [(e['step'], e['first_sample'], e['last_sample']) for e in skips] == [(3, 8, 11),
                                                                                 (4, 12, 15)]
-    assert [e['step'] for e in rundir.read_log(run, 'step')] == [1, 2, 5, 6]
+    assert [e['step'] for e in read_log(run, 'step')] == [1, 2, 5, 6]
     state = checkpoint.read_state(run, 6)
     assert state['skipped'] == 2
     assert all(t.isfinite().all() for t in tensors_of(run, 6).values())
@@ -177,7 +178,7 @@ def test_spike(run_train, monkeypatch, sigma, skipped):
                 p.grad *= 1000
     monkeypatch.setattr(parallel, 'complete_gradients', complete)
     run = run_train(**{**SETTINGS, 'max_steps': 40, 'spike_sigma': sigma})['run_dir']
-    found = rundir.read_log(run, 'skip')
+    found = read_log(run, 'skip')
     assert [e['step'] for e in found] == skipped
     assert all('is above' in e['reason'] and e['grad_norm'] > 100 for e in found)
     norms = checkpoint.read_state(run, 40)['grad_norms']
@@ -188,7 +189,7 @@ def test_spikes_are_the_same_after_a_resume(run_train, monkeypatch):
     """The recent norms are in the checkpoint."""
     settings = {**SETTINGS, 'max_steps': 60, 'spike_sigma': 1.0, 'save_interval': 30}
     whole = run_train(out_dir='out/whole', **settings)['run_dir']
-    assert rundir.read_log(whole, 'skip')       # one deviation is exceeded now and then
+    assert read_log(whole, 'skip')       # one deviation is exceeded now and then
     with monkeypatch.context() as patch:
         real = train.Learner.step
 
@@ -198,8 +199,8 @@ def test_spikes_are_the_same_after_a_resume(run_train, monkeypatch):
         assert run_train(out_dir='out/cut', **settings)['stopped']
     cut = run_train(out_dir='out/cut', **settings)['run_dir']
     keys = ('step', 'grad_norm', 'reason')
-    assert [[e[k] for k in keys] for e in rundir.read_log(whole, 'skip')] == [
-        [e[k] for k in keys] for e in rundir.read_log(cut, 'skip')]
+    assert [[e[k] for k in keys] for e in read_log(whole, 'skip')] == [
+        [e[k] for k in keys] for e in read_log(cut, 'skip')]
 
 
 def test_spike_limit():

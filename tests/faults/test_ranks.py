@@ -10,7 +10,8 @@ import pytest
 from harness import Ranks, assert_same, finished, json_lines, last_step, note
 from test_signals import start_train, wait_for_step
 
-from core.run import checkpoint, rundir
+from core.run import checkpoint
+from core.run.log import read_log
 
 SETTINGS = dict(max_steps=100_000, eval_interval=100_000, save_interval=10)
 
@@ -135,12 +136,12 @@ def test_two_then_three_then_one_rank(tmp_path, text_file):
         assert ranks.wait() == [0] * world
         stops.append(checkpoint.steps(run)[-1])
     finished(tmp_path, out_dir='out/changing', inject=note_samples, **settings)
-    assert [(e['world'], e['step']) for e in rundir.read_log(run, 'resume')] == [
+    assert [(e['world'], e['step']) for e in read_log(run, 'resume')] == [
         (3, stops[0]), (1, stops[1])]
     seen = [sample for rank in range(3) for line in json_lines(tmp_path / f'samples-{rank}')
             for sample in line]
     assert sorted(seen) == list(range(45 * 8))
-    losses = [[e['train_loss'] for e in rundir.read_log(path, 'step')]
+    losses = [[e['train_loss'] for e in read_log(path, 'step')]
               for path in (tmp_path / 'out/one', run)]
     assert len(losses[0]) == len(losses[1]) == 45
     worst = max(abs(a - b) for a, b in zip(*losses))

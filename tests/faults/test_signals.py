@@ -23,7 +23,8 @@ from harness import (
 )
 
 import train
-from core.run import checkpoint, rundir
+from core.run import checkpoint
+from core.run.log import read_log
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Steps of about 0.1 s, and evaluations of seconds.
@@ -161,7 +162,7 @@ def test_ctrl_c_at_the_command_line(tmp_path, text_file):
     assert 'SIGINT: ends after this step and a checkpoint; once more: at once' in text
     assert re.search(r'stopped after step \d+, which is saved in out/a; the same command goes on',
                      text)
-    assert rundir.read_log(run, 'end') == []
+    assert read_log(run, 'end') == []
 
 
 @pytest.mark.slow
@@ -194,8 +195,8 @@ def test_signal_in_the_last_sample(run_train, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, 'make_sample', sample)
         assert run_train(out_dir='out/cut')['stopped']
-    assert rundir.read_log('out/cut', 'end') == []
+    assert read_log('out/cut', 'end') == []
     assert run_train(out_dir='out/cut')['run_dir'] == 'out/cut'
     assert_same(whole, 'out/cut')
-    assert [e['sample'] for e in rundir.read_log('out/cut', 'end')] == [
-        e['sample'] for e in rundir.read_log(whole, 'end')]
+    assert [e['sample'] for e in read_log('out/cut', 'end')] == [
+        e['sample'] for e in read_log(whole, 'end')]

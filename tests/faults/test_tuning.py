@@ -5,7 +5,8 @@ from conftest import TUNED
 from harness import Ranks, note
 from test_finetune import tensors_of
 
-from core.run import checkpoint, rundir
+from core.run import checkpoint
+from core.run.log import read_log
 
 SETTINGS = {'chat': ('finetune', dict(answers=1, answer_tokens=4)),
             'classify': ('finetune', dict(task='classify', balance=True)),
@@ -32,7 +33,7 @@ def test_two_ranks_are_one(tmp_path, chats, texts, preferences, base, kind):
         ranks = Ranks(tmp_path, world, out_dir=f'out/{world}', **settings)
         assert ranks.wait(120) == [0] * world, ranks.text()[-3000:]
         found[world] = [e for event in ('eval', 'step')
-                        for e in rundir.read_log(tmp_path / f'out/{world}', event)]
+                        for e in read_log(tmp_path / f'out/{world}', event)]
     for one, two in zip(found[1], found[2], strict=True):
         for name in ('val_loss', 'interval', 'accuracy', 'kl', 'train_loss', 'grad_norm'):
             if name in one:

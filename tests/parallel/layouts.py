@@ -23,7 +23,7 @@ from core.device import Device
 from core.net import optim
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks, share
-from core.run import checkpoint, layout_check
+from core.run import checkpoint, layout_check, models
 from core.run.learner import Learner, count_targets, lm_loss_sums
 from core.settings import Stop, settings_of
 from model import GPTConfig, allocate, build_model, init_weights, named_weights
@@ -306,10 +306,10 @@ def resume(ranks: Ranks, case: Case, folder: str, step: int):
     laid_out(ranks, case.layout)
     trainer = Trainer(case, ranks)
     model, optimizers = trainer.model, trainer.optimizers
-    checkpoint.load_weights(model, folder, step, parallel.put)
-    checkpoint.load_optimizers(model, optimizers, folder, step, parallel.put)
+    models.load_weights(model, folder, step, parallel.put)
+    models.load_optimizers(model, optimizers, folder, step, parallel.put)
     files = {name: t for kind in ('model', 'optimizer') for _, name, t in
-             checkpoint.read_tensors(checkpoint.step_folder(folder, step), kind)}
+             models.read_tensors(checkpoint.step_folder(folder, step), kind)}
     mine = {name: parallel.gathered(t) for name, t in sorted(
         {**checkpoint.model_tensors(model),
          **checkpoint.optimizer_tensors(model, optimizers)}.items())}

@@ -1,0 +1,159 @@
+"""The log of a run: log.jsonl, one JSON object a line, the picture of its losses, and the services
+that get the same numbers."""
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from core.run import checkpoint
+from core.settings import stop, warn
+
+
+class Log:
+    """Appends events to log.jsonl, one JSON object a line; does nothing when `folder` is None.
+
+    The numbers of an event that has a step also go to `others`, functions of (step, numbers). A
+    full disk is a warning: what could not be written is kept, and written with a later event.
+    """
+
+    def __init__(self, folder: Path | None, others=()):
+        self.file, self.others, self.pending = None, others, b''
+        if folder:
+            self.file = open(folder / 'log.jsonl', 'ab', buffering=0)
+
+    def write(self, event: str, **fields) -> None:
+        """Append one event."""
+        if not self.file:
+            return
+        fields = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x
+                  for name, x in fields.items()}  # JSON knows neither NaN nor infinity
+        self.pending += (json.dumps({'event': event, **fields}) + '\n').encode()
+        try:
+            while self.pending:
+                self.pending = self.pending[self.file.write(self.pending):]
+        except OSError as e:
+            warn(f'{self.file.name} cannot be written now ({e.strerror}); the run goes on')
+        numbers = {name: x for name, x in fields.items() if type(x) in (int, float)}
+        if step := numbers.pop('step', None):
+            for other in self.others:
+                other(step, numbers)
+
+
+def events(folder) -> list[dict]:
+    """All events in a run's log, in order; a line cut off by a kill is passed over."""
+    path, found = Path(folder) / 'log.jsonl', []
+    if not path.exists():
+        return found
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and 'event' in event:
+                found.append(event)
+    return found
+
+
+def read_log(folder, event: str) -> list[dict]:
+    """The events of one kind in a run's log, in order."""
+    return [e for e in events(folder) if e['event'] == event]
+
+
+def cut_log(folder: Path, step: int, evaluated: int) -> None:
+    """Take out of the log what a run resumed after `step` does again.
+
+    `evaluated` is the last step whose evaluation and sample its checkpoint knows to be done.
+    """
+    last = {'eval': evaluated, 'sample': evaluated, 'answer': evaluated, 'end': -1}
+    kept = [json.dumps(e) + '\n' for e in events(folder)
+            if e.get('step', 0) <= last.get(e['event'], step)]
+    tmp = folder / '.tmp-log.jsonl'
+    tmp.write_text(''.join(kept), encoding='utf-8')
+    checkpoint.flush(tmp)
+    os.replace(tmp, folder / 'log.jsonl')
+
+
+def start_log(run: Path, state: dict | None, settings: dict, script: str, others, **facts) -> Log:
+    """The log of a run that begins (state None), with copies of `script` and of the model's
+    mathematics, or goes on.
+
+    Stops if the directory cannot be written.
+    """
+    try:
+        if state:
+            cut_log(run, state['step'], state['evaluated'])
+            log = Log(run, others)
+            log.write('resume', step=state['step'], settings=settings, **facts)
+            return log
+        (run / 'log.jsonl').unlink(missing_ok=True)  # of a run that never came to a checkpoint
+        for source in (Path(script), Path(script).with_name('model.py')):
+            shutil.copy(source, run)
+        log = Log(run, others)
+    except OSError as e:
+        stop(f'{e.filename or run}: {e.strerror}; make room, or choose another --out_dir')
+    log.write('start', settings=settings, git=git_hash(), **facts,
+              versions={'python': platform.python_version(), 'torch': torch.__version__})
+    return log
+
+
+def service_loggers(run: Path, settings: dict) -> list:
+    """Functions (step, {name: number}) that send a run's numbers to the services asked for."""
+    loggers = []
+    if settings.get('wandb'):
+        import wandb as service
+        service.init(project='scratchgpt', name=run.name, dir=run, config=settings)
+        loggers.append(lambda step, numbers: service.log(numbers, step=step))
+    if settings.get('tensorboard'):
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(run)
+        loggers.append(lambda step, numbers: [writer.add_scalar(name, x, step)
+                                              for name, x in numbers.items()])
+    return loggers
+
+
+def plot_losses(run: Path) -> bool:
+    """Draw loss.png from log.jsonl; returns whether that was possible."""
+    def fill(figure):
+        axes = figure.subplots()
+        for event, key, style in (('step', 'train_loss', '-'), ('eval', 'val_loss', 'o-')):
+            found = read_log(run, event)
+            axes.plot([e['step'] for e in found], [e[key] for e in found], style,
+                      label=key.replace('_', ' '))
+        axes.set(xlabel='step', ylabel='nats per token', title=run.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return draw(run / 'loss.png', fill, figsize=(8, 5))
+
+
+def draw(path: Path, fill, **options) -> bool:
+    """Write the picture that fill(figure) draws. A failure, whatever it is, is a warning: the
+    numbers are more important than their picture. Returns whether it was drawn."""
+    try:
+        if '~' in os.path.expanduser('~'):  # a user without a home, as in a container
+            os.environ.setdefault('MPLCONFIGDIR', f'{tempfile.gettempdir()}/mpl-{os.getuid()}')
+        from matplotlib.figure import Figure
+        figure = Figure(**options)
+        fill(figure)
+        figure.savefig(path, dpi=120)
+    except Exception as e:
+        warn(f'{path} was not drawn ({type(e).__name__}: {" ".join(str(e).split())[:200]})')
+        return False
+    return True
+
+
+def git_hash() -> str:
+    """The commit of the source that runs, with a + if it was edited; '' outside a repository."""
+    try:
+        here = Path(__file__).parent
+        git = lambda *words: subprocess.run(['git', *words], cwd=here, check=True, text=True,
+                                            capture_output=True).stdout.strip()
+        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return ''
