@@ -91,11 +91,11 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
                    ) -> Iterator[tuple[str, np.ndarray, bool]]:
     """What is left of a document, with its words' hashes and whether it goes on with the part
     before it: one text, none, or the pieces around what it shares with a benchmark."""
-    where, text = document.where, normalize(document.text, options['normalize'])
-    tally.counts['NUL characters removed'] += document.text.count('\0')
+    where, text = document.where, normalize(document.data, options['normalize'])
+    tally.counts['NUL characters removed'] += document.data.count('\0')
     tally.counts['U+FFFD'] += text.count('\ufffd')
     left = [text] if text.strip() else []
-    tally.step('not empty', [document.text], left, source)
+    tally.step('not empty', [document.data], left, source)
     if not left:
         return
     part = document.continued or len(text) >= documents.LONGEST // 2

@@ -16,7 +16,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -39,13 +38,6 @@ LONGEST = 1 << 22       # characters of a document in memory; a longer one comes
 LONGEST_PAGE = 1 << 24  # bytes of a web page, which takes many times as much to understand
 END = '<|endoftext|>'   # a line of it ends a document
 SEPARATOR = re.compile(r'^<\|endoftext\|>\n', re.MULTILINE)
-
-
-class Document(NamedTuple):
-    """One text, or a part of one that is too long to be kept in memory."""
-    where: str
-    text: str
-    continued: bool = False
 
 
 def made_here(folder) -> str:
@@ -258,9 +250,9 @@ def read_parquet(path, f, encoding, errors, column) -> Iterator[Record]:
                   f'({" ".join(str(e).split())[:200]}); get it again') from e
 
 
-def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Document]:
-    """The document of a record, or its parts if it is too long; `errors` as in `read`, here for
-    half characters (lone surrogates), which JSON can spell. Raises Bad."""
+def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Record]:
+    """The document of a record as text, in parts if it is longer than LONGEST; `errors` as in
+    `read`, here for half characters (lone surrogates), which JSON can spell. Raises Bad."""
     where, text = record.where, record.data
     if record.kind == 'bad':
         raise Bad(text)
@@ -281,10 +273,9 @@ def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Docum
                       'correct it, or put U+FFFD there with --errors=replace') from e
         text = re.sub('[\ud800-\udfff]', '\ufffd', text)
     if len(text) <= LONGEST:
-        yield Document(where, text, record.continued)
+        yield record._replace(data=text, kind='text')
     else:
-        for part in parts(text, True, where, '', record.continued):
-            yield Document(where, part.data, part.continued)
+        yield from parts(text, True, where, '', record.continued)
 
 
 def html_to_text(where: str, page: bytes | str) -> str:
