@@ -29,13 +29,13 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-import prepare
 from core import device as hardware
-from core.data.dataset import share
+from core.data import named
+from core.data.chosen import get_data
 from core.formats import hf
 from core.net import optim
 from core.ranks import parallel
-from core.ranks.processes import Ranks
+from core.ranks.processes import Ranks, share
 from core.run.begin import (
     build_optimizers,
     check_settings,
@@ -85,7 +85,7 @@ def our_config(preset, data: Path | None = None):
     dataset in `data`; without it, as many as its tokenizer is known to have."""
     known = preset.vocab_size
     if not (known or data):
-        known = prepare.count_tokens(preset.dataset, tokenizer_wanted(preset), 0)
+        known = named.count_tokens(preset.dataset, tokenizer_wanted(preset), 0)
     known = known or len(tokenizers.load((data or get_data(preset, Ranks())[0]) / 'tokenizer.json'))
     return model_config(preset, known), known
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from core.data import clean, records
-from core.data.dataset import Rows, rows_of, share
+from core.data.dataset import Rows, rows_of
 from core.device import fit_micro_batch
 from core.net import lora, optim
 from core.ranks import parallel, processes
-from core.ranks.processes import print0
+from core.ranks.processes import print0, share
 from core.run import metrics, models
 from core.run.identity import identity, out_folder
 from core.run.learner import Learner, Step

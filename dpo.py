@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from core.data import records
-from core.data.dataset import IGNORE, PADDING, Order, Rows, share
+from core.data.dataset import IGNORE, PADDING, Order, Rows
 from core.formats import hf
 from core.net import lora, optim
 from core.ranks import parallel, processes
-from core.ranks.processes import print0
+from core.ranks.processes import print0, share
 from core.run import metrics, models
 from core.run.identity import identity, out_folder
 from core.run.learner import Learner, Step
@@ -195,7 +195,7 @@ class Pairs(Order):
 def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
     """Pairs to train and to validate on, and facts for the log."""
     split = records.load_split(dataset, validation, val_fraction, records.preference, data_dir,
-                               skip_bad, max_records)
+                               skip_bad, max_records=max_records)
     parts, facts = records.fit_window(dataset, 'pairs', size, [
         [(record, encode(record, tokenizer, size)) for record in part] for part in split])
     longest = max(len(row) for part in parts for _, pair in part for row in pair.ids) - 1

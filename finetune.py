@@ -14,12 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from core.data import records
-from core.data.dataset import Rows, rows_of, share
+from core.data.dataset import Rows, rows_of
 from core.device import fit_micro_batch
 from core.formats import hf
 from core.net import lora, optim
 from core.ranks import parallel, processes
-from core.ranks.processes import print0
+from core.ranks.processes import print0, share
 from core.run import metrics, models
 from core.run.identity import identity, out_folder
 from core.run.learner import Learner, Step
@@ -139,7 +139,7 @@ def weighted_loss(trained, batch, whole: bool = False):
 def chat_data(tokenizer, size: int) -> tuple[Rows, Rows, list, dict]:
     """Rows to train on and to validate on, the conversations of these, and facts for the log."""
     split = records.load_split(dataset, validation, val_fraction, records.conversation, data_dir,
-                               skip_bad, max_records)
+                               skip_bad, max_records=max_records)
     (train, val), facts = records.fit_window(dataset, 'conversations', size, [
         [(r, records.encode(tokenizer, r.where, r.messages, size, weight)) for r in part]
         for part, weight in zip(split, (prompt_loss_weight, 0.0))])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import prepare
+from core.data import named
 from core.formats import hf
 from core.run import checkpoint, models
 from core.run.begin import adapted, check_settings, from_model, model_config, tokenizer_wanted
@@ -28,7 +28,7 @@ def load_preset(words: list[str]) -> SimpleNamespace:
 
 def preset_config(preset: SimpleNamespace) -> GPTConfig:
     """The architecture that the settings of train.py describe, without data or weights."""
-    n_tokens = prepare.count_tokens(preset.dataset, tokenizer_wanted(preset), preset.vocab_size)
+    n_tokens = named.count_tokens(preset.dataset, tokenizer_wanted(preset), preset.vocab_size)
     init_from = preset.init_from
     if init_from in hf.GPT2_SIZES:  # known by heart
         n_layer, n_head, n_embd = hf.GPT2_SIZES[init_from]

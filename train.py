@@ -16,19 +16,19 @@ from types import SimpleNamespace
 
 import torch
 
-import prepare
-from core.data.dataset import IGNORE, Ahead, load_split, share
+from core.data import named
+from core.data.chosen import get_data
+from core.data.dataset import IGNORE, Ahead, load_split
 from core.device import fit_micro_batch
 from core.net import optim
 from core.ranks import parallel, processes
-from core.ranks.processes import print0
-from core.read.download import NoNetwork
+from core.ranks.processes import print0, share
 from core.run import models
-from core.run.begin import build_optimizers, check_settings, first_model
+from core.run.begin import build_optimizers, check_settings, first_model, tokenizer_wanted
 from core.run.identity import identity, identity_of, out_folder
 from core.run.learner import Learner, Step, count_targets, to_device
 from core.run.run import Run
-from core.settings import configure, settings_of, stop, warn
+from core.settings import configure, settings_of, stop
 from core.source import source_hashes
 from core.text import tokenizer as tokenizers
 from model import generate
@@ -194,52 +194,6 @@ def make_sample(model, tokenizer, asked=lambda: False) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Data
-
-
-def choose_dataset() -> tuple[str, bool]:
-    """The dataset, made if it is missing, or the fallback where there is no network; and which."""
-    if init_from not in ('scratch', 'resume'):
-        # downloaded before all ranks ask for it
-        models.find_model(init_from, data_dir, setting='init_from')
-    try:
-        build_dataset(dataset, False)
-        return dataset, False
-    except NoNetwork as e:
-        if not fallback_dataset:
-            stop(prepare.no_network(dataset, e))
-        warn(str(e))
-        return fallback_dataset, True
-
-
-def build_dataset(name: str, fell_back: bool) -> Path:
-    """The folder of a dataset with the tokenizer that the settings ask for; the fallback's own."""
-    return prepare.build(name, data_dir, tokenizer='' if fell_back else tokenizer_wanted(),
-                         vocab_size=vocab_size)
-
-
-def tokenizer_wanted() -> str:
-    """Which tokenizer the dataset is to have; '': its own."""
-    return tokenizer or (init_from if init_from not in ('scratch', 'resume') else '')
-
-
-def get_data(ranks) -> tuple[Path, dict, bool]:
-    """The dataset's folder, the same on all ranks, its meta.json, and whether it is the fallback.
-
-    Rank 0 decides; the others wait, then find the dataset, or make it on their own machine.
-    """
-    chosen = choose_dataset() if ranks.rank == 0 else None
-    name, fell_back = processes.broadcast(chosen, patient=True)
-    data = build_dataset(name, fell_back)
-    meta = prepare.read_meta(data)
-    if processes.broadcast(meta['sha256'], patient=True) != meta['sha256']:
-        stop(f'{data} on this machine is not what rank 0 has; copy one of them to all machines')
-    if fell_back:
-        print0(f'*** THIS IS NOT {dataset.upper()}: without a network the run uses {data} ***')
-    return data, meta, fell_back
-
-
-# ---------------------------------------------------------------------------------------------
 # A run
 
 
@@ -254,7 +208,8 @@ def run_folder(data: Path, fell_back: bool = False) -> Path:
 
 def evaluate_run(ranks, device) -> dict:
     """--eval_only: the best checkpoint of a run on the validation split; writes nothing."""
-    data = prepare.find(dataset, data_dir, tokenizer_wanted(), vocab_size)
+    settings = SimpleNamespace(**settings_of(globals()))
+    data = named.find(dataset, data_dir, tokenizer_wanted(settings), vocab_size)
     base = run_folder(data)
     model, known, state = models.load_run(str(base), device=device.name)
     if known.hash() != tokenizers.load(data / 'tokenizer.json').hash():
@@ -285,10 +240,10 @@ def main() -> dict:
         return evaluate_run(ranks, dev)
 
     # Data, model, run directory
-    data, meta, fell_back = get_data(ranks)
+    settings = SimpleNamespace(**settings_of(globals()))
+    data, meta, fell_back = get_data(settings, ranks)
     tokenizer = tokenizers.load(data / 'tokenizer.json')
     base = run_folder(data, fell_back)
-    settings = SimpleNamespace(**settings_of(globals()))
     begun = identity_of(base) if init_from == 'resume' else {}
     model, weights, n_parameters, flops = first_model(settings, tokenizer, dev, ranks, begun)
     config = model.config

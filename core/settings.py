@@ -8,7 +8,6 @@ files (plain Python) and --name=value flags override them, left to right:
 Every name and type is checked the same way wherever it comes from.
 """
 import ast
-import contextlib
 import difflib
 import io
 import math
@@ -19,6 +18,7 @@ import sys
 import time
 import tokenize
 import traceback
+from contextlib import suppress
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
@@ -97,7 +97,7 @@ def read_settings(path) -> dict:
     source, found = Path(path).read_text(encoding='utf-8'), {'__file__': str(path)}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign):
-            with contextlib.suppress(ValueError):       # what is computed is no setting
+            with suppress(ValueError):       # what is computed is no setting
                 found |= assigned(node.targets[0], ast.literal_eval(node.value))
     return found
 

@@ -16,9 +16,8 @@ from core.settings import stop
 def ordered_map(function: Callable, items: Iterable, workers: int, *shared) -> Iterator:
     """function(item, *shared) for each item, in order, by `workers` processes (1: this one).
 
-    Items are taken as results are fetched, a few ahead, so both may be streams that do not fit
-    into memory. `shared` goes to each process once. Stops if a process is killed; processes whose
-    parent is killed end by themselves.
+    Items are taken a few ahead of the results, so both may be streams larger than memory. `shared`
+    goes to each process once. Stops if a process is killed; those whose parent is killed end.
     """
     if workers == 1:
         for item in items:

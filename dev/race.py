@@ -20,16 +20,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's folder
 
 import bench
-import train
-from core.data.dataset import IGNORE, Tokens, Windows, load_split, share
+from core.data.chosen import get_data
+from core.data.dataset import IGNORE, Tokens, Windows, load_split
+from core.data.named import read_meta
 from core.net import optim
 from core.ranks import parallel
-from core.ranks.processes import Ranks
+from core.ranks.processes import Ranks, share
 from core.run.learner import to_device
-from core.settings import check_bounds, check_choice, configure, stop
+from core.settings import check_bounds, check_choice, configure, read_settings, stop
 from dev import peers
 from model import flops_per_token
-from prepare import read_meta
+from train import train_step
 
 vs = ''                     # the peer: a checkout of nanoGPT
 recipe = 'cpu'              # nanoGPT's for tiny Shakespeare on a cpu or gpu, or the preset's own
@@ -97,26 +98,26 @@ def run_peer(folder: str, setting: peers.NanoRecipe, data: Path, dev, seed: int)
     return counted(found, setting.batch_size * setting.block_size, peer.flops_per_token())
 
 
-def run_ours(config, data: Path, windows: Windows, dev, seed: int, max_steps: int,
+def run_ours(preset, config, data: Path, windows: Windows, dev, seed: int, max_steps: int,
              target: float) -> dict:
     """Our preset, up to the first look at which its loss is not above the target."""
-    max_steps = max_steps or train.max_steps
-    learner = bench.our_learner(config, dev, seed)
-    train_windows = load_split(data, 'train', train.block_size, seed)
-    at_once = bench.rows_at_once(config, dev)
+    max_steps = max_steps or preset.max_steps
+    learner = bench.our_learner(preset, config, dev, seed)
+    train_windows = load_split(data, 'train', preset.block_size, seed)
+    at_once = bench.rows_at_once(preset, config, dev)
 
     def do_step(i):
-        factor = optim.schedule(i, max_steps, train.schedule, train.warmup_steps,
-                                train.decay_fraction, train.min_lr_fraction)
+        factor = optim.schedule(i, max_steps, preset.schedule, preset.warmup_steps,
+                                preset.decay_fraction, preset.min_lr_fraction)
         batches = [train_windows.batch(samples) for samples in share(
-            i * train.batch_size, train.batch_size, 0, 1, at_once)]
-        train.train_step(learner, batches, i, factor)
+            i * preset.batch_size, preset.batch_size, 0, 1, at_once)]
+        train_step(learner, batches, i, factor)
 
     def look():
         with parallel.looking_on(learner.model), dev.autocast():
             return whole_loss(lambda x, y: learner.model(x, y, reduction='sum'), windows, dev)
     found = clocked(do_step, look, max_steps, eval_every, dev, target)
-    return counted(found, train.batch_size * config.block_size, flops_per_token(learner.model))
+    return counted(found, preset.batch_size * config.block_size, flops_per_token(learner.model))
 
 
 def counted(found: dict, tokens_per_step: int, flops: int) -> dict:
@@ -131,22 +132,22 @@ def tell(name: str, found: dict) -> None:
           f'{found["tokens"]:,} tokens, {found["flops"] / 1e12:.2f} TFLOP')
 
 
-def peer_recipe(config, dev) -> peers.NanoRecipe:
+def peer_recipe(preset, config, dev) -> peers.NanoRecipe:
     """What nanoGPT does in the race."""
     if recipe != 'same':
         return peers.NANO_RECIPES[recipe]
     return peers.NanoRecipe(
-        config.n_layer, config.n_head, config.n_embd, config.block_size, train.batch_size,
-        train.max_steps, warmup_iters=train.max_steps // 20, compile=dev.compile, autocast=True)
+        config.n_layer, config.n_head, config.n_embd, config.block_size, preset.batch_size,
+        preset.max_steps, warmup_iters=preset.max_steps // 20, compile=dev.compile, autocast=True)
 
 
-def main() -> dict:
+def main(preset: dict | None = None) -> dict:
     """How soon ours has the loss with which nanoGPT ends: with its own settings, and with the best
     of some learning rates."""
     check_choice(globals(), recipe=(*peers.NANO_RECIPES, 'same'))
     check_bounds(globals(), seeds=(1, None), stock_steps=(0, None), tuned_steps=(0, None),
                  eval_every=(1, None))
-    bench.check_train_settings()
+    preset = bench.load_preset(preset)
     if not vs:
         stop('race: needs a peer: --vs=<checkout of nanoGPT>')
     peers.nanogpt_source(vs)    # before ours takes its time
@@ -155,10 +156,10 @@ def main() -> dict:
     except ValueError:
         stop(f'peer_learning_rates={peer_learning_rates}: must be numbers with commas between '
              'them, like 2e-3,4e-3')
-    dev = bench.choose_device()
-    data = train.get_data(Ranks())[0]
-    config, _ = bench.our_config(data)
-    stock = peer_recipe(config, dev)
+    dev = bench.choose_device(preset)
+    data = get_data(preset, Ranks())[0]
+    config, _ = bench.our_config(preset, data)
+    stock = peer_recipe(preset, config, dev)
     windows = race_windows(stock, data)
     print(f'{data}: validation on all {windows.n_targets:,} targets in windows of '
           f'{stock.block_size}; evaluation stops the clock, compilation does not')
@@ -180,7 +181,7 @@ def main() -> dict:
         found = []
         for seed in range(1, seeds + 1):
             theirs = run_peer_at(rate, seed)
-            ours = run_ours(config, data, windows, dev, seed, max_steps, theirs['loss'])
+            ours = run_ours(preset, config, data, windows, dev, seed, max_steps, theirs['loss'])
             tell(f'ours, to {kind}, seed {seed}', ours)
             found.append((theirs, ours))
             curves |= {f'nanoGPT, {kind}': theirs['curve'], f'ours, to {kind}': ours['curve']}
@@ -203,5 +204,6 @@ def main() -> dict:
     return bench.report(result)
 
 if __name__ == '__main__':
-    configure(globals(), sys.argv[1:], also=vars(train))
-    main()
+    settings = read_settings(bench.TRAIN)
+    configure(globals(), sys.argv[1:], also=settings)
+    main(settings)

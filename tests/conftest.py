@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from core.settings import Stop
+from core.settings import Stop, read_settings
 
 # A model and a schedule small enough for a test, in the modern architecture.
 TINY = dict(batch_size=4, block_size=32, n_layer=2, n_head=2, n_embd=32, norm='rmsnorm',
@@ -152,14 +152,9 @@ def run_stage(base, monkeypatch):
 
 @pytest.fixture
 def run_bench(monkeypatch, tmp_path):
-    """run_bench(**settings of bench): one short round at a tiny GPT-2."""
+    """run_bench(**settings of bench): one short round of run_bench.preset, a tiny GPT-2."""
     import bench
-    import train
     from core import device as hardware
-    gpt2 = dict(TINY, norm='layernorm', position='learned', mlp='gelu', qk_norm=False, tied=True,
-                vocab_size=50, learning_rate=1e-3)
-    for name, value in gpt2.items():
-        monkeypatch.setattr(train, name, value)
     real = hardware.matmul_rate
     monkeypatch.setattr(hardware, 'matmul_rate', lambda name, dtype, size: real(name, dtype, 128))
     threads = torch.get_num_threads()
@@ -169,7 +164,10 @@ def run_bench(monkeypatch, tmp_path):
             settings = {'rounds': 3, 'steps': 1, 'warmup': 1, **settings}
         for name, value in settings.items():
             monkeypatch.setattr(script, name, value)
-        return script.main()
+        return script.main(run.preset)
 
+    run.preset = read_settings(bench.TRAIN) | TINY | dict(
+        norm='layernorm', position='learned', mlp='gelu', qk_norm=False, tied=True, vocab_size=50,
+        learning_rate=1e-3)
     yield run
     torch.set_num_threads(threads)

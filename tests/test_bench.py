@@ -1,13 +1,13 @@
 """bench.py: what it measures and says; the peer's side with a stand-in for nanoGPT."""
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 
 import bench
-import train
 from core import device as hardware
 from core.settings import Stop
 from model import build_model
@@ -58,17 +58,17 @@ def test_train(run_bench, capsys, monkeypatch):
 
 def test_train_on_documents(run_bench, monkeypatch, capsys):
     """The model is given their numbers, as in training."""
-    real, seen = train.train_step, []
+    real, seen = bench.train_step, []
 
     def step(*args):
         seen.append(args[1][0][2])
         return real(*args)
-    monkeypatch.setattr(train, 'train_step', step)
+    monkeypatch.setattr(bench, 'train_step', step)
     assert run_bench()['ours_tokens_per_second'] > 0 and seen.pop() is None
-    monkeypatch.setattr(train, 'pack_documents', True)
+    run_bench.preset['pack_documents'] = True
     assert run_bench()['ours_tokens_per_second'] > 0
     assert seen.pop().shape == (TINY['batch_size'], TINY['block_size'])
-    monkeypatch.setattr(train, 'arch', 'lstm')
+    run_bench.preset['arch'] = 'lstm'
     with pytest.raises(Stop):
         run_bench()
     assert 'pack_documents=True' in capsys.readouterr().err
@@ -100,15 +100,16 @@ def test_memory_counts_what_is_there(run_bench, capsys, monkeypatch):
     """At least weights, gradients and AdamW's two moments; more with twice the rows."""
     found = run_bench(what='memory')
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
-    weights = 4 * train_parameters()
+    weights = 4 * train_parameters(run_bench.preset)
     assert found['ours_peak_mib'] * 2 ** 20 > 4 * weights
-    monkeypatch.setattr(train, 'batch_size', 2 * TINY['batch_size'])
-    monkeypatch.setattr(train, 'micro_batch_size', 2 * TINY['batch_size'])
+    run_bench.preset['batch_size'] = 2 * TINY['batch_size']
+    run_bench.preset['micro_batch_size'] = 2 * TINY['batch_size']
     assert run_bench(what='memory')['ours_peak_mib'] > found['ours_peak_mib']
 
 
-def train_parameters() -> int:
-    return sum(p.numel() for p in build_model(bench.our_config()[0], None, 'meta').parameters())
+def train_parameters(preset: dict) -> int:
+    config, _ = bench.our_config(SimpleNamespace(**preset))
+    return sum(p.numel() for p in build_model(config, None, 'meta').parameters())
 
 
 def test_peak_memory_by_hand():
@@ -127,7 +128,7 @@ def test_peak_memory_by_hand():
 
 def test_decode_beside_transformers(run_bench, capsys, monkeypatch):
     pytest.importorskip('transformers')
-    monkeypatch.setattr(train, 'compile', True)
+    run_bench.preset['compile'] = True
     monkeypatch.setattr(hardware, 'is_intel', lambda: True)
     found = run_bench(what='decode', vs='transformers', rows=2, prompt_tokens=4, new_tokens=5,
                       rounds=2)
@@ -166,12 +167,11 @@ def test_runs(run_bench, capsys, monkeypatch, tmp_path):
     assert 'no run' in refused(capsys, run_bench, what='runs', folders='c')
 
 
-def test_size_without_data(monkeypatch):
+def test_size_without_data(run_bench, monkeypatch):
     """What a dataset's tokenizer is known to have is enough: nothing is downloaded for it."""
-    monkeypatch.setattr(train, 'vocab_size', 0)
-    monkeypatch.setattr(train, 'dataset', 'openwebtext')
-    monkeypatch.setattr(train, 'get_data', None)
-    assert bench.our_config()[1] == 50_261
+    preset = run_bench.preset | {'vocab_size': 0, 'dataset': 'openwebtext', 'tokenizer': ''}
+    monkeypatch.setattr(bench, 'get_data', None)
+    assert bench.our_config(SimpleNamespace(**preset))[1] == 50_261
 
 
 def test_profile_and_plot(run_bench, capsys, monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from core.settings import Stop
 from core.text import tokenizer as tokenizers
+from core.text.bpe import blocks, count_pieces, learn_merges
 from core.text.hf_tokenizer import merges_of, tokenizer_json
 from core.text.tokenizer import (
     PATTERNS,
@@ -22,9 +23,6 @@ from core.text.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
-    blocks,
-    count_pieces,
-    learn_merges,
     load,
     printable,
     unprintable,
@@ -137,7 +135,7 @@ def test_exactly_the_size_asked_for(source):
 
 def test_any_number_of_workers(source, monkeypatch):
     monkeypatch.setattr(blocks, '__defaults__', (10_000,))
-    monkeypatch.setattr(tokenizers, 'SHARE', 30_000)
+    monkeypatch.setattr('core.text.bpe.SHARE', 30_000)
     counts = [count_pieces([source, source[:50_000]], PATTERNS['llama3'], n) for n in (1, 2, 3)]
     assert counts[0] == counts[1] == counts[2] and len(counts[0]) > 5000
     shuffled = dict(random.Random(0).sample(sorted(counts[0].items()), len(counts[0])))
@@ -146,7 +144,7 @@ def test_any_number_of_workers(source, monkeypatch):
 
 def test_a_lost_worker(source, monkeypatch, capsys):
     monkeypatch.setattr(blocks, '__defaults__', (10_000,))
-    monkeypatch.setattr(tokenizers.regex, 'compile', lambda *_: os._exit(1))
+    monkeypatch.setattr('regex.compile', lambda *_: os._exit(1))
     message = stopped(capsys, lambda: count_pieces([source], PATTERNS['llama3'], 2))
     assert 'was killed' in message and '--workers=1' in message
 
@@ -174,7 +172,7 @@ def test_blocks_encode_to_the_ids_of_the_whole(source, pattern):
     tok = BPETokenizer.train([source], 1000, pattern)
     parts = list(blocks(source, 1000))
     assert len(parts) > 300 and ''.join(parts) == source
-    assert sum(tok.encode_batch(parts), []) == tok.encode(source)
+    assert sum([*map(tok.encode, parts)], []) == tok.encode(source)
     assert list(blocks('')) == [''] and list(blocks('a' * 5000, 10)) == ['a' * 5000]
 
 
@@ -186,7 +184,7 @@ def test_fuzzed_ids_are_hugging_faces(all_tokenizers, kind):
     tok, texts = all_tokenizers[kind], fuzz(10_000)
     theirs = huggingface.Tokenizer.from_str(json.dumps(tokenizer_json(tok)))
     theirs.encode_special_tokens = True     # as text, which is what ours always does
-    ids = tok.encode_batch(nfc(texts))
+    ids = [*map(tok.encode, nfc(texts))]
     assert [e.ids for e in theirs.encode_batch(texts)] == ids
     assert [tok.decode(i) for i in ids] == nfc(texts) != texts
     assert theirs.decode_batch(ids, skip_special_tokens=False) == nfc(texts)
@@ -199,7 +197,7 @@ def test_fuzzed_ids_are_tiktokens(all_tokenizers):
                                mergeable_ranks=data_gym_to_mergeable_bpe_ranks(
                                    f'{mirror}/gpt2/vocab.bpe', f'{mirror}/gpt2/encoder.json'))
     texts = fuzz(10_000, seed=1)
-    assert theirs.encode_ordinary_batch(texts) == all_tokenizers['gpt2'].encode_batch(texts)
+    assert theirs.encode_ordinary_batch(texts) == [*map(all_tokenizers['gpt2'].encode, texts)]
 
 
 def test_ids_are_those_of_merging_by_rank(all_tokenizers):
@@ -242,7 +240,7 @@ def test_special_tokens_in_plain_text_stay_text(all_tokenizers, kind):
         text = f'a{name}b {name}\n{name}'
         ids = tok.encode(text)
         assert not set(ids) & set(tok.special.values()) and tok.decode(ids) == text
-        assert tok.encode_batch([text]) == [ids]
+        assert [*map(tok.encode, [text])] == [ids]
 
 
 def test_stream_and_byte_lengths(all_tokenizers):
@@ -259,7 +257,7 @@ def test_white_space_without_end(all_tokenizers, run):
     for kind in ('llama3', 'gpt2 pattern'):
         tok, text = all_tokenizers[kind], 'a' + run + 'b'
         ids = tok.encode(text)
-        assert tok.decode(ids) == text and tok.encode_batch([text, 'a']) == [ids, tok.encode('a')]
+        assert tok.decode(ids) == text and [*map(tok.encode, [text, 'a'])] == [ids, tok.encode('a')]
 
 
 def test_a_pattern_that_fails(all_tokenizers, capfd):
@@ -310,26 +308,21 @@ CHAT = [{'role': 'system', 'content': 'Be brief.\n'},
 
 
 @pytest.mark.parametrize('kind', ['llama3', 'byte'])
-def test_chat_and_back(all_tokenizers, kind):
+def test_chat(all_tokenizers, kind):
     tok = all_tokenizers[kind]
     ids = tok.encode_chat(CHAT)
-    assert tok.decode_chat(ids) == CHAT
+    assert tok.decode(ids) == ''.join(
+        f'<|{message["role"]}|>{message["content"]}<|end|>' for message in CHAT)
     assert ids[0] == tok.special['<|system|>'] and ids[-1] == tok.special['<|end|>']
     assert [ids.count(tok.special[name]) for name in SPECIAL] == [0, 1, 2, 1, 4]  # none injected
     assert tok.encode_chat(CHAT, reply=True) == [*ids, tok.special['<|assistant|>']]
-    assert tok.decode_chat(tok.encode_chat(CHAT, reply=True) + tok.encode('Bien'))[-1] == \
-        {'role': 'assistant', 'content': 'Bien'}
-    assert tok.decode_chat([]) == [] and tok.encode_chat([]) == []
+    assert tok.encode_chat([]) == []
 
 
 def test_no_chat(all_tokenizers, capsys):
     tok = all_tokenizers['llama3']
     with pytest.raises(ValueError, match="role 'tool': must be one of system, user, assistant"):
         tok.encode_chat([{'role': 'tool', 'content': 'x'}])
-    end, user = tok.special['<|end|>'], tok.special['<|user|>']
-    for ids in (tok.encode('hi'), [end], [user, user], [user, end, end], [user, tok.eos]):
-        with pytest.raises(ValueError, match='not a conversation'):
-            tok.decode_chat(ids)
     base = BPETokenizer(tok.pattern, [printable(t) for t in tok.ordinary],
                         {'<|endoftext|>': len(tok.ordinary)})
     message = stopped(capsys, lambda: base.encode_chat(CHAT))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from core.data import clean
-from core.data.clean import mask, ngram_hashes, normalize, outside, strip_gutenberg, word_hashes
+from core.data.clean import mask, ngram_hashes, outside, strip_gutenberg, word_hashes
+from core.text.tokenizer import normalize
 
 BOOK = '''The Project Gutenberg EBook of Tales, by A. Writer
 

@@ -1,7 +1,9 @@
 """core/data/corpus.py and prepare.py: what is planted is found; kills change nothing."""
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 
 import prepare
 from core.data import clean, corpus
+from core.data.build import build
 from core.data.clean import text_hash
 from core.data.dataset import Tokens, open_shard
 from core.text.tokenizer import load
@@ -70,7 +73,7 @@ def test_planted_duplicates_and_benchmark_items(monkeypatch, capsys):
 
 def test_the_first_of_equal_documents_stays():
     texts = [prose(1), prose(2), prose(1).upper().replace(' ', '\n '), prose(3), prose(2)]
-    folder = prepare.build(write_jsonl('a.jsonl', texts), val_fraction=0.0)
+    folder = build(write_jsonl('a.jsonl', texts), val_fraction=0.0)
     assert documents_of(folder, 'train') == [texts[0], texts[1], texts[3]]
     meta = json.loads((folder / 'meta.json').read_text())
     assert meta['steps']['without equal documents'][:3:2] == [5, 3]
@@ -81,8 +84,8 @@ def test_similar_to_validation_goes_from_training():
     """Whatever comes first; files that are given for validation are."""
     train = [prose(i) for i in range(5)]
     val = [prose(3), prose(4).replace('.', ' and more.'), prose(10)]
-    folder = prepare.build(write_jsonl('train.jsonl', train),
-                           validation=write_jsonl('val.jsonl', val))
+    folder = build(write_jsonl('train.jsonl', train),
+                   validation=write_jsonl('val.jsonl', val))
     assert documents_of(folder, 'train') == train[:3]
     assert documents_of(folder, 'val') == val
 
@@ -90,15 +93,15 @@ def test_similar_to_validation_goes_from_training():
 def test_near_duplicates_can_stay():
     texts = [prose(1), prose(1).replace('.', ' and more.')]
     path = write_jsonl('a.jsonl', texts)
-    assert len(documents_of(prepare.build(path, val_fraction=0.0))) == 1
-    assert len(documents_of(prepare.build(path, val_fraction=0.0, near_duplicates=0.0))) == 2
+    assert len(documents_of(build(path, val_fraction=0.0))) == 1
+    assert len(documents_of(build(path, val_fraction=0.0, near_duplicates=0.0))) == 2
 
 
 def test_validation_of_many_documents():
     """Whole ones, about a tenth of the characters, spread over the sources; the same every time."""
     first = write_jsonl('a.jsonl', [prose(i, 50 + i) for i in range(300)])
     second = write_jsonl('b.jsonl', [prose(1000 + i, 100) for i in range(300)])
-    folder = prepare.build(f'{first},{second}', name='both')
+    folder = build(f'{first},{second}', name='both')
     val = documents_of(folder, 'val')
     sizes = [sum(map(len, documents_of(folder, split))) for split in ('val', 'train')]
     assert 0.095 < sizes[0] / sum(sizes) <= 0.1
@@ -110,7 +113,7 @@ def test_validation_of_many_documents():
 def test_weights():
     first = write_jsonl('a.jsonl', [prose(i) for i in range(150)])
     second = write_jsonl('b.jsonl', [prose(1000 + i) for i in range(150)])
-    folder = prepare.build(f'{first},{second}', name='both', weights='2.5,0.5', val_fraction=0.1)
+    folder = build(f'{first},{second}', name='both', weights='2.5,0.5', val_fraction=0.1)
     train, val = documents_of(folder, 'train'), documents_of(folder, 'val')
     times = {i: train.count(prose(i)) for i in [*range(150), *range(1000, 1150)]}
     assert {times[i] for i in range(150)} == {0, 2, 3}
@@ -146,7 +149,7 @@ def like(texts: list[str], others: list[str], low: float) -> int:
 def test_share_of_validation_with_many_copies(settings):
     """A share of what stays, whatever the number of copies, and nothing like it in training."""
     texts = [near(prose(i), j) for j in range(5) for i in range(120)]
-    folder = prepare.build(write_jsonl('a.jsonl', texts), **settings)
+    folder = build(write_jsonl('a.jsonl', texts), **settings)
     train, val, share = shares(folder)
     wanted = settings.get('val_fraction', 0.1) * 120
     assert abs(len(val) - wanted) <= 1 and len({*val}) == len(val) and like(val, train, 0.5) == 0
@@ -159,21 +162,21 @@ def test_leakage_is_measured():
     """Similar documents below the threshold stay on both sides, and are counted."""
     half = lambda i: ' '.join(prose(i % 120).split()[:150] + prose(1000 + i).split()[:50])
     texts = [half(i) for i in range(240)]       # in pairs with a similarity of 0.6
-    folder = prepare.build(write_jsonl('a.jsonl', texts))
+    folder = build(write_jsonl('a.jsonl', texts))
     train, val, _ = shares(folder)
     meta = json.loads((folder / 'meta.json').read_text())
     assert len(train) + len(val) == 240 and meta['leakage']['0.7'] == 0 == like(val, train, 0.7)
     assert 0.5 * like(val, train, 0.5) < meta['leakage']['0.5'] <= like(val, train, 0.5)
-    folder = prepare.build('a.jsonl', name='off', near_duplicates=0.0)
+    folder = build('a.jsonl', name='off', near_duplicates=0.0)
     assert json.loads((folder / 'meta.json').read_text())['leakage'] == {}
 
 
 def test_equal_copies_are_one_document():
     """With near_duplicates=0, too; few documents in many copies are few."""
     texts = [prose(i % 150) for i in range(450)]
-    train, val, share = shares(prepare.build(write_jsonl('a.jsonl', texts), near_duplicates=0.0))
+    train, val, share = shares(build(write_jsonl('a.jsonl', texts), near_duplicates=0.0))
     assert len(train) == 135 and len(val) == 15
-    train, val, share = shares(prepare.build(write_jsonl('b.jsonl', texts[:20] * 10)))
+    train, val, share = shares(build(write_jsonl('b.jsonl', texts[:20] * 10)))
     assert abs(share - 0.1) < 0.001 and len(train) + len(val) <= 21
 
 
@@ -182,8 +185,8 @@ def test_copies_of_given_validation_go_from_training():
     val = [prose(i) for i in range(10)] + ['a = 3 + 4']
     train = [near(text, j) for text in val[:10] for j in range(5)] + [
         *(prose(i) for i in range(20, 40)), 'a = 3 - 4', 'a = 3 + 4']
-    folder = prepare.build(write_jsonl('train.jsonl', train),
-                           validation=write_jsonl('val.jsonl', val))
+    folder = build(write_jsonl('train.jsonl', train),
+                   validation=write_jsonl('val.jsonl', val))
     assert documents_of(folder, 'train') == train[50:-1] and documents_of(folder, 'val') == val
 
 
@@ -215,7 +218,7 @@ def test_share_of_validation_whatever_the_sizes(kind, fraction):
 
 def test_a_giant_document_and_small_ones():
     texts = [prose(0, 20_000), *(prose(i, 60) for i in range(1, 150))]
-    train, val, share = shares(prepare.build(write_jsonl('a.jsonl', texts)))
+    train, val, share = shares(build(write_jsonl('a.jsonl', texts)))
     assert abs(share - 0.1) < 0.005 and 130 <= len(train) <= 140
     giants = [max(some, key=len) for some in (train, val)]
     assert ''.join(giants) == texts[0] and {*train, *val} - {*giants} == {*texts[1:]}
@@ -223,16 +226,16 @@ def test_a_giant_document_and_small_ones():
 
 def test_a_long_document_is_one(monkeypatch):
     """Though it comes in more parts than would be many documents."""
-    monkeypatch.setattr(prepare.documents, 'LONGEST', 1000)
+    monkeypatch.setattr('core.read.documents.LONGEST', 1000)
     Path('long.txt').write_text(text := prose(0, 20_000))
-    train, val, share = shares(prepare.build('long.txt'))
+    train, val, share = shares(build('long.txt'))
     assert abs(share - 0.1) < 1e-4 and ''.join(train + val) == text
 
 
 def test_all_alike_can_be_split():
     """Small records whose words are the same are no duplicates; validation is not empty."""
     texts = [f'{a} x = {b} y {c} z' for a in '+-*/%' for b in '<>!&|' for c in '+-*/%^']
-    folder = prepare.build(write_jsonl('a.jsonl', texts))
+    folder = build(write_jsonl('a.jsonl', texts))
     train, val, share = shares(folder)
     assert sorted(filter(None, train + val)) == sorted(texts) and 0 < len(val) < 20
     leak = json.loads((folder / 'meta.json').read_text())['leakage']
@@ -253,7 +256,7 @@ CODE = [f'def f(a, b):\n    if a {less} b:\n        return a {sign} b\n{space}re
     ['SELECT a FROM t WHERE b = 1', 'SELECT a FROM t WHERE b <> 1'], ['Yes.', 'Yes?', 'yes']])
 def test_short_texts_that_differ_in_symbols_or_case_stay(texts):
     for flags in ({}, {'near_duplicates': 0.0, 'name': 'equal'}):
-        folder = prepare.build(write_jsonl('a.jsonl', texts * 2), **flags)
+        folder = build(write_jsonl('a.jsonl', texts * 2), **flags)
         assert sorted(documents_of(folder)) == sorted(texts) or len(texts) < 100 and sorted(
             ''.join(documents_of(folder))) == sorted(''.join(texts))
 
@@ -265,7 +268,7 @@ def test_near_copies_of_code(change, goes):
     """Long texts that are rich in symbols are compared with all their symbols."""
     code = ''.join(f'def f{i}(a, value):\n    x = a + value + {i} + a + value + x + a\n'
                    f'    return x + a[{i}]\n\n' for i in range(40))
-    folder = prepare.build(write_jsonl('a.jsonl', [code, change(code)]), val_fraction=0.0)
+    folder = build(write_jsonl('a.jsonl', [code, change(code)]), val_fraction=0.0)
     assert len(documents_of(folder)) == 2 - goes
 
 
@@ -281,7 +284,7 @@ def test_loss_of_more_than_half_is_loud(settings, texts, words, capsys, monkeypa
     other = write_jsonl('b.jsonl', [prose(i, 400) for i in range(100, 150)])
     for measure in ('stop_words', 'sentences'):
         monkeypatch.setitem(clean.LIMITS, measure, (None, None))
-    prepare.build(f'{write_jsonl("a.jsonl", texts)},{other}', name='it', **settings)
+    build(f'{write_jsonl("a.jsonl", texts)},{other}', name='it', **settings)
     lines = [line for line in capsys.readouterr().err.splitlines() if 'characters went' in line]
     assert bool(lines) == bool(words)
     assert not words or re.search(f'a.jsonl: ([6-9].|100)%.*{words}', lines[0])
@@ -291,7 +294,7 @@ def test_loss_of_more_than_half_is_loud(settings, texts, words, capsys, monkeypa
 def test_bad_weights(weights, capsys):
     first, second = write_jsonl('a.jsonl', ['a']), write_jsonl('b.jsonl', ['b'])
     with pytest.raises(SystemExit) as e:
-        prepare.build(f'{first},{second}', weights=weights)
+        build(f'{first},{second}', weights=weights)
     assert e.value.code == 2 and f'weights={weights}: must be 2 positive' in e.value.message
 
 
@@ -303,28 +306,28 @@ def test_rules_are_counted_or_applied(capsys, monkeypatch):
     good = 'The cat sat on the mat and looked at all that we have to be. ' + prose(1, 80)
     short, symbols = 'nothing but these short words', prose(2, 80) + '# ' * 40
     path = write_jsonl('a.jsonl', [good, short, symbols])
-    folder = prepare.build(path, val_fraction=0.0)
+    folder = build(path, val_fraction=0.0)
     assert documents_of(folder, 'train') == [good, short, symbols]
     assert json.loads((folder / 'meta.json').read_text())['rules'] == {}    # that cost nothing
-    folder = prepare.build(path, val_fraction=0.0, count_quality=True)
+    folder = build(path, val_fraction=0.0, count_quality=True)
     assert documents_of(folder, 'train') == [good, short, symbols]
     meta = json.loads((folder / 'meta.json').read_text())
     assert meta['rules']['gopher: words'] == [1, 0] and meta['rules']['gopher: symbols'] == [1, 0]
     assert 'outside of' not in capsys.readouterr().out      # what nobody asked for is no news
-    folder = prepare.build(path, val_fraction=0.0, quality='gopher')
+    folder = build(path, val_fraction=0.0, quality='gopher')
     assert documents_of(folder, 'train') == [good]
     meta = json.loads((folder / 'meta.json').read_text())
     assert meta['rules']['gopher: words'] == [1, 1]
     assert meta['examples']['gopher: words'][0] == ['a.jsonl:2: 5', short]
     monkeypatch.setitem(clean.LIMITS, 'words', (5, None))
     monkeypatch.setitem(clean.LIMITS, 'stop_words', (0, None))
-    folder = prepare.build(path, 'other', val_fraction=0.0, quality='gopher')
+    folder = build(path, 'other', val_fraction=0.0, quality='gopher')
     assert documents_of(folder, 'train') == [good, short]
 
 
 def test_c4_drops_lines():
     text = 'Home | About | Contact\n' + 'This is a good line of text. ' * 3 + '\nno end to this one'
-    folder = prepare.build(write_jsonl('a.jsonl', [text]), val_fraction=0.0, quality='c4')
+    folder = build(write_jsonl('a.jsonl', [text]), val_fraction=0.0, quality='c4')
     assert documents_of(folder, 'train') == ['This is a good line of text. ' * 3 + '\n']
     meta = json.loads((folder / 'meta.json').read_text())
     assert meta['rules']['c4: lines'] == [1, 0]
@@ -334,8 +337,8 @@ def test_c4_drops_lines():
 def test_masks():
     text = 'Write to jane.doe@example.org from 192.168.0.17 or call 555-123-4567 now.\n'
     path = write_jsonl('a.jsonl', [text])
-    assert documents_of(prepare.build(path, val_fraction=0.0), 'train') == [text]
-    folder = prepare.build(path, val_fraction=0.0, mask_pii=True)
+    assert documents_of(build(path, val_fraction=0.0), 'train') == [text]
+    folder = build(path, val_fraction=0.0, mask_pii=True)
     assert documents_of(folder, 'train') == [
         'Write to [e-mail address] from [IP address] or call [phone number] now.\n']
     assert 'jane' not in (folder / 'meta.json').read_text()
@@ -344,11 +347,11 @@ def test_masks():
 
 def test_one_document_in_parts(monkeypatch):
     """It is cleaned part by part and joined again, with no end of text between."""
-    monkeypatch.setattr(prepare.documents, 'LONGEST', 5000)
-    monkeypatch.setattr(prepare, 'BATCH', 12_000)
+    monkeypatch.setattr('core.read.documents.LONGEST', 5000)
+    monkeypatch.setattr('core.data.build.BATCH', 12_000)
     text = ''.join(prose(i, 1000) for i in range(10))
     Path('long.txt').write_text(text)
-    folder = prepare.build('long.txt')
+    folder = build('long.txt')
     assert ''.join(documents_of(folder)) == text
     assert text_hash(documents_of(folder, 'train')[0]) == text_hash(text[:int(len(text) * 0.9)])
 
@@ -371,19 +374,19 @@ def make_corpus(megabytes: float) -> None:
 
 def test_any_number_of_workers(monkeypatch):
     make_corpus(2)
-    monkeypatch.setattr(prepare, 'BATCH', 300_000)
-    folders = [prepare.build('corpus', f'data{n}', 'it', 'bpe', 600, workers=n,
-                             shard_tokens=300_000) for n in (1, 2, 3)]
+    monkeypatch.setattr('core.data.build.BATCH', 300_000)
+    folders = [build('corpus', f'data{n}', 'it', 'bpe', 600, workers=n,
+                     shard_tokens=300_000) for n in (1, 2, 3)]
     assert contents(folders[0]) == contents(folders[1]) == contents(folders[2])
     assert len(open_shard(folders[0] / 'train-00001.bin')) == 300_000
 
 
 def test_a_worker_that_is_killed(monkeypatch):
     make_corpus(1)
-    monkeypatch.setattr(prepare, 'BATCH', 100_000)
-    monkeypatch.setattr(prepare.clean, 'minhash', lambda _: prepare.os.kill(prepare.os.getpid(), 9))
+    monkeypatch.setattr('core.data.build.BATCH', 100_000)
+    monkeypatch.setattr(clean, 'minhash', lambda _: os.kill(os.getpid(), 9))
     with pytest.raises(SystemExit) as e:
-        prepare.build('corpus', workers=2)
+        build('corpus', workers=2)
     assert 'was killed' in e.value.message and not list(Path('data').glob('[!.]*'))
 
 
@@ -414,7 +417,7 @@ def test_killed_at_random_moments(kills):
         for path in Path('data/.it.work').glob('*.json'):
             json.loads(path.read_text())
         if Path('data/it').exists() and killed < kills:
-            prepare.shutil.rmtree('data/it')
+            shutil.rmtree('data/it')
     assert contents('data/it') == whole and went_on > 0
     assert not Path('data/.it.work').exists()
 
@@ -422,9 +425,9 @@ def test_killed_at_random_moments(kills):
 def test_shards_are_gone_on_with(monkeypatch):
     """After a kill while encoding, whole shards are not written again."""
     make_corpus(2)
-    monkeypatch.setattr(prepare, 'BATCH', 200_000)
+    monkeypatch.setattr('core.data.build.BATCH', 200_000)
     given = dict(name='it', tokenizer='byte', shard_tokens=100_000)
-    whole = contents(prepare.build('corpus', 'whole', **given))
+    whole = contents(build('corpus', 'whole', **given))
     calls, flush = [], corpus.ShardWriter.flush
 
     def interrupted(self):
@@ -435,10 +438,10 @@ def test_shards_are_gone_on_with(monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(corpus.ShardWriter, 'flush', interrupted)
-        prepare.build('corpus', **given)
+        build('corpus', **given)
     written = {path: path.stat().st_mtime_ns for path in Path('data/.it.work/ready').glob('*.bin')}
     assert len(written) >= 7
-    folder = prepare.build('corpus', **given)
+    folder = build('corpus', **given)
     assert contents(folder) == whole
     assert all((folder / path.name).stat().st_mtime_ns == t for path, t in written.items())
 
@@ -447,12 +450,12 @@ def test_shards_are_gone_on_with(monkeypatch):
 # The named novels
 
 
-@pytest.mark.skipif(not prepare.os.environ.get('DATA_MIRROR'), reason='needs DATA_MIRROR')
+@pytest.mark.skipif(not os.environ.get('DATA_MIRROR'), reason='needs DATA_MIRROR')
 def test_austen(monkeypatch):
     """Nothing of the licence remains, odd encodings are right, all chapters are there."""
-    mirror = Path(prepare.__file__).parent / prepare.os.environ['DATA_MIRROR']
+    mirror = Path(prepare.__file__).parent / os.environ['DATA_MIRROR']
     monkeypatch.setenv('DATA_MIRROR', str(mirror))
-    novels = documents_of(prepare.build('austen'), 'train')
+    novels = documents_of(build('austen'), 'train')
     novels[-1:] = [novels[-1] + documents_of('data/austen', 'val')[0],
                    *documents_of('data/austen', 'val')[1:]]
     assert len(novels) == 7

@@ -22,8 +22,8 @@ from core.data.dataset import (
     document_starts,
     load_split,
     open_shard,
-    share,
 )
+from core.ranks.processes import share
 
 
 def write(folder, ids, split='train', vocab_size=256, shard_tokens=1000, pieces=1) -> ShardWriter:

@@ -5,7 +5,6 @@ import pytest
 import torch
 from test_bench import peer, refused
 
-import train
 from core import device as hardware
 from core.settings import Stop
 from dev import bench_tokenizer, peers, race
@@ -42,24 +41,24 @@ def test_race(run_bench, capsys, monkeypatch, tmp_path, text_file):
     monkeypatch.setattr(peers, 'NANO_RECIPES', {'cpu': peers.NanoRecipe(
         1, 1, 8, 16, 4, max_iters=6, warmup_iters=2, learning_rate=1e-9)})
     monkeypatch.chdir(tmp_path)
-    for name, value in dict(dataset=str(text_file), tokenizer='char', max_steps=40,
-                            learning_rate=1e-2, warmup_steps=0, vocab_size=0).items():
-        monkeypatch.setattr(train, name, value)
+    run_bench.preset |= dict(dataset=str(text_file), tokenizer='char', max_steps=40,
+                             learning_rate=1e-2, warmup_steps=0, vocab_size=0)
     found = run_bench(race, vs=peer(tmp_path / 'peer', 1), seeds=2, eval_every=5,
                       peer_learning_rates='1e-8', tuned_steps=30)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     for kind in ('stock', 'tuned'):
         ours, theirs = found[kind]['ours'], found[kind]['nanogpt']
         assert found[kind]['reached'] == 2 and ours['loss'] <= theirs['loss']
-        assert theirs['tokens'] == 6 * 4 * 16 and ours['tokens'] % (5 * ours_tokens()) == 0
+        step = ours_tokens(run_bench.preset)
+        assert theirs['tokens'] == 6 * 4 * 16 and ours['tokens'] % (5 * step) == 0
         assert 0 < ours['first_step_seconds'] < ours['seconds']
     assert 'needs a peer' in refused(capsys, run_bench, script=race, vs='')
     assert 'peer_learning_rates=2e-3,fast: must be numbers' in refused(
         capsys, run_bench, script=race, vs=str(tmp_path / 'peer'), peer_learning_rates='2e-3,fast')
 
 
-def ours_tokens() -> int:
-    return train.batch_size * train.block_size
+def ours_tokens(preset: dict) -> int:
+    return preset['batch_size'] * preset['block_size']
 
 
 def test_clock_stops_at_the_target():

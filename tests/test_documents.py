@@ -8,6 +8,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -38,13 +39,20 @@ def put(folder, name: str, data: bytes | str) -> Path:
     return path
 
 
-def docs(path, encoding='', errors='strict', column='text') -> list:
-    return [document for record in read(path, encoding, errors, column)
+class Document(NamedTuple):
+    where: str
+    data: str
+    continued: bool
+
+
+def docs(path, encoding='', errors='strict', column='text') -> list[Document]:
+    return [Document(document.where, document.data, document.continued)
+            for record in read(path, encoding, errors, column)
             for document in parse(record, column, errors)]
 
 
 def text_of(path, *options) -> str:
-    return ''.join(document.text for document in docs(path, *options))
+    return ''.join(document.data for document in docs(path, *options))
 
 
 def refused(path, *options) -> str:
@@ -178,7 +186,7 @@ def test_unicode_with_its_mark(tmp_path, mark, encoding):
     rows = 'text,id\n' + ''.join(f'"{line}",1\n' for line in text.split('\n'))
     for name, data in (('a.csv', mark + rows.encode(encoding)),
                        ('a.csv.gz', gzip.compress(mark + rows.encode(encoding)))):
-        assert [row.text for row in docs(put(tmp_path, name, data))] == text.split('\n')
+        assert [row.data for row in docs(put(tmp_path, name, data))] == text.split('\n')
 
 
 @pytest.mark.parametrize('language,stated,used', [
@@ -299,19 +307,19 @@ def test_a_line_of_30_mb(tmp_path, unit):
     text = unit * (30_000_000 // len(unit.encode()))
     path = put(tmp_path, 'a.txt', f'{text}\n{SEPARATOR}\nshort')
     *parts, last = docs(path)
-    assert ''.join(part.text for part in parts) == f'{text}\n' and len(parts) > 1
+    assert ''.join(part.data for part in parts) == f'{text}\n' and len(parts) > 1
     assert [part.continued for part in parts] == [False] + [True] * (len(parts) - 1)
     assert {part.where for part in parts} == {str(path)}
     assert last == (str(path), 'short', False)
     if unit[-1] in ' \n':   # is cut between words
-        assert {part.text[0] for part in parts[1:]} <= {' ', '\n'}
+        assert {part.data[0] for part in parts[1:]} <= {' ', '\n'}
 
 
 def test_no_part_is_longer_than_stated(tmp_path):
     text = 'x' * (LONGEST + 1000) + '\n'
     path = put(tmp_path, 'a.txt', f'{text}{SEPARATOR}\nshort')
     assert text_of(path) == f'{text}short'
-    assert max(len(part.text) for part in docs(path)) <= LONGEST
+    assert max(len(part.data) for part in docs(path)) <= LONGEST
 
 
 @pytest.mark.parametrize('pad', range(4))
@@ -322,7 +330,7 @@ def test_characters_across_blocks(tmp_path, pad):
 
 def separated(path) -> list[str]:
     assert not any(document.continued for document in docs(path))
-    return [document.text for document in docs(path) if document.text]
+    return [document.data for document in docs(path) if document.data]
 
 
 @pytest.mark.parametrize('text,expected', [
@@ -413,7 +421,7 @@ def test_documents_before_bad_input_are_given(tmp_path, name, data):
     path = put(tmp_path, name, data)
     records = (document for record in read(path, '', 'strict', 'text')
                for document in parse(record, 'text'))
-    assert next(records).text == 'a'
+    assert next(records).data == 'a'
     with pytest.raises(Bad):
         next(records)
 
@@ -422,7 +430,7 @@ def test_long_lines_of_json(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, 'LONGEST_LINE', BLOCK)
     line = lambda size: json.dumps({'text': 'x' * (size - 13)}) + '\n'
     path = put(tmp_path, 'a.jsonl', line(100) + line(BLOCK) + line(100))
-    assert [len(document.text) for document in docs(path)] == [87, BLOCK - 13, 87]
+    assert [len(document.data) for document in docs(path)] == [87, BLOCK - 13, 87]
     path = put(tmp_path, 'a.jsonl', line(100) + line(BLOCK + 1) + line(100))
     assert refused(path).startswith(f'{path}:2: a line of more than 1 MiB; cut the text')
 
@@ -444,7 +452,7 @@ def test_truncated_gzip(tmp_path, name):
     data = PACKED[name]
     for size in [*range(1, 40), *range(40, len(data) - 40, 41), *range(len(data) - 40, len(data))]:
         assert 'damaged or truncated gzip' in refused(put(tmp_path, name, data[:size])), size
-    assert [row.text.strip() for row in docs(put(tmp_path, name, data))] == ROWS
+    assert [row.data.strip() for row in docs(put(tmp_path, name, data))] == ROWS
 
 
 @pytest.mark.parametrize('name', PACKED)
@@ -456,7 +464,7 @@ def test_damaged_gzip(tmp_path, name):
         data[rng.randrange(len(data))] ^= rng.randrange(1, 256)
         path = put(tmp_path, name, bytes(data))
         try:
-            assert [row.text.strip() for row in docs(path)] == ROWS
+            assert [row.data.strip() for row in docs(path)] == ROWS
         except Bad:
             n_bad += 1
     assert n_bad > 100
@@ -478,7 +486,7 @@ def test_damaged_end_of_parquet(tmp_path, value):
     for at in range(len(data) - int.from_bytes(data[-8:-4], 'little') - 8, len(data)):
         path = put(tmp_path, 'a.parquet', data[:at] + bytes([value]) + data[at + 1:])
         try:
-            assert all(isinstance(row.text, str) for row in docs(path))
+            assert all(isinstance(row.data, str) for row in docs(path))
         except Bad as e:
             assert str(e).startswith(str(path)) and len(str(e).splitlines()) == 1
 
@@ -491,7 +499,7 @@ def test_damaged_parquet(tmp_path):
             data[rng.randrange(len(data))] = rng.randrange(256)
         path = put(tmp_path, 'a.parquet', bytes(data))
         try:
-            assert all(isinstance(row.text, str) for row in docs(path))
+            assert all(isinstance(row.data, str) for row in docs(path))
         except Bad as e:
             assert str(e).startswith(str(path)) and len(str(e).splitlines()) == 1
             n_bad += 1

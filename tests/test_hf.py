@@ -151,7 +151,7 @@ def test_ours_exported(tokenizer, tmp_path, name, sharded):
     assert difference(ours, theirs) <= 1e-4
     texts = fuzz(300, seed=3)
     ids = [again(text, split_special_tokens=True).input_ids for text in texts]
-    assert ids == tokenizer.encode_batch(nfc(texts)) and again.eos_token_id == tokenizer.eos
+    assert ids == [*map(tokenizer.encode, nfc(texts))] and again.eos_token_id == tokenizer.eos
     assert [again.decode(i) for i in ids] == nfc(texts)
     same_greedy_text(ours, theirs, tokenizer.encode('import sys\n'))
 
@@ -283,7 +283,7 @@ def test_their_tokenizers(tokenizer, tmp_path, name):
     ours = read_tokenizer(tmp_path / 'tokenizer.json')
     texts = fuzz(3000, seed=4)
     ids = [theirs(text, split_special_tokens=True).input_ids for text in texts]
-    assert [(t, a, b) for t, a, b in zip(texts, ours.encode_batch(texts), ids) if a != b][:3] == []
+    assert [(text, i) for text, i in zip(texts, ids) if ours.encode(text) != i][:3] == []
     assert ours.eos == theirs.eos_token_id and ours.bos == theirs.bos_token_id
     assert not ours.add_bos
 
@@ -303,7 +303,7 @@ def test_special_tokens_in_front_and_single_digits(tokenizer, tmp_path):
     ours = read_tokenizer(tmp_path / 'tokenizer.json')
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / 'tokenizer.json'))
     texts = fuzz(5000, seed=8) + ['a  1 b', '  12', 'x\n\n3', ' \t4 ', "5's 6'll", 'é７ ٣٣ ½']
-    assert ours.encode_batch(nfc(texts)) == [theirs(text, split_special_tokens=True).input_ids
+    assert [*map(ours.encode, nfc(texts))] == [theirs(text, split_special_tokens=True).input_ids
                                              for text in texts]
     assert ours.eos == 0 and ours.decode(ours.encode(texts[0])) == texts[0]
     hf.save(our_model('llama'), ours, tmp_path / 'again')
@@ -362,8 +362,8 @@ def test_bos_in_front(tokenizer, tmp_path):
     """As Llama 3: a template that puts a token before every text; it survives a round trip."""
     ours = BPETokenizer(tokenizer.pattern,
                         [printable(t) for t in tokenizer.ordinary],
-                        {'<|begin|>': 700, '<|end_of_text|>': 701}, '<|begin|>',
-                        '<|end_of_text|>', add_bos=True)
+                        {'<|begin|>': 700, '<|end_of_text|>': 701}, bos='<|begin|>',
+                        eos='<|end_of_text|>', add_bos=True)
     ours.corpus_normalize = ''
     assert ours.prompt('x') == [700, *ours.encode('x')] and ours.prompt('') == [700]
     hf.save(our_model('llama'), ours, tmp_path / 'bos')
@@ -377,7 +377,6 @@ def test_bos_in_front(tokenizer, tmp_path):
     found = theirs.apply_chat_template(chat)
     ids = chats.encode_chat(chat)
     assert getattr(found, 'input_ids', found) == ids and ids.count(700) == 1 and ids[0] == 700
-    assert chats.decode_chat(ids) == chat
     assert read_tokenizer(tmp_path / 'bos' / 'tokenizer.json').to_json() == ours.to_json()
 
 

@@ -9,11 +9,13 @@ import pytest
 from conftest import stopped_at_last as stopped
 
 import prepare
-from core.data import recipes
+from core.data import named, recipes
+from core.data.build import build
 from core.data.dataset import Tokens
 from core.data.recipes import Recipe
 from core.read.download import NoNetwork
 from core.settings import Stop
+from core.text import tokenizer as tokenizers
 from core.text.hf_tokenizer import tokenizer_json
 from core.text.tokenizer import load
 
@@ -59,7 +61,7 @@ def snapshot(folder) -> dict:
 def refused(capsys, *args, **settings) -> str:
     """The message with which build stops; whatever was there before is as it was."""
     before = snapshot('.')
-    message = stopped(capsys, lambda: prepare.build(*args, **settings))
+    message = stopped(capsys, lambda: build(*args, **settings))
     assert snapshot('.') == before
     return message
 
@@ -91,7 +93,7 @@ def refusing(path: str):
 @pytest.fixture
 def small_recipe(monkeypatch):
     """A named dataset that needs no network."""
-    monkeypatch.setitem(prepare.RECIPES, 'small', recipe_of('small.txt', TEXT))
+    monkeypatch.setitem(named.RECIPES, 'small', recipe_of('small.txt', TEXT))
 
 
 def recipe_of(path: str, text: str) -> Recipe:
@@ -109,7 +111,7 @@ def test_bpe():
              'books/c.txt': 'zyzzyva ' * 84}
     for path, text in texts.items():
         write(path, text)
-    folder = prepare.build('books', tokenizer='bpe', vocab_size=300)
+    folder = build('books', tokenizer='bpe', vocab_size=300)
     tok = load(folder / 'tokenizer.json')
     assert folder == Path('data/books_bpe300') and tok.kind == 'bpe'
     assert not any(b'zyz' in token for token in tok.tokens)
@@ -122,14 +124,14 @@ def test_bpe():
     assert val.read(0, len(val)).tolist() == tok.encode(texts['books/c.txt'][cut:])
     assert meta_of(folder)['tokenizer'] == 'bpe300'
     before = snapshot(folder)
-    assert prepare.build('books', tokenizer='bpe', vocab_size=300) == folder
+    assert build('books', tokenizer='bpe', vocab_size=300) == folder
     assert snapshot(folder) == before
-    assert prepare.build('books', tokenizer='bpe', vocab_size=280) == Path('data/books_bpe280')
-    assert prepare.find('books', tokenizer='bpe', vocab_size=280) == Path('data/books_bpe280')
+    assert build('books', tokenizer='bpe', vocab_size=280) == Path('data/books_bpe280')
+    assert named.find('books', tokenizer='bpe', vocab_size=280) == Path('data/books_bpe280')
 
 
 def test_bpe_of_too_little_text(capsys):
-    folder = prepare.build(write('novel.txt', TEXT), tokenizer='bpe')
+    folder = build(write('novel.txt', TEXT), tokenizer='bpe')
     assert folder.name == 'novel_bpe4096' and len(load(folder / 'tokenizer.json')) < 600
     assert 'no pair of them occurs twice' in capsys.readouterr().err
 
@@ -139,10 +141,10 @@ def test_tokenizer_of_a_model(monkeypatch):
     path, text = write('novel.txt', TEXT), 'the quick brown fox ' * 50
     for pattern in ('llama3', 'gpt2'):
         Path('m').mkdir(exist_ok=True)
-        tok = prepare.tokenizers.BPETokenizer.train([text], 270, pattern)
+        tok = tokenizers.BPETokenizer.train([text], 270, pattern)
         write('m/tokenizer.json', json.dumps(tokenizer_json(tok)))
         write('m/config.json', '{"eos_token_id": 265}')
-        folder = prepare.build(path, tokenizer='./m')
+        folder = build(path, tokenizer='./m')
         assert folder == Path('data/novel_of-m')
         assert load(folder / 'tokenizer.json').hash() == tok.hash()
         assert decoded(folder) == (TEXT[:len(TEXT) * 9 // 10], TEXT[len(TEXT) * 9 // 10:])
@@ -152,49 +154,49 @@ def test_tokenizer_of_a_model(monkeypatch):
 def test_named_sets_with_their_tokenizers(monkeypatch):
     """Austen with its BPE, one novel a document, and Shakespeare with GPT-2's tokenizer."""
     monkeypatch.setenv('DATA_MIRROR', MIRROR)
-    folder = prepare.build('austen')
+    folder = build('austen')
     train, val = decoded(folder)
     documents = (train + val).split('<|endoftext|>')
     assert len(documents) == 7 and 'utenberg' not in train + val and '_arrangé_' in train
     assert [d.split()[0] for d in documents] == ['EMMA', 'LADY', 'MANSFIELD', 'NORTHANGER',
                                                  'Persuasion', 'PRIDE', 'SENSE']
     assert len(load(folder / 'tokenizer.json')) == 4096
-    folder = prepare.build('shakespeare', tokenizer='gpt2')
+    folder = build('shakespeare', tokenizer='gpt2')
     assert folder == Path('data/shakespeare_gpt2') and meta_of(folder)['vocab_size'] == 50261
     assert meta_of(folder)['train_tokens'] + meta_of(folder)['val_tokens'] == 338_025
 
 
 def test_a_model_with_the_name_of_a_kind(small_recipe):
     """It neither replaces nor becomes the dataset of that kind."""
-    tok = prepare.tokenizers.BPETokenizer.train([TEXT * 9], 270)
+    tok = tokenizers.BPETokenizer.train([TEXT * 9], 270)
     write('char/tokenizer.json', json.dumps(tokenizer_json(tok)))
     write('char/config.json', '{}')
-    before = snapshot(prepare.build('small'))
-    assert prepare.build('small', tokenizer='./char') == Path('data/small_of-char')
-    assert snapshot(prepare.build('small')) == before
-    assert prepare.find('small', tokenizer='./char') == Path('data/small_of-char')
-    assert prepare.find('small') == Path('data/small')
-    assert prepare.count_tokens('small', 'out/bpe_run', 0) == 0
-    assert prepare.count_tokens('austen', 'char', 0) == 0   # 4,096 are its BPE's
+    before = snapshot(build('small'))
+    assert build('small', tokenizer='./char') == Path('data/small_of-char')
+    assert snapshot(build('small')) == before
+    assert named.find('small', tokenizer='./char') == Path('data/small_of-char')
+    assert named.find('small') == Path('data/small')
+    assert named.count_tokens('small', 'out/bpe_run', 0) == 0
+    assert named.count_tokens('austen', 'char', 0) == 0   # 4,096 are its BPE's
 
 
 def test_a_dataset_with_another_tokenizer(capsys):
-    prepare.build(write('novel.txt', TEXT))
-    message = stopped(capsys, lambda: prepare.build('novel_char', tokenizer='bpe'))
+    build(write('novel.txt', TEXT))
+    message = stopped(capsys, lambda: build('novel_char', tokenizer='bpe'))
     assert message.startswith('data/novel_char was made with tokenizer char, not with bpe4096')
-    assert prepare.build('novel_char', tokenizer='char') == Path('data/novel_char')
+    assert build('novel_char', tokenizer='char') == Path('data/novel_char')
 
 
 def test_count_tokens(monkeypatch):
     """What plan.py knows of a tokenizer before there is one."""
-    count = prepare.count_tokens
+    count = named.count_tokens
     assert count('x.txt', 'bpe', 500) == 500 and count('austen', '', 0) == 4096
     assert count('shakespeare', '', 0) == 70 and count('shakespeare', 'byte', 0) == 261
     assert count('openwebtext', '', 0) == count('x.txt', 'gpt2', 0) == 50_261
     assert count('x.txt', '', 0) == count('x.txt', 'org/name', 0) == 0
     if MIRROR:
         monkeypatch.setenv('DATA_MIRROR', MIRROR)
-        folder = prepare.build('shakespeare')
+        folder = build('shakespeare')
         assert len(load(folder / 'tokenizer.json')) == count('shakespeare', '', 0)
 
 
@@ -213,7 +215,7 @@ def test_tokenizers_that_cannot_be(settings, monkeypatch, capsys):
 @pytest.mark.parametrize('kind', ['char', 'byte'])
 def test_file(kind, capsys):
     path = write('novel.txt', TEXT)
-    folder = prepare.build(path, tokenizer=kind)
+    folder = build(path, tokenizer=kind)
     assert folder == Path('data') / f'novel_{kind}'
     assert sorted(p.name for p in folder.iterdir()) == [
         'meta.json', 'report.html', 'tokenizer.json', 'train-00000.bin', 'val-00000.bin']
@@ -226,7 +228,7 @@ def test_file(kind, capsys):
 
 
 def test_meta():
-    folder = prepare.build(write('novel.txt', TEXT), tokenizer='byte', val_fraction=0.2)
+    folder = build(write('novel.txt', TEXT), tokenizer='byte', val_fraction=0.2)
     meta, n = meta_of(folder), len(TEXT)
     one = hashlib.sha256(TEXT.encode()).hexdigest()
     for key, value in dict(
@@ -249,7 +251,7 @@ def test_folder():
              'books/cover.jpg': b'\xff\xd8\0', 'books/e.rst': 'fourth' * 5}
     for path, text in texts.items():
         write(path, text)
-    folder = prepare.build('books')
+    folder = build('books')
     assert folder == Path('data/books_char')
     train, val = decoded(folder)
     documents = (train + val).split('<|endoftext|>')
@@ -268,33 +270,33 @@ def test_folder():
 def test_separators_lie_in_the_split_they_end():
     for letter in 'xyz':
         write(f'books/{letter}.txt', letter * 10)
-    folder = prepare.build('books', val_fraction=0.5)
+    folder = build('books', val_fraction=0.5)
     assert decoded(folder) == ('x' * 10 + '<|endoftext|>' + 'y' * 5,
                                'y' * 5 + '<|endoftext|>' + 'z' * 10)
-    folder = prepare.build(write('a.txt', 'a<|endoftext|>b\n' * 9))  # in a text, it stays text
+    folder = build(write('a.txt', 'a<|endoftext|>b\n' * 9))  # in a text, it stays text
     assert meta_of(folder)['max_id'] < meta_of(folder)['vocab_size'] - 5
 
 
 def test_no_validation():
-    folder = prepare.build(write('novel.txt', TEXT), val_fraction=0.0)
+    folder = build(write('novel.txt', TEXT), val_fraction=0.0)
     assert decoded(folder) == (TEXT, '') and meta_of(folder)['val_tokens'] == 0
 
 
 def test_several_shards_and_blocks(monkeypatch):
-    monkeypatch.setattr(prepare.tokenizers.blocks, '__defaults__', (7,))
-    folder = prepare.build(write('novel.txt', TEXT), tokenizer='byte', shard_tokens=50)
+    monkeypatch.setattr(tokenizers.blocks, '__defaults__', (7,))
+    folder = build(write('novel.txt', TEXT), tokenizer='byte', shard_tokens=50)
     assert ''.join(decoded(folder)) == TEXT
     assert len(list(folder.glob('train-*.bin'))) == -(-meta_of(folder)['train_tokens'] // 50)
 
 
 def test_marks_and_line_ends():
-    folder = prepare.build(write('dos.txt', b'\xef\xbb\xbfone\r\ntwo\r\n\r\n'))
+    folder = build(write('dos.txt', b'\xef\xbb\xbfone\r\ntwo\r\n\r\n'))
     assert ''.join(decoded(folder)) == 'one\ntwo\n\n'
 
 
 def test_replaced_bytes_are_counted(capsys):
     path = write('latin.txt', b'caf\xe9 and na\xefve; \xef\xbf\xbd was there before\n')
-    folder = prepare.build(path, errors='replace', encoding='utf-8')
+    folder = build(path, errors='replace', encoding='utf-8')
     assert ''.join(decoded(folder)) == 'caf\ufffd and na\ufffdve; \ufffd was there before\n'
     assert meta_of(folder)['counts']['U+FFFD'] == 3 and 'U+FFFD: 3' in capsys.readouterr().out
 
@@ -302,7 +304,7 @@ def test_replaced_bytes_are_counted(capsys):
 def test_empty_files_of_a_folder_are_left_out(capsys):
     write('books/a.txt', ' \n')
     write('books/b.txt', TEXT)
-    folder = prepare.build('books')
+    folder = build('books')
     assert 'not empty: 2 -> 1 documents' in capsys.readouterr().out
     assert meta_of(folder)['documents'] == 1 and ''.join(decoded(folder)) == TEXT
 
@@ -319,42 +321,42 @@ def test_main(monkeypatch, capsys):
 
 def test_reused_while_the_text_is_the_same(capsys):
     path = write('novel.txt', TEXT)
-    before = snapshot(folder := prepare.build(path))
+    before = snapshot(folder := build(path))
     capsys.readouterr()
     for dataset in (path, 'novel_char', 'data/novel_char/'):
-        assert prepare.build(dataset) == folder
+        assert build(dataset) == folder
     write(path, TEXT)  # a new time, the same text
-    assert prepare.build(path) == folder
+    assert build(path) == folder
     assert snapshot(folder) == before and capsys.readouterr().out == ''
 
 
 def test_reused_however_the_path_is_written():
     path = write('novel.txt', TEXT)
-    before = snapshot(folder := prepare.build(path))
+    before = snapshot(folder := build(path))
     for same in ('./novel.txt', str(Path(path).resolve())):
-        assert prepare.build(same) == folder and snapshot(folder) == before
+        assert build(same) == folder and snapshot(folder) == before
 
 
 def test_made_again_when_the_text_changed(capsys):
     path = write('novel.txt', TEXT)
-    folder = prepare.build(path)
+    folder = build(path)
     write(path, TEXT + 'The end; 第一.\n')
     capsys.readouterr()
-    assert prepare.build(path) == folder
+    assert build(path) == folder
     assert 'sha256 changed' in capsys.readouterr().out
     assert ''.join(decoded(folder)) == TEXT + 'The end; 第一.\n'
-    prepare.build(path, val_fraction=0.5)
+    build(path, val_fraction=0.5)
     assert 'val_fraction changed' in capsys.readouterr().out
     assert meta_of(folder)['settings']['val_fraction'] == 0.5
 
 
 def test_another_text_of_the_same_name(capsys):
-    prepare.build(write('a/novel.txt', TEXT))
+    build(write('a/novel.txt', TEXT))
     path = Path(write('b/novel.txt', 'other ' + TEXT)).resolve()
     message = refused(capsys, 'b/novel.txt')
     assert f'made from {Path("a/novel.txt").resolve()}, not from {path}' in message
     assert f'python prepare.py {path} --name=' in message
-    assert prepare.build('b/novel.txt', name='second') == Path('data/second')
+    assert build('b/novel.txt', name='second') == Path('data/second')
 
 
 @pytest.mark.parametrize('name', ['novel', 'downloads', '.'])
@@ -366,18 +368,18 @@ def test_a_folder_that_is_not_ours_is_never_replaced(capsys, name):
 
 
 def test_name_of_a_named_dataset(small_recipe):
-    assert prepare.build('small') == Path('data/small')
+    assert build('small') == Path('data/small')
     before = snapshot('data/small')
-    assert prepare.build('small') == prepare.build('small', tokenizer='char') == Path('data/small')
-    assert prepare.build('small', tokenizer='byte') == Path('data/small_byte')
+    assert build('small') == build('small', tokenizer='char') == Path('data/small')
+    assert build('small', tokenizer='byte') == Path('data/small_byte')
     assert snapshot('data/small') == before
-    assert prepare.build('small', name='other') == Path('data/other')
+    assert build('small', name='other') == Path('data/other')
     assert ''.join(decoded('data/other')) == TEXT
 
 
 def test_one_name_for_two_named_datasets(small_recipe, monkeypatch, capsys):
-    prepare.build('small', tokenizer='byte', name='mine')
-    monkeypatch.setitem(prepare.RECIPES, 'other', recipe_of('b.txt', 'another text\n'))
+    build('small', tokenizer='byte', name='mine')
+    monkeypatch.setitem(named.RECIPES, 'other', recipe_of('b.txt', 'another text\n'))
     message = refused(capsys, 'other', tokenizer='byte', name='mine')
     assert 'small' in message and '--name=' in message
 
@@ -396,13 +398,13 @@ def test_unusable_file(capsys, raw, parts):
     path = write('novel.txt', raw)
     write('books/novel.txt', raw)
     for dataset, file in ((path, path), ('books', 'books/novel.txt')):
-        message = stopped(capsys, lambda: prepare.build(dataset))
+        message = stopped(capsys, lambda: build(dataset))
         assert message.startswith((f'{file}: ', str(Path(dataset).resolve())))
         for part in parts:
             assert part in message, message
         assert [path for path in Path('data').iterdir() if path.name[0] != '.'] == []
     write('books/good.txt', TEXT)
-    folder = prepare.build('books', skip_bad=True)
+    folder = build('books', skip_bad=True)
     assert ''.join(decoded(folder)) == TEXT
     assert len(meta_of(folder)['bad']) == (parts != ['empty'])
 
@@ -418,7 +420,7 @@ def test_folder_without_text(capsys):
 def test_unreadable_file(capsys, monkeypatch):
     path = write('novel.txt', TEXT)
     monkeypatch.setattr('builtins.open', refusing(path))
-    message = stopped(capsys, lambda: prepare.build(path))
+    message = stopped(capsys, lambda: build(path))
     assert message.startswith('novel.txt: cannot be read (Permission denied)')
     assert not list(Path('data').glob('[!.]*'))
 
@@ -451,10 +453,10 @@ def test_interrupted(monkeypatch):
     """A run that is killed leaves no dataset; the next one is not disturbed by its remains."""
     path = write('novel.txt', TEXT)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare.tokenizers.Tokenizer, 'save', raising(KeyboardInterrupt()))
-        prepare.build(path)
+        patch.setattr(tokenizers.Tokenizer, 'save', raising(KeyboardInterrupt()))
+        build(path)
     assert list(Path('data').glob('[!.]*')) == []
-    assert ''.join(decoded(prepare.build(path))) == TEXT and subfolders('data') == ['novel_char']
+    assert ''.join(decoded(build(path))) == TEXT and subfolders('data') == ['novel_char']
 
 
 # ---------------------------------------------------------------------------------------------
@@ -475,7 +477,7 @@ def test_no_network(monkeypatch, capsys):
     problem = NoNetwork('https://host/input.txt cannot be reached (ConnectionError)')
     monkeypatch.setattr(recipes, 'fetch', raising(problem))
     with pytest.raises(NoNetwork):
-        prepare.build('shakespeare')  # for train.py's fallback
+        build('shakespeare')  # for train.py's fallback
     message = stopped(capsys, lambda: run_main(monkeypatch, dataset='shakespeare'))
     for part in ("'shakespeare'", 'https://host/', 'cannot be reached', 'DATA_MIRROR',
                  '--dataset=python_char'):
@@ -500,7 +502,7 @@ def test_shakespeare(monkeypatch):
 
 def build_together(barrier, path, data_dir):
     barrier.wait(60)
-    prepare.build(path, data_dir, tokenizer='byte')
+    build(path, data_dir, tokenizer='byte')
 
 
 def test_two_processes_at_once(tmp_path, capfd):
@@ -529,18 +531,18 @@ def test_one_bad_row_of_many(capsys):
     rows = [f'{i},row number {i} of the table' for i in range(20)]
     rows[5] = '5'
     path = write('a.csv', 'id,text\n' + '\n'.join(rows))
-    folder = prepare.build(path, skip_bad=True, near_duplicates=0.0)
+    folder = build(path, skip_bad=True, near_duplicates=0.0)
     assert meta_of(folder)['documents'] == 19 and len(meta_of(folder)['bad']) == 1
     with pytest.raises(Stop):
-        prepare.build(path, skip_bad=False)
+        build(path, skip_bad=False)
     assert 'a.csv:7: 1 columns, not 2 (id, text)' in capsys.readouterr().err
 
 
 def test_train_keeps_the_settings_of_a_dataset():
     path = write('t.txt', TEXT + 'Write to me@example.org.\n' * 3)
-    prepare.build(path, mask_pii=True)
+    build(path, mask_pii=True)
     write(path, TEXT + 'Write to you@example.org.\n' * 4)
-    assert 'example' not in ''.join(decoded(prepare.build(path)))     # as train.py calls it
+    assert 'example' not in ''.join(decoded(build(path)))     # as train.py calls it
 
 
 def test_a_changed_benchmark(capsys):
@@ -548,12 +550,12 @@ def test_a_changed_benchmark(capsys):
     path = write('t.txt', 'a ' * 300 + item + ' z' * 300)
     write('bench.txt', 'nothing that this text has in common with any other text of this test\n')
     given = dict(decontaminate='bench.txt')
-    assert item in ''.join(decoded(prepare.build(path, **given)))
+    assert item in ''.join(decoded(build(path, **given)))
     write('bench.txt', item)
-    assert item not in ''.join(decoded(prepare.build(path, **given)))
+    assert item not in ''.join(decoded(build(path, **given)))
     assert meta_of('data/t_char')['steps']['without benchmark items'][2] == 2
     write('bench.txt', 'too short\n')
-    prepare.build(path, **given)
+    build(path, **given)
     assert '1 of 1 texts have fewer than 8 words' in capsys.readouterr().err
 
 
@@ -561,14 +563,14 @@ def test_odd_names(monkeypatch, capsys):
     """Brackets and commas in names, the folder itself, bytes that are no UTF-8, globs."""
     for name in ('a[1].txt', 'p,q.txt', 'caf\udce9.txt'):
         write(f'odd/{name}', f'{ascii(name)} ' + TEXT)
-    assert prepare.build('odd/a[1].txt') == Path('data/a[1]_char')
-    both = prepare.build('odd/p,q.txt,odd/a[1].txt')
+    assert build('odd/a[1].txt') == Path('data/a[1]_char')
+    both = build('odd/p,q.txt,odd/a[1].txt')
     assert len(''.join(decoded(both)).split('<|endoftext|>')) == 2
-    assert meta_of(prepare.build('odd/*.txt'))['n_inputs'] == 3
+    assert meta_of(build('odd/*.txt'))['n_inputs'] == 3
     monkeypatch.chdir('odd')
-    folder = prepare.build('.')
+    folder = build('.')
     before = snapshot(folder)
-    assert folder == Path('data/odd_char') and prepare.build('.') == folder     # not with data/
+    assert folder == Path('data/odd_char') and build('.') == folder     # not with data/
     assert snapshot(folder) == before
 
 
@@ -576,11 +578,11 @@ def test_text_beside_a_meta_json():
     """Of somebody else: that does not make the folder a dataset."""
     write('my/meta.json', '{}')
     write('my/a.txt', TEXT)
-    assert ''.join(decoded(prepare.build('my'))) == TEXT
+    assert ''.join(decoded(build('my'))) == TEXT
 
 
 def test_a_dataset_of_other_settings(monkeypatch, capsys):
-    prepare.build(write('t.txt', TEXT))
+    build(write('t.txt', TEXT))
     monkeypatch.setattr(prepare, 'GIVEN', ('quality',))
     message = stopped(capsys, lambda: run_main(monkeypatch, dataset='t_char', quality='gopher'))
     assert message.startswith('data/t_char was made with quality=; to change that, give ')
@@ -606,8 +608,8 @@ def test_one_line_for_each(settings, part, monkeypatch, capsys):
 def test_disk_full(monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, 'No space left on device', 'data/x')
-    monkeypatch.setattr(prepare.np, 'savez', full)
-    message = stopped(capsys, lambda: prepare.build(write('t.txt', TEXT)))
+    monkeypatch.setattr('numpy.savez', full)
+    message = stopped(capsys, lambda: build(write('t.txt', TEXT)))
     assert message.startswith('data/x: No space left on device')
 
 
@@ -615,5 +617,5 @@ def test_two_books_in_one_file():
     book = ('*** START OF THE PROJECT GUTENBERG EBOOK A ***\n\n{0}\n\n'
             '*** END OF THE PROJECT GUTENBERG EBOOK A ***\nlicence\n')
     text = 'header\n' + book.format(TEXT) + 'header\n' + book.format('Other ' + TEXT)
-    train, val = decoded(prepare.build(write('two.txt', text)))
+    train, val = decoded(build(write('two.txt', text)))
     assert (train + val).split('\n\n\n') == [TEXT.strip(), f'Other {TEXT}']

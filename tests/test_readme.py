@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import prepare
+from core.data import named
+from core.data.build import build
 from core.formats import hf
 from core.text.tokenizer import gpt2
 from model import GPTConfig, build_model
@@ -57,9 +59,9 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, file in (('shakespeare', folder / 'shakespeare.txt'),
                            ('python', Path(re.__file__))):
-            patch.setitem(prepare.RECIPES, name, prepare.RECIPES[name]._replace(
+            patch.setitem(named.RECIPES, name, named.RECIPES[name]._replace(
                 files=lambda downloads, max_files, file=file: ([file], [])))
-            prepare.build(name, str(folder / 'data'))
+            build(name, str(folder / 'data'))
     (folder / 'my_novels').mkdir()
     (folder / 'my_novels' / 'one.txt').write_text(text)
     if MIRROR:  # a small stand-in for the model of that name, with GPT-2's own tokenizer

@@ -10,7 +10,7 @@ import pytest
 from conftest import stopped_at_last as stopped
 from test_corpus import documents_of, prose
 
-import prepare
+from core.data.build import build
 from core.data.recipes import RECIPES
 
 
@@ -63,12 +63,12 @@ def test_tinystories(site):
         site.put(hub_path('roneneldan/TinyStories', 'f54c09fd23315a6f9c86f9dc80f725de7d8f9c64',
                           f'TinyStoriesV2-GPT4-{split}.txt'),
                  '<|endoftext|>\n'.join(part).encode())
-    folder = prepare.build('tinystories', max_files=1)
+    folder = build('tinystories', max_files=1)
     assert folder == Path('data/tinystories')
     assert documents_of(folder, 'train') == stories[:3]
     assert documents_of(folder, 'val') == stories[3:]
     before = (folder / 'meta.json').stat().st_mtime_ns
-    assert prepare.build('tinystories') == folder     # as train.py asks for it
+    assert build('tinystories') == folder     # as train.py asks for it
     assert (folder / 'meta.json').stat().st_mtime_ns == before
     assert json.loads((folder / 'meta.json').read_text())['licence'] == 'CDLA-Sharing-1.0'
 
@@ -81,7 +81,7 @@ def test_wikitext(site, monkeypatch):
                           ('validation-00000-of-00001', [' = Third = \n', ' The last one . \n'])):
         site.put(hub_path('Salesforce/wikitext', revision, f'wikitext-103-raw-v1/{part}.parquet'),
                  content)
-    folder = prepare.build('wikitext', tokenizer='byte', max_files=1)
+    folder = build('wikitext', tokenizer='byte', max_files=1)
     assert documents_of(folder, 'train') == [''.join(rows[1:7]), ''.join(rows[7:])]
     assert documents_of(folder, 'val') == [' = Third = \n The last one . \n']
 
@@ -94,15 +94,15 @@ def test_large_sets(site, name, repository, revision, file):
     texts = [prose(i) for i in range(6)]
     for i in range(2):
         site.put(hub_path(repository, revision, file.format(i)), texts[3 * i:3 * i + 3])
-    folder = prepare.build(name, tokenizer='byte', max_files=2, val_fraction=0.0)
+    folder = build(name, tokenizer='byte', max_files=2, val_fraction=0.0)
     assert documents_of(folder, 'train') == texts
-    folder = prepare.build(name, tokenizer='byte', max_files=1, val_fraction=0.0)
+    folder = build(name, tokenizer='byte', max_files=1, val_fraction=0.0)
     assert documents_of(folder, 'train') == texts[:3]
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if RECIPES[name].n_files])
 def test_not_downloaded_unasked(site, name, capsys):
-    message = stopped(capsys, lambda: prepare.build(name))
+    message = stopped(capsys, lambda: build(name))
     assert f'python prepare.py {name} --max_files=' in message and not Path('data').exists()
 
 
@@ -114,7 +114,7 @@ def test_addresses(site):
     places = [site.put('a/story.txt', texts[0].encode()),
               site.put('b/more.jsonl.gz', gzip.compress(json.dumps({'body': texts[1]}).encode())),
               site.put('page', page.encode()), 'own.txt']
-    folder = prepare.build(','.join(places), name='web', text_column='body', val_fraction=0.0)
+    folder = build(','.join(places), name='web', text_column='body', val_fraction=0.0)
     assert [text.strip() for text in documents_of(folder, 'train')] == [
         text.strip() for text in texts]
     kept = sorted(path.name for path in Path('data/downloads/urls').rglob('*') if path.is_file())
@@ -125,11 +125,11 @@ def test_addresses(site):
 
 def test_an_error_page_with_status_200(site, capsys):
     address = site.put('records.jsonl', b'<!DOCTYPE html><html>please log in</html>')
-    message = stopped(capsys, lambda: prepare.build(address))
+    message = stopped(capsys, lambda: build(address))
     assert message.startswith(f'{address}: the server sent an HTML page instead')
     assert not [path for path in Path('data').rglob('*') if path.name.startswith('records')]
 
 
 def test_a_missing_file(site, capsys):
-    message = stopped(capsys, lambda: prepare.build(f'{site.url}/nothing.txt'))
+    message = stopped(capsys, lambda: build(f'{site.url}/nothing.txt'))
     assert 'HTTP status 404' in message and message.startswith(f'{site.url}/nothing.txt')

@@ -477,7 +477,8 @@ def test_few_records_are_chosen_whatever_the_first_words_are(tmp_path):
     found = [{'messages': [*messages, says('assistant', 'Yes')]}
              for messages in BEGIN_ALIKE['70% begin with Hello']]
     path = put(tmp_path, 'a.jsonl', lines(*found))
-    train, val = records.load_split(str(path), '', 0.2, conversation, 'data', False, 50)
+    train, val = records.load_split(str(path), '', 0.2, conversation, 'data', False,
+                                    max_records=50)
     n_hello = sum(records.question(r) == 'Hello' for r in train + val)
     assert len(train + val) == 50 and 25 <= n_hello <= 45
 
@@ -497,13 +498,14 @@ def test_a_share_of_few(tmp_path, n):
 def test_the_split_of_ordinary_sets_is_what_it_was(tmp_path, monkeypatch, name, max_records):
     """By the hash of the question alone."""
     monkeypatch.setenv('DATA_MIRROR', MIRROR)
-    kind = SETS[name].kind
+    kind = getattr(records, SETS[name].kind)
     found = load(name, kind, str(tmp_path), False)
     if max_records:
         found = sorted(found, key=lambda r: fraction_of(f'of all: {records.question(r)}'))[:300]
     expected = [[r for r in found if (fraction_of(records.question(r)) < 0.1) == side]
                 for side in (False, True)]
-    assert list(records.load_split(name, '', 0.1, kind, str(tmp_path), False, max_records)) == \
+    assert list(records.load_split(name, '', 0.1, kind, str(tmp_path), False,
+                                   max_records=max_records)) == \
         expected
 
 
@@ -578,12 +580,12 @@ def test_records_that_have_no_answer_left(capsys):
 
 
 @pytest.mark.parametrize('name,kind', [(name, kind) for name, found in SETS.items()
-                                       for kind in GOOD if kind is not found.kind])
+                                       for kind in GOOD if kind.__name__ != found.kind])
 def test_sets_of_another_kind(capsys, name, kind):
     message = stopped(capsys, lambda: load(name, kind, 'data', False, 'validation'))
     fitting = message.partition(': is a set of another kind; named sets that fit: ')[2].split(', ')
     assert message.startswith(f'validation={name}: ')
-    assert len(fitting) == 2 and all(SETS[other].kind is kind for other in fitting)
+    assert len(fitting) == 2 and all(SETS[other].kind == kind.__name__ for other in fitting)
 
 
 def test_bad_records_of_a_named_set_are_left_out(tmp_path, monkeypatch, capsys):
@@ -612,7 +614,7 @@ def test_no_network(tmp_path, monkeypatch, capsys):
                                           ('sms_spam', 5574, 0)])
 def test_sets_of_the_mirror(tmp_path, monkeypatch, capsys, name, n, n_bad):
     monkeypatch.setenv('DATA_MIRROR', MIRROR)
-    found = load(name, SETS[name].kind, str(tmp_path), False)
+    found = load(name, getattr(records, SETS[name].kind), str(tmp_path), False)
     said = capsys.readouterr().err
     assert len(found) == n and f'{n + n_bad:,} ' in SETS[name].about
     assert f'{n_bad} of {n + n_bad:,} records are left out' in said if n_bad else not said

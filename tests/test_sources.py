@@ -24,6 +24,8 @@ import prepare
 import sample
 import train
 from core import settings
+from core.data import named
+from core.data.build import build
 from core.formats import hf
 from core.read import download
 from core.read.documents import find_files
@@ -139,19 +141,19 @@ def test_addresses(serve, monkeypatch, name, kind, body, expected):
         pytest.importorskip('trafilatura')
     address = serve(name, kind, body)
     settings = dict(name='it', val_fraction=0.0, near_duplicates=0.0)
-    folder = prepare.build(address, **settings)
+    folder = build(address, **settings)
     assert decoded(folder)[0].startswith(expected)
     monkeypatch.setattr(download.requests, 'get', raising(NoNetwork()))
     before = snapshot('data')
-    assert prepare.build(address, **settings) == folder and snapshot('data') == before
+    assert build(address, **settings) == folder and snapshot('data') == before
     shutil.rmtree(folder)
-    assert decoded(prepare.build(address, **settings))[0].startswith(expected)
+    assert decoded(build(address, **settings))[0].startswith(expected)
 
 
 def test_packed_on_the_way(serve):
     """A server that packs although it was asked not to: its length is that of what it sends."""
     address = serve('a.txt', PLAIN, gzip.compress(TEXT.encode()), **{'Content-Encoding': 'gzip'})
-    assert ''.join(decoded(prepare.build(address, name='it'))) == TEXT
+    assert ''.join(decoded(build(address, name='it'))) == TEXT
 
 
 @pytest.mark.parametrize('name,body,part', [
@@ -162,7 +164,7 @@ def test_packed_on_the_way(serve):
     ('image', b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR', 'a binary file')])
 def test_refused_addresses(serve, capsys, name, body, part):
     address = serve(name, 'text/html', body)
-    message = stopped(capsys, lambda: prepare.build(address, name='it'))
+    message = stopped(capsys, lambda: build(address, name='it'))
     assert part in message and not list(Path('data').glob('[!.d]*'))
 
 
@@ -225,17 +227,17 @@ def test_text_in_data_prepared_twice(capsys):
     write('out/base/model.py', 'no')
     write('out/samples.txt', 'no')
     for place in ('data', 'data/', '.', './', 'data/*', 'data/**'):
-        folder = prepare.build(place, val_fraction=0.0, near_duplicates=0.0, name='it')
+        folder = build(place, val_fraction=0.0, near_duplicates=0.0, name='it')
         assert meta_of(folder)['n_inputs'] == 2 and 'no ' not in decoded(folder)[0]
         before = snapshot('data')
         capsys.readouterr()
-        assert prepare.build(place, val_fraction=0.0, near_duplicates=0.0, name='it') == folder
+        assert build(place, val_fraction=0.0, near_duplicates=0.0, name='it') == folder
         out = capsys.readouterr().out
         assert snapshot('data') == before and out.count('\n') == 1
         assert out.startswith('made by this program, so not read as text: ')
         assert 'data/downloads' in out and ('data/it (a dataset)' in out)
     assert 'out (' not in out
-    prepare.build('.', name='it')
+    build('.', name='it')
     assert 'out (of this program)' in capsys.readouterr().out
 
 
@@ -243,7 +245,7 @@ def test_text_in_data_prepared_twice(capsys):
 def test_a_run_is_no_text(place, capsys):
     write('out/base/log.jsonl', '{"event": "start"}\n')
     write('out/base/model.py', 'x = 1\n')
-    assert 'no text files' in stopped_after_note(capsys, lambda: prepare.build(place))
+    assert 'no text files' in stopped_after_note(capsys, lambda: build(place))
 
 
 def stopped_after_note(capsys, run) -> str:
@@ -276,14 +278,14 @@ def test_spelling_of_paths(first, second, tmp_path, capsys):
     write('v/bad.txt', 'badword\n')
     given = dict(name='it', validation='v/val.txt', bad_words='v/bad.txt',
                  decontaminate='v/bad.txt')
-    folder = prepare.build(spelled(first), **given)
+    folder = build(spelled(first), **given)
     before = snapshot(folder)
     other = dict(name='it', validation='./v/../v/val.txt', bad_words=f'{tmp_path}/v/bad.txt',
                  decontaminate='link/v/bad.txt')
-    assert prepare.build(spelled(second), **other) == folder and snapshot(folder) == before
+    assert build(spelled(second), **other) == folder and snapshot(folder) == before
     if second != '*.txt':
         write('novel.txt', 'more ' + TEXT)
-        prepare.build(spelled(second), **other)
+        build(spelled(second), **other)
         assert decoded(folder)[0].startswith('more ')
 
 
@@ -294,8 +296,8 @@ def test_spelling_of_folders(first, second):
     write('books/a.txt', TEXT)
     write('books/b.txt', 'b ' + TEXT)
     shutil.copytree('books', 'copy')
-    before = snapshot(folder := prepare.build(first, name='it'))
-    assert prepare.build(second, name='it') == folder and snapshot(folder) == before
+    before = snapshot(folder := build(first, name='it'))
+    assert build(second, name='it') == folder and snapshot(folder) == before
 
 
 @pytest.mark.parametrize('inside', [True, False])
@@ -303,29 +305,29 @@ def test_a_project_that_moved(tmp_path, monkeypatch, inside):
     """Its dataset is the same; and so it is from another working directory."""
     text = write('old/novel.txt' if inside else 'novel.txt', TEXT)
     monkeypatch.chdir('old' if inside else Path('old').mkdir() or 'old')
-    folder = prepare.build('novel.txt' if inside else '../novel.txt')
+    folder = build('novel.txt' if inside else '../novel.txt')
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.chdir(tmp_path)
     os.rename('old', 'new')
     text = text.replace('old/', 'new/')
-    folder = prepare.build(text, 'new/data')
+    folder = build(text, 'new/data')
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     write(text, 'more ' + TEXT)
     monkeypatch.chdir('new')
-    assert decoded(prepare.build('novel.txt' if inside else '../novel.txt'))[0][:5] == 'more '
+    assert decoded(build('novel.txt' if inside else '../novel.txt'))[0][:5] == 'more '
 
 
 def test_work_goes_on_however_the_path_is_spelled(monkeypatch, capsys):
     write('novel.txt', TEXT)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, 'finish', raising(KeyboardInterrupt()))
-        prepare.build('novel.txt')
+        patch.setattr('core.data.build.finish', raising(KeyboardInterrupt()))
+        build('novel.txt')
     os.rename('data/.novel_char.work', 'work')
     Path('sub/data').mkdir(parents=True)
     os.rename('work', 'sub/data/.novel_char.work')
     monkeypatch.chdir('sub')
     capsys.readouterr()
-    prepare.build(str(Path('../novel.txt').resolve()))
+    build(str(Path('../novel.txt').resolve()))
     assert 'going on with what an earlier run has done' in capsys.readouterr().out
 
 
@@ -333,22 +335,21 @@ def test_the_same_bytes_read_otherwise(capsys):
     """By another suffix, another tokenizer or another rule: that is another dataset."""
     write('a.txt', LINES)
     write('a.jsonl', LINES)
-    assert prepare.build('a.txt', name='it') == Path('data/it')
-    prepare.build('a.jsonl', name='it')
+    assert build('a.txt', name='it') == Path('data/it')
+    build('a.jsonl', name='it')
     assert 'kinds of files changed' in capsys.readouterr().out
     assert decoded('data/it')[0].startswith('a first line')
     write('val.txt', OTHER)
-    prepare.build('a.jsonl', name='it', validation='val.txt')
+    build('a.jsonl', name='it', validation='val.txt')
     assert 'and validation changed' in capsys.readouterr().out
 
 
-def test_a_setting_of_a_dataset_spelled_otherwise(monkeypatch, capsys):
+def test_a_setting_of_a_dataset_spelled_otherwise(capsys):
     write('t.txt', TEXT)
     write('v.txt', OTHER)
-    prepare.build('t.txt', validation='v.txt')
-    monkeypatch.setattr(prepare, 'GIVEN', ('validation',))
-    assert prepare.build('t_char', validation='./v.txt') == Path('data/t_char')
-    message = stopped(capsys, lambda: prepare.build('t_char', validation='t.txt'))
+    build('t.txt', validation='v.txt')
+    assert build('t_char', validation='./v.txt') == Path('data/t_char')
+    message = stopped(capsys, lambda: build('t_char', validation='t.txt'))
     assert message.startswith('data/t_char was made with validation=v.txt; ')
 
 
@@ -356,7 +357,7 @@ def test_a_setting_of_a_dataset_spelled_otherwise(monkeypatch, capsys):
 def test_a_tokenizer_named_by_a_relative_path(model, tmp_path, monkeypatch):
     Path('here').mkdir()
     monkeypatch.chdir('here')
-    assert prepare.tokenizer_label('x.txt', model, 0) == 'of-here'
+    assert named.tokenizer_label('x.txt', model, 0) == 'of-here'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,13 +389,13 @@ def test_a_dataset_in_a_read_only_folder(read_only, monkeypatch, capsys, small):
     folder, freeze = read_only
     monkeypatch.chdir(folder)
     write('novel.txt', TEXT)
-    prepare.build('novel.txt')
-    prepare.build('small')
+    build('novel.txt')
+    build('small')
     freeze()
     for name in ('novel.txt', 'novel_char', 'data/novel_char', str(folder / 'novel.txt')):
-        assert prepare.build(name) == Path('data/novel_char')
-    assert prepare.build('small') == Path('data/small')
-    message = stopped(capsys, lambda: prepare.build('novel.txt', tokenizer='byte'))
+        assert build(name) == Path('data/novel_char')
+    assert build('small') == Path('data/small')
+    message = stopped(capsys, lambda: build('novel.txt', tokenizer='byte'))
     assert 'Permission denied; the dataset was not made' in message
 
 
@@ -402,7 +403,7 @@ def test_a_dataset_in_a_read_only_folder(read_only, monkeypatch, capsys, small):
 def small(monkeypatch):
     """A named dataset that needs no network."""
     path = Path(write('small.txt', TEXT)).resolve()
-    monkeypatch.setitem(prepare.RECIPES, 'small', prepare.RECIPES['shakespeare']._replace(
+    monkeypatch.setitem(named.RECIPES, 'small', named.RECIPES['shakespeare']._replace(
         files=lambda downloads, max_files: ([path], [])))
     path.parent.chmod(0o755)
     path.chmod(0o644)
@@ -587,7 +588,7 @@ def test_the_next_command(dataset, settings, config, flags, monkeypatch, capsys)
     """It can be given to a shell as it is, and trains on the dataset with a preset that fits."""
     path = Path(write('a b.txt', TEXT)).resolve()
     for name in ('shakespeare', 'austen', 'tinystories'):
-        monkeypatch.setitem(prepare.RECIPES, name, prepare.RECIPES[name]._replace(
+        monkeypatch.setitem(named.RECIPES, name, named.RECIPES[name]._replace(
             files=lambda downloads, max_files: ([path], [])))
     for times in range(2):
         run_main(monkeypatch, dataset=dataset, **settings)
@@ -599,8 +600,8 @@ def test_the_next_command(dataset, settings, config, flags, monkeypatch, capsys)
     monkeypatch.syspath_prepend(ROOT)
     chosen = dict(vars(train))
     configure(chosen, [preset, *found])
-    folder = prepare.build(chosen['dataset'], chosen['data_dir'], tokenizer=chosen['tokenizer'],
-                           vocab_size=chosen['vocab_size'])
+    folder = build(chosen['dataset'], chosen['data_dir'], tokenizer=chosen['tokenizer'],
+                   vocab_size=chosen['vocab_size'])
     assert meta_of(folder)['characters'] == len(TEXT)
 
 
@@ -608,22 +609,20 @@ def test_the_next_command(dataset, settings, config, flags, monkeypatch, capsys)
     ('gpt2', 1e6, 'continue_gpt2', ''), ('gpt2', 2e8, '125m', ''),
     ('of-run', 1e6, 'continue_gpt2', "'--init_from=out/my run' --tokenizer=")])
 def test_the_next_command_for_a_models_tokenizer(label, tokens, config, flag, monkeypatch):
-    monkeypatch.setattr(prepare, 'tokenizer', 'out/my run')
     monkeypatch.chdir(ROOT)
-    found = prepare.next_command(Path('data/x'), {'tokenizer': label, 'source': '/x',
-                                                  'train_tokens': tokens})
+    found = named.next_command(Path('data/x'), {'tokenizer': label, 'source': '/x',
+                                                'train_tokens': tokens}, 'out/my run')
     assert found == f'python train.py config/{config}.py --dataset=x {flag}'.rstrip()
 
 
 @pytest.mark.parametrize('run', [
-    lambda: prepare.find('my text.txt'), lambda: prepare.build('b/my text.txt'),
-    lambda: prepare.build('my text_char', quality='c4')])
-def test_names_with_spaces_are_quoted(run, monkeypatch, capsys):
+    lambda: named.find('my text.txt'), lambda: build('b/my text.txt'),
+    lambda: build('my text_char', quality='c4')])
+def test_names_with_spaces_are_quoted(run, capsys):
     write('my text.txt', TEXT)
     write('b/my text.txt', 'other ' + TEXT)
-    if run.__code__.co_names[1] == 'build':
-        prepare.build('my text.txt')
-    monkeypatch.setattr(prepare, 'GIVEN', ('quality',))
+    if 'build' in run.__code__.co_names:
+        build('my text.txt')
     message = stopped(capsys, run)
     line = message[message.index('python prepare.py'):].replace('<name>', 'name')
     words = shlex.split(line)

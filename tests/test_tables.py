@@ -56,7 +56,7 @@ def as_documents(path, encoding='', errors='strict', skip_bad=False) -> list[str
     found = []
     for record in documents.read(path, encoding, errors, 'text'):
         try:
-            found += [document.text for document in documents.parse(record, 'text', errors)]
+            found += [document.data for document in documents.parse(record, 'text', errors)]
         except Bad:
             if not skip_bad:
                 raise

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import stopped
 
-import prepare
 from core.data import records
+from core.data.build import build
 from core.data.dataset import Tokens
 from core.text import tokenizer as tokenizers
 from core.text.hf_tokenizer import read_tokenizer, tokenizer_json
@@ -202,7 +202,7 @@ def test_prepare_notes_the_form(tmp_path, monkeypatch, form, kind):
     monkeypatch.chdir(tmp_path)
     text = DECOMPOSED * 9 + LIGATURE + ' Å한국ไทย\r\n'
     (tmp_path / 'x.txt').write_bytes(text.encode())
-    folder = prepare.build('x.txt', tokenizer=kind, normalize=form, val_fraction=0.0)
+    folder = build('x.txt', tokenizer=kind, normalize=form, val_fraction=0.0)
     tok = load(folder / 'tokenizer.json')
     assert tok.corpus_normalize == form
     assert tok.prompt(text) == Tokens(folder, 'train').read(0, 10 ** 6).tolist()

@@ -18,10 +18,11 @@ from conftest import TINY
 import sample
 import train
 from core import device as hardware
-from core.data.dataset import IGNORE, ShardWriter, load_split, share
+from core.data import chosen
+from core.data.dataset import IGNORE, ShardWriter, load_split
 from core.net import optim
 from core.net.optim import LossScale, make_optimizers
-from core.ranks.processes import Ranks
+from core.ranks.processes import Ranks, share
 from core.run import checkpoint, models
 from core.run.begin import model_config
 from core.run.identity import is_finished
@@ -190,8 +191,8 @@ def test_resume_with_other_data_or_tokenizer_is_refused(run_train, capsys, tmp_p
     text.write_text(text.read_text().replace('Q', 'q').replace('noitseuq', 'question'))
     shutil.rmtree('data')
     with monkeypatch.context() as patch:
-        real = train.prepare.read_meta
-        patch.setattr(train.prepare, 'read_meta', lambda data: real(data) | {'val_tokens': 7})
+        real = train.named.read_meta
+        patch.setattr(train.named, 'read_meta', lambda data: real(data) | {'val_tokens': 7})
         stopped(capsys, run_train, 'data.val_tokens is 7', dataset=str(text), **same)
     with monkeypatch.context() as patch:
         patch.setattr(train.tokenizers.CharTokenizer, 'hash', lambda self: 'x')
@@ -208,7 +209,7 @@ def test_eval_only_writes_nothing(run_train, capsys, tmp_path):
     other.write_text('a text of other characters. ' * 300)
     stopped(capsys, run_train, 'not prepared yet', out_dir='out/a', eval_only=True,
             dataset=str(other))
-    train.prepare.build(str(other))
+    chosen.build(str(other))
     stopped(capsys, run_train, 'different vocabularies', out_dir='out/a', eval_only=True,
             dataset=str(other))
     stopped(capsys, run_train, 'out/none', out_dir='out/none', eval_only=True)
@@ -504,8 +505,8 @@ def test_fallback_dataset(run_train, capsys, monkeypatch, text_file):
             raise train.NoNetwork('https://example.org cannot be reached')
         return real(str(text_file), *rest, **options)
 
-    real = train.prepare.build
-    monkeypatch.setattr(train.prepare, 'build', no_network)
+    real = chosen.build
+    monkeypatch.setattr(chosen, 'build', no_network)
     out = run_train(dataset='shakespeare', fallback_dataset='source_char')
     assert out['run_dir'] == 'out/source_char'
     text = capsys.readouterr().out
@@ -562,7 +563,7 @@ def test_wandb(run_train, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, 'wandb', service := Service())
-        patch.setattr(train.importlib.util, 'find_spec', lambda name: True)
+        patch.setattr('importlib.util.find_spec', lambda name: True)
         run_train(wandb=True)
     assert [step for step, numbers in service.logged if 'val_loss' in numbers] == [3, 6]
     if not train.importlib.util.find_spec('wandb'):
@@ -573,7 +574,7 @@ def test_wandb(run_train, monkeypatch, capsys):
 def test_every_preset_builds(path, monkeypatch):
     for name, value in read_config(str(path), vars(train)).items():
         monkeypatch.setattr(train, name, value)
-    train.check_settings()
+    train.check_settings(vars(train))
     config = model_config(SimpleNamespace(**settings_of(vars(train))), 70)
     with torch.device('meta'):
         model = LSTM(config) if config.arch == 'lstm' else GPT(config)

@@ -1,15 +1,13 @@
-"""Text as it comes -> text worth learning from: normalization, masks, quality rules, duplicates.
+"""Text as it comes -> text worth learning from: masks, quality rules, duplicates.
 
-All that is compared is compared by words: runs of letters, marks and digits in lower case (of
-Chinese and Japanese, which have no spaces, single characters). A word is known by its CRC-32, n
-words in a row by a 64-bit hash of these. Nothing here reads or writes files; prepare.py does, and
-counts.
+Texts are compared by words: runs of letters, marks and digits in lower case (in Chinese and
+Japanese, which have no spaces, single characters). A word is known by its CRC-32, n words in a row
+by a 64-bit hash of these. Nothing here reads or writes files.
 """
 import functools
 import hashlib
 import itertools
 import re
-import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,15 +16,7 @@ import numpy as np
 import regex  # comes with tiktoken
 
 # ---------------------------------------------------------------------------------------------
-# Normalization
-
-
-def normalize(text: str, form: str) -> str:
-    """The text in Unicode normalization form NFC or NFKC ('': as it is), with \\n line ends and
-    without NUL characters and a byte order mark at its start."""
-    text = text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n').replace('\0', '')
-    return unicodedata.normalize(form, text) if form and not text.isascii() else text
-
+# What is no part of the text, or should not be
 
 # "*** START OF THIS PROJECT GUTENBERG EBOOK EMMA ***" and "*** END OF ...", in all their spellings.
 MARKER = re.compile(r'^\*\*\* ?(START|END) OF (?:THIS|THE) PROJECT GUTENBERG EBOOK.*?\*\*\*$',
@@ -129,8 +119,7 @@ def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
 
 
 def inside_of(found: list[tuple[np.ndarray, int]], n_words: int) -> np.ndarray:
-    """(n_words,) which words lie within what was found: pairs of where n words in a row begin, and
-    n."""
+    """(n_words,) which words lie in what was found: (where n words in a row begin, n)."""
     changes = np.zeros(n_words + 1, np.int64)
     for begins, n in found:
         np.add.at(changes, begins, 1)
@@ -149,12 +138,9 @@ def is_prose(text: str) -> bool:
 
 
 def text_hash(text: str, equal: str = '') -> int:
-    """64 bits that are the same for equal texts.
-
-    `equal` is 'exact': equal are texts with the same characters, line ends aside; 'loose': also
-    those that differ in case and white space; '': loose for prose (see is_prose), where this
-    changes no meaning, and exact for all else, such as code, formulas and short records.
-    """
+    """64 bits that are the same for equal texts: 'exact', all characters but line ends; 'loose',
+    up to case and white space; '', loose for prose (see is_prose), whose meaning stays, and exact
+    for all else, such as code, formulas and short records."""
     if equal == 'loose' or not equal and is_prose(text):
         text = ' '.join(text.lower().split())
     else:
@@ -225,11 +211,9 @@ def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
 
 def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
                       ) -> Iterator[tuple[str, float]]:
-    """The measures of the same, table A1, "Repetition removal": parts of the text that lines and
-    paragraphs which came before take up, the most frequent n words, and n words which came before.
-
-    Words count without what stands between them; places of the most frequent n words may overlap.
-    """
+    """The measures of the same, table A1, "Repetition removal": the share of the characters in
+    lines, paragraphs and n words that came before, and in the most frequent n words (which may
+    overlap). Words count without what stands between them."""
     size = max(1, len(text))
     for name, parts in (('line', text.split('\n')), ('paragraph', PARAGRAPH.split(text))):
         parts = [part.strip() for part in parts if part.strip()]
@@ -238,26 +222,19 @@ def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
         yield f'duplicate_{name}s', again / max(1, len(parts))
         yield f'duplicate_{name}_characters', again and sum(
             (n - 1) * len(part) for part, n in counts.items() if n > 1) / size
-    ends = np.concatenate([[0], np.cumsum(lengths)])        # characters of the words up to here
     for n in (2, 3, 4):
-        grams = ngram_hashes(words, n)
-        most = 0
-        if len(grams):
-            in_order = np.sort(grams)
-            starts = np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1]))
-            counts = np.diff(starts, append=len(grams))
-            if (top := counts.max()) > 1:
-                first = np.argmax(grams == in_order[starts[counts.argmax()]])
-                most = top * (ends[first + n] - ends[first])
+        grams, most = ngram_hashes(words, n), 0
+        values, counts = np.unique(grams, return_counts=True)
+        if len(counts) and (top := counts.max()) > 1:
+            first = np.argmax(grams == values[counts.argmax()])
+            most = top * lengths[first:first + n].sum()
         yield f'top_{n}_words', float(most / size)
-    some = True
+    at = words
     for n in range(5, 11):
-        covered = 0
-        if some:        # without repeated fives there are no repeated sixes
-            at = np.flatnonzero(repeats(ngram_hashes(words, n)))
-            if some := len(at) > 0:
-                covered = lengths[inside_of([(at, n)], len(words))].sum()
-        yield f'repeated_{n}_words', float(covered / size)
+        # without repeated fives there are no repeated sixes
+        at = np.flatnonzero(repeats(ngram_hashes(words, n))) if len(at) else at
+        yield f'repeated_{n}_words', float(
+            len(at) and lengths[inside_of([(at, n)], len(words))].sum() / size)
 
 
 PARAGRAPH = re.compile(r'\n{2,}')
@@ -268,8 +245,8 @@ SENTENCE_END = re.compile(r'[.!?]["”’)\]]*(?:\s+|\Z)')
 
 
 def is_wrapped(lines: list[str]) -> bool:
-    """Whether the lines of a paragraph were broken at a fixed width: it has 40 to 120 characters,
-    and four of five lines, the last one aside, are longer than three quarters of it."""
+    """Whether a paragraph was broken at a fixed width, of 40 to 120 characters: four of five lines
+    but the last are longer than three quarters of it."""
     lengths = [len(line.rstrip()) for line in lines]
     width = max(lengths)
     return len(lines) > 1 and 40 <= width <= 120 and 5 * sum(
@@ -278,11 +255,8 @@ def is_wrapped(lines: list[str]) -> bool:
 
 def c4_lines(text: str) -> str:
     """The lines that Raffel et al. 2020, section 2.2, keep: those that end as a sentence does, have
-    MIN_LINE_WORDS or more, and speak of no JavaScript and no cookies.
-
-    A paragraph that was broken at a fixed width counts as one line, as on a web page. It keeps its
-    line breaks and the blank lines after it; other blank lines go.
-    """
+    MIN_LINE_WORDS or more, and speak of no JavaScript and no cookies. A paragraph broken at a fixed
+    width counts as one line, and keeps its line breaks and the blank lines after it; others go."""
     low = text.lower().replace('\n', ' ')
     words = [some for some in POLICY if some in low]    # most texts have none
     kept, wrapped = [''], False
@@ -300,8 +274,8 @@ def c4_lines(text: str) -> str:
 
 
 def c4(kept: str, bad_words: dict) -> Iterator[tuple[str, float]]:
-    """The measures of the same by which whole pages go; `kept` is what c4_lines left, as in their
-    code. `bad_words` is an ngram_index of words and phrases."""
+    """The measures of the same for whole pages: `kept` is what c4_lines left, as in their code,
+    `bad_words` an ngram_index of words and phrases."""
     yield 'sentences', len(SENTENCE_END.findall(kept))
     yield 'lorem_ipsum', kept.lower().count('lorem ipsum')
     yield 'curly_brackets', kept.count('{')
@@ -327,15 +301,14 @@ SHORTEST = 8    # words: what is shorter than this may be anyone's
 
 
 def ngram_index(texts: Iterable[str], n: int, shortest: int = SHORTEST) -> dict[int, np.ndarray]:
-    """All n words in a row of the texts, to look up: length -> sorted hashes.
-
-    A text of fewer than n words, but `shortest` or more, counts as a whole.
-    """
+    """All n words in a row of the texts, to look up: length -> sorted hashes. A text of fewer than
+    n words, but `shortest` or more, counts as a whole."""
     found = {}
     for text in texts:
         words, _ = word_hashes(text)
+        length = min(n, len(words))
         if len(words) >= shortest:
-            found.setdefault(min(n, len(words)), []).append(ngram_hashes(words, min(n, len(words))))
+            found.setdefault(length, []).append(ngram_hashes(words, length))
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
 
 
@@ -343,8 +316,7 @@ def overlaps(text: str, index: dict[int, np.ndarray], words: np.ndarray | None =
              ) -> list[tuple[int, int]]:
     """Where the text has words in a row that are in the index: (begin, end) in characters, apart
     and in order. n = 13 is that of Brown et al. 2020, appendix C."""
-    words = word_hashes(text)[0] if words is None else words
-    found = []
+    words, found = word_hashes(text)[0] if words is None else words, []
     for n, known in index.items():
         grams = ngram_hashes(words, n)
         place = np.minimum(np.searchsorted(known, grams), len(known) - 1)
@@ -386,12 +358,9 @@ TOKEN = re.compile(r'\w+|[^\w\s]|\n[ \t]*')      # sees case, symbols and indent
 
 
 def same_in_detail(a: str, b: str, threshold: float, n: int) -> bool:
-    """Whether texts with similar words are near duplicates.
-
-    Two texts of prose are. Others, short or rich in symbols, may differ in what is no word: of
-    1,000 characters and more the sets of n tokens in a row, of which each symbol and indentation
-    is one, must be as similar as the words; shorter ones, such as formulas, never are.
-    """
+    """Whether texts with similar words are near duplicates: prose is; other text, short or rich in
+    symbols, may differ in what is no word. From 1,000 characters on its sets of n tokens in a row
+    (each symbol and indentation is one) must be as similar as the words; shorter text never is."""
     if is_prose(a) and is_prose(b):
         return True
     tokens = [TOKEN.findall(text) for text in (a, b)]
@@ -406,10 +375,8 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def minhash(shingles: np.ndarray) -> np.ndarray:
-    """(N_HASHES,) uint32: the least value of each of N_HASHES hash functions over the shingles.
-
-    Two sets have the same least value with a probability equal to their Jaccard similarity.
-    """
+    """(N_HASHES,) uint32: the least value of each of N_HASHES hash functions over the shingles. Two
+    sets have the same one with a probability equal to their Jaccard similarity."""
     low = np.full(N_HASHES, 0xffffffff, np.uint64)
     for i in range(0, len(shingles), 512):
         np.minimum(low, ((shingles[i:i + 512, None] * A + B) >> np.uint64(32)).min(axis=0), out=low)
@@ -431,13 +398,9 @@ def band_hashes(signature: np.ndarray, bands: int, rows: int) -> np.ndarray:
     return ngram_hashes(parts.T, rows)[0]
 
 
-# ---------------------------------------------------------------------------------------------
-# Clusters
-
-
 def join(first: list | np.ndarray, i: int, j: int) -> None:
-    """Make one cluster of those of i and j: `first` leads from each member to an earlier one of
-    its cluster, from the first one to itself (union-find)."""
+    """Make one cluster of those of i and j (union-find): `first` leads from each member to an
+    earlier one of its cluster, from the first one to itself."""
     i, j = root(first, i), root(first, j)
     first[max(i, j)] = min(i, j)
 
@@ -450,12 +413,12 @@ def root(first: list | np.ndarray, i: int) -> int:
 
 
 def clusters(texts: list[str], threshold: float = 0.7, n: int = 3) -> list[int]:
-    """The cluster of each text, as the number of the cluster's first text.
+    """The cluster of each text, as the number of the cluster's first text: all that are linked by
+    pairs of texts that are equal (see text_hash), or whose sets of n words in a row have a Jaccard
+    similarity of `threshold` or more (0: only if they are equal).
 
-    Texts are in one cluster if they are equal (see text_hash), or if their sets of n words in a row
-    have a Jaccard similarity of `threshold` or more (0: only if they are equal); so are all that
-    such pairs link. Every such pair is found: of two similar sets, both ordered from the rarest
-    member to the most frequent one, the first members have one in common (Bayardo et al. 2007).
+    Every such pair is found: of two similar sets, both ordered from the rarest member to the most
+    frequent one, the first members have one in common (Bayardo et al. 2007).
     """
     first, hashes, posted = list(range(len(texts))), {}, {}
     for i, text in enumerate(texts):

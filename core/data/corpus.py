@@ -1,13 +1,12 @@
-"""The documents of a dataset in the making: on disk, a row each in memory.
+"""The documents of a dataset in the making, and the steps of the pipeline over them.
 
 A work folder has a few files for each batch of documents (their texts, hashes, counts), written by
-several processes; what is there already is not done again. Duplicates are found over all rows; then
-the texts that stay are encoded, in order, into shards.
+several processes; what is there is not done again. In memory a document is a row of numbers.
 """
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,8 @@ from core.data.dataset import ShardWriter
 from core.data.report import Tally
 from core.read import documents
 from core.read.documents import Bad
-from core.settings import warn
+from core.settings import stop, warn
+from core.text.tokenizer import normalize
 from core.workers import ordered_map
 
 MANY = 100                      # documents: from so many on validation takes whole ones, at random
@@ -33,33 +33,26 @@ DOCUMENT = np.dtype([('size', '<i8'), ('characters', '<i4'), ('hash', '<u8'), ('
                      ('continued', '?')])
 
 
-def clean_all(work: Path, batches: Iterable[list], options: dict, benchmark: Iterable[str],
-              bad_words: Iterable[str], n_workers: int, complain: Callable[[str], None]) -> int:
-    """Clean all batches of records into `work`, but those that are there; how many they are.
+def complain(message: str, options: dict, tally: Tally | None = None) -> None:
+    """What happens about bad input: it ends the program, or is counted with skip_bad."""
+    if not options['skip_bad']:
+        stop(f'{message} (or leave such input out with --skip_bad)')
+    warn(f'{message} (left out)')
+    if tally:
+        tally.bad.append(message)
 
-    `complain` is called with a message for each record that is no good. What shares n words in a
-    row with a text of `benchmark` is cut out.
-    """
-    benchmark = list(benchmark)
-    index = clean.ngram_index(benchmark, options['overlap_words'])
-    short = sum(len(clean.word_hashes(text)[0]) < clean.SHORTEST for text in benchmark)
-    if options['decontaminate'] and (short or not index):
-        warn(f'decontaminate={options["decontaminate"]}: {short:,} of {len(benchmark):,} texts '
-             f'have fewer than {clean.SHORTEST} words and are not looked for')
-    banned = clean.ngram_index(bad_words, 100, shortest=1)
-    count = 0
 
-    def missing():
-        nonlocal count
-        for number, batch in enumerate(batches):
-            count = number + 1
-            if not (work / f'{number:06d}.json').is_file():
-                yield number, batch
-
-    for bad in ordered_map(clean_batch, missing(), n_workers, work, options, index, banned):
-        for message in bad:
-            complain(message)
-    return count
+def clean_all(work: Path, batches: Iterable[list], options: dict, index: dict, banned: dict,
+              n_workers: int) -> int:
+    """Clean all batches of records into `work`, but those that are there; how many they are. What
+    is in `index` (of a benchmark) is cut out, `banned` are bad words: see clean.ngram_index."""
+    numbers = itertools.count()
+    missing = ((number, batch) for batch, number in zip(batches, numbers)
+               if not (work / f'{number:06d}.json').is_file())
+    for bad in ordered_map(clean_batch, missing, n_workers, work, options, index, banned):
+        for message in bad:     # which are in the batch's own tally
+            complain(message, options)
+    return next(numbers)
 
 
 def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> list[str]:
@@ -90,7 +83,7 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
     path.with_suffix('.txt').write_bytes(b''.join(texts))
     np.savez(path.with_suffix('.npz'), documents=np.array(rows, DOCUMENT),
              bands=np.array(bands, np.uint64).reshape(len(rows), cut[0]).T)
-    save_json(path.with_suffix('.json'), {'tally': tally.state(), 'places': places})  # comes last
+    save_json(path.with_suffix('.json'), {'tally': vars(tally), 'places': places})  # comes last
     return tally.bad
 
 
@@ -98,12 +91,11 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
                    ) -> Iterator[tuple[str, np.ndarray, bool]]:
     """What is left of a document, with its words' hashes and whether it goes on with the part
     before it: one text, none, or the pieces around what it shares with a benchmark."""
-    where, applied = document.where, options['quality'].split(',')
-    text = clean.normalize(document.text, options['normalize'])
-    tally.counts['NUL characters removed'] += document.text.count('\0')
+    where, text = document.where, normalize(document.data, options['normalize'])
+    tally.counts['NUL characters removed'] += document.data.count('\0')
     tally.counts['U+FFFD'] += text.count('\ufffd')
     left = [text] if text.strip() else []
-    tally.step('not empty', [document.text], left, source)
+    tally.step('not empty', [document.data], left, source)
     if not left:
         return
     part = document.continued or len(text) >= documents.LONGEST // 2
@@ -112,15 +104,13 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
     if options['mask_pii']:
         body, masked = clean.mask(body)
         tally.counts.update({f'masked: {kind}': n for kind, n in masked.items()})
-    families = {'gopher', 'c4'} if options['count_quality'] else {*applied} - {''}
-    if families:
-        body = follow_rules(body, families, applied, banned, tally, where, source)
-        if not body:
-            return
-    words = clean.word_hashes(body)[0]
-    found = clean.overlaps(body, index, words) if index else []
-    pieces = clean.without_overlaps(body, found) if found else [body]
+    body = follow_rules(body, where, options, banned, tally, source)
+    if body is None:
+        return
+    words, found, pieces = clean.word_hashes(body)[0], [], [body]
     if index:
+        found = clean.overlaps(body, index, words)
+        pieces = clean.without_overlaps(body, found) if found else pieces
         tally.step('without benchmark items', [body], pieces, source)
         for begin, end in found[:3]:
             tally.example('benchmark items', where, body[begin:end])
@@ -129,11 +119,15 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
         yield piece, clean.word_hashes(piece)[0] if found else words, continued
 
 
-def follow_rules(body: str, families: set, applied: list, banned: dict, tally: Tally, where: str,
-                 source: int) -> str:
-    """What the quality rules leave of a text; '' if they drop it. Families of rules that are not
-    applied are only counted."""
-    measures, kept = {}, body
+def follow_rules(body: str, where: str, options: dict, banned: dict, tally: Tally, source: int
+                 ) -> str | None:
+    """What the quality rules leave of a text; None if they drop it. Families of rules that are not
+    applied are only counted, and not computed unless they are to be counted."""
+    applied = {*options['quality'].split(',')} - {''}
+    families = {'gopher', 'c4'} if options['count_quality'] else applied
+    if not families:
+        return body
+    measures = {}
     if 'c4' in families:
         kept = clean.c4_lines(body)
         tally.counts["characters outside of C4's lines"] += len(body) - len(kept)
@@ -155,9 +149,9 @@ def follow_rules(body: str, families: set, applied: list, banned: dict, tally: T
             bad.add(family)
     for family in bad:
         tally.counts[f'documents outside of {family} rules'] += 1
-    dropped = bad & {*applied}
+    dropped = bool(bad & applied)
     tally.step('good by the rules', [body], [] if dropped else [body], source)
-    return '' if dropped else body
+    return None if dropped else body
 
 
 def save_json(path: Path, value) -> None:
@@ -177,7 +171,7 @@ class Corpus:
     """The documents in the work folder, one row each; their text stays on disk."""
 
     def __init__(self, work: Path, n_batches: int, tally: Tally):
-        self.work, self.n_batches, parts = work, n_batches, []
+        self.work, self.n_batches, self.tally, parts = work, n_batches, tally, []
         for number in range(n_batches):
             tally.add(json.loads((work / f'{number:06d}.json').read_text('utf-8'))['tally'])
             parts.append(np.load(work / f'{number:06d}.npz')['documents'])
@@ -188,12 +182,9 @@ class Corpus:
         begins = ends - self.rows['size']
         self.offset = begins - begins[np.minimum(self.first[self.batch], max(0, len(begins) - 1))]
 
-    def load(self, number: int, array: str) -> np.ndarray:
-        return np.load(self.work / f'{number:06d}.npz')[array]
-
     def place(self, i: int) -> tuple[int, int, int, int]:
         """Where document i is: its number, batch, offset in it and size in bytes."""
-        return i, int(self.batch[i]), int(self.offset[i]), int(self.rows['size'][i])
+        return int(i), int(self.batch[i]), int(self.offset[i]), int(self.rows['size'][i])
 
     def example(self, i: int) -> tuple[str, str]:
         """Where document i came from, and its beginning."""
@@ -210,38 +201,34 @@ def read_document(work: Path, place: tuple[int, int, int, int]) -> str:
         return f.read(size).decode('utf-8')
 
 
-def drop_duplicates(corpus: Corpus, given: np.ndarray, options: dict, n_workers: int,
-                    tally: Tally) -> tuple[np.ndarray, set]:
-    """Which documents stay: of equal and of similar ones the first, or one `given` for validation;
-    and what else is similar: (number, number of an earlier one, Jaccard similarity of 0.5 or more).
-    """
-    rows, pairs = corpus.rows, set()
-    order = np.argsort(~given, kind='stable')
+def drop_duplicates(corpus: Corpus, given: np.ndarray, options: dict, n_workers: int
+                    ) -> tuple[np.ndarray, set]:
+    """Which documents stay: of equal and of similar ones the first, or one of a source `given` for
+    validation; and what else is similar: (number, number of an earlier one, Jaccard similarity of
+    0.5 or more)."""
+    rows, tally, pairs = corpus.rows, corpus.tally, set()
+    given = given[rows['source']]
+    threshold, order = options['near_duplicates'], np.argsort(~given, kind='stable')
     stays = np.ones(len(rows), bool)
     stays[order[clean.repeats(rows['hash'][order])]] = False
     sizes = rows['characters'].astype(np.int64)
-    step(tally, 'without equal documents', rows['source'], sizes, sizes * stays)
+    tally.step_of_all('without equal documents', rows['source'], sizes, sizes * stays)
     for i in np.flatnonzero(~stays)[:3]:
         tally.example('equal documents', *corpus.example(i))
-    if not options['near_duplicates']:
+    if not threshold:
         return stays, pairs
     before = sizes * stays
     bands = np.lib.format.open_memmap(corpus.work / 'bands.npy', 'w+', np.uint64, (
-        clean.bands_and_rows(options['near_duplicates'])[0], len(rows)))
+        clean.bands_and_rows(threshold)[0], len(rows)))
     for number in range(corpus.n_batches):
-        bands[:, corpus.first[number]:corpus.first[number + 1]] = corpus.load(number, 'bands')
+        bands[:, corpus.first[number]:corpus.first[number + 1]] = np.load(
+            corpus.work / f'{number:06d}.npz')['bands']
     for band in tqdm(bands, desc='near duplicates', unit='band', leave=False,
                      disable=len(rows) < 1000):
-        alive = order[stays[order]]
-        by_hash = np.argsort(band[alive], kind='stable')
-        values, alive = band[alive][by_hash], alive[by_hash]
-        new = np.concatenate([[True], values[1:] != values[:-1]]) if len(values) else []
-        starts = np.flatnonzero(new)
-        counts = np.diff([*starts, len(values)])
-        buckets = ([corpus.place(int(i)) for i in alive[start:start + n]]
-                   for start, n in zip(starts[counts > 1], counts[counts > 1]))
-        for found in ordered_map(check_bucket, buckets, n_workers, corpus.work,
-                                 options['near_duplicates'], options['shingle_words']):
+        buckets = (list(map(corpus.place, bucket)) for bucket in equal_in(
+            band, order[stays[order]]))
+        for found in ordered_map(check_bucket, buckets, n_workers, corpus.work, threshold,
+                                 options['shingle_words']):
             for i, like, similarity, gone in found:
                 if not gone:
                     pairs.add((i, like, similarity))
@@ -251,8 +238,17 @@ def drop_duplicates(corpus: Corpus, given: np.ndarray, options: dict, n_workers:
                     where, text = corpus.example(i)
                     tally.example('near duplicates', f'{where}, like {corpus.example(like)[0]}',
                                   text)
-    step(tally, 'without near duplicates', rows['source'], before, sizes * stays)
+    tally.step_of_all('without near duplicates', rows['source'], before, sizes * stays)
     return stays, {(i, j, similarity) for i, j, similarity in pairs if stays[i] and stays[j]}
+
+
+def equal_in(band: np.ndarray, alive: np.ndarray) -> Iterator[np.ndarray]:
+    """The groups of two and more documents of `alive` with the same hash in a band."""
+    by_hash = alive[np.argsort(band[alive], kind='stable')]
+    ends = np.append(np.flatnonzero(np.diff(band[by_hash])) + 1, len(by_hash))
+    begins = np.append(0, ends[:-1])
+    many = ends - begins > 1
+    return (by_hash[begin:end] for begin, end in zip(begins[many], ends[many]))
 
 
 def check_bucket(places: list, work: Path, threshold: float, n: int
@@ -274,23 +270,13 @@ def check_bucket(places: list, work: Path, threshold: float, n: int
     return found
 
 
-def step(tally: Tally, name: str, source: np.ndarray, before: np.ndarray, after: np.ndarray
-         ) -> None:
-    """Note a step by how many characters of each document were there before and after it."""
-    tally.steps[name] = [int(n) for sizes in (before, after)
-                         for n in (np.count_nonzero(sizes), sizes.sum())]
-    for end, sizes in (('in', before), ('out', after)):
-        tally.sizes |= {f'{end} {i} {name}': int(n) for i, n in enumerate(
-            np.bincount(source, sizes))}
-
-
 # ---------------------------------------------------------------------------------------------
 # Documents to shards
 
 
 class Split(NamedTuple):
-    """What of a corpus goes into a split: how often each document. Of those in `cuts` so many
-    characters go into the training split, and the rest into the other."""
+    """How often each document goes into a split. Of those in `cuts` so many characters go into the
+    training split, and the rest into the other."""
     name: str
     copies: np.ndarray
     cuts: dict[int, int]
@@ -301,11 +287,11 @@ def choose_validation(rows: np.ndarray, stays: np.ndarray, given: np.ndarray, pa
     """Which documents are for validation, and of which others the last part is: number ->
     characters before it.
 
-    It is what is `given` for it, or `fraction` of the characters: of MANY documents and more at
-    most VAL_CHARACTERS, taken whole, together with all that are similar, in an order by their
-    hashes, as far as they fit. A document that is larger than a tenth of this share of all that are
-    not larger, and than ten of median size, would leave most small ones to validation: it gives its
-    last part, too. Of fewer documents, or if none fits, it is the last part of the text.
+    They are those of a source `given` for it, or `fraction` of the characters: of MANY documents
+    and more at most VAL_CHARACTERS, whole clusters of similar ones in an order by their hashes, as
+    far as they fit. A large document (than a tenth of this share of all that are not larger, and
+    than ten of median size) would leave most small ones to validation: it gives its last part, too.
+    Of fewer documents, or if none fits, it is the last part of the text.
     """
     sizes, number = rows['characters'] * stays.astype(np.int64), np.arange(len(rows))
     val, cuts = given[rows['source']], {}
@@ -345,19 +331,27 @@ def choose_validation(rows: np.ndarray, stays: np.ndarray, given: np.ndarray, pa
 
 
 def split_corpus(corpus: Corpus, stays: np.ndarray, val: np.ndarray, cuts: dict[int, int],
-                 weights: np.ndarray) -> tuple[Split, Split]:
+                 weights: list[float]) -> tuple[Split, Split]:
     """The validation and the training split; `weights` are those of the sources."""
-    weight = weights[corpus.rows['source']]
+    rows, train = corpus.rows, stays & ~val
+    weight = np.array(weights)[rows['source']]
     copies = np.floor(weight).astype(np.int64)      # of a part of a copy that part of the documents
-    copies += (corpus.rows['hash'] & np.uint64(0xffffffff)) < np.uint64(2 ** 32) * (weight % 1)
+    copies += (rows['hash'] & np.uint64(0xffffffff)) < np.uint64(2 ** 32) * (weight % 1)
     once = (stays & val).astype(np.int64)
     once[[*cuts]] = 1
-    return Split('val', once, cuts), Split('train', copies * stays * ~val, cuts)
+    for i, wanted in enumerate(weights):
+        sizes = rows['characters'] * (train & (rows['source'] == i)).astype(np.int64)
+        used = (copies * sizes).sum() / max(1, sizes.sum())
+        if wanted % 1 and abs(used / wanted - 1) > 0.1:
+            warn(f'weights={",".join(f"{one:g}" for one in weights)}: number {i + 1} is used '
+                 f'{used:.2f} times, since documents are taken whole; cut its text into more of '
+                 'them')
+    return Split('val', once, cuts), Split('train', copies * train, cuts)
 
 
 def leakage(pairs: set, splits: tuple[Split, Split], threshold: float) -> dict[str, int]:
-    """How many documents in validation have one in training that is as similar, by the Jaccard
-    similarity that was found: '0.7' -> 0, '0.5' -> 12; nothing if threshold is 0."""
+    """How many documents in validation have one in training with such a Jaccard similarity or more:
+    {'0.7': 0, '0.5': 12}; nothing if threshold is 0."""
     val, train = (split.copies > 0 for split in splits)
     return {f'{low:g}': len({i for *pair, similarity in pairs if similarity >= low
                              for i, j in (pair, pair[::-1]) if val[i] and train[j]})
@@ -400,15 +394,15 @@ def encode_job(job: tuple, corpus: Corpus, split: Split, tok) -> np.ndarray:
     return np.concatenate([np.asarray(part, np.int64) for part in parts])
 
 
-def encode_split(corpus: Corpus, split: Split, tok, options: dict, n_workers: int, ready: Path
-                 ) -> None:
-    """Write the shards of a split into `ready`, going on after the last whole one."""
+def encode_split(corpus: Corpus, split: Split, tok, shard_tokens: int, n_workers: int) -> None:
+    """Write the shards of a split into work/ready, going on after the last whole one."""
+    ready = corpus.work / 'ready'
     progress = ready / f'.{split.name}.json'        # jobs before it are done, `skip` ids of it too
     done = json.loads(progress.read_text()) if progress.is_file() else {
         'job': 0, 'skip': 0, 'shards': 0, 'whole': False}
     if done['whole']:
         return
-    writer = ShardWriter(ready, split.name, len(tok), options['shard_tokens'], done['shards'])
+    writer = ShardWriter(ready, split.name, len(tok), shard_tokens, done['shards'])
     todo = itertools.islice(enumerate(jobs(corpus, split)), done['job'], None)
     todo, numbered = itertools.tee(todo)
     total = int((corpus.rows['size'] * split.copies).sum())

@@ -1,8 +1,5 @@
 """What training reads: token shards and records, and the order in which windows of them are read.
-
-A dataset is a folder: shards `train-00000.bin ...` and `val-00000.bin ...`, `tokenizer.json` and
-`meta.json`. docs/formats.md writes down every byte.
-"""
+docs/formats.md writes down every byte of a shard."""
 import bisect
 import os
 import struct
@@ -12,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core.ranks.processes import IGNORE, PADDING
 from core.settings import stop
 
 # ---------------------------------------------------------------------------------------------
@@ -22,10 +20,8 @@ HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes per id (2 or 4), num
 
 
 class ShardWriter:
-    """Writes ids to `<folder>/<split>-00000.bin` and on, at most `shard_tokens` in each.
-
-    A shard appears when it is whole. `n_shards` are there already, and are gone on after.
-    """
+    """Writes ids to `<folder>/<split>-00000.bin` and on, at most `shard_tokens` in each; after the
+    `n_shards` that are there already. A shard appears when it is whole."""
 
     def __init__(self, folder, split: str, vocab_size: int, shard_tokens: int = 100_000_000,
                  n_shards: int = 0):
@@ -129,9 +125,6 @@ def open_shard(path: Path) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------
 # The order of windows
 
-PADDING = -1      # the sample number of a padding row
-IGNORE = -100     # the target of a position that does not count
-
 
 class Order:
     """The order in which len(self) samples are read, epoch by epoch: sample number g lies in epoch
@@ -162,9 +155,9 @@ class Windows(Order):
     """Cuts a split into windows of `block_size` inputs with their next tokens as targets.
 
     Every epoch covers each target exactly once: the split is read as a ring, cut from a random
-    position on, and its windows are shuffled. Both are pure functions of (seed, epoch). With
-    shuffle=False it is read from the beginning: for evaluation. With `eos`, the id that ends a
-    text, a window comes with the numbers of its documents, for the model to keep apart.
+    position on, and its windows are shuffled. With shuffle=False, for evaluation, it is read from
+    the beginning. With `eos`, the id that ends a text, a window comes with the numbers of its
+    documents, for the model to keep apart.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True,
@@ -190,11 +183,8 @@ class Windows(Order):
         return [(start, m), (0, n - m)] if m < n else [(start, n)]
 
     def window(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Inputs, targets and document numbers of a sample; PADDING gives an empty one.
-
-        (block_size,) int64 each. Documents are numbered 0, 1, ... within the window, its unused end
-        is -1; None without eos.
-        """
+        """Inputs, targets and document numbers (block_size,) of a sample; PADDING is an empty one.
+        Documents are numbered 0, 1, ... in the window, its unused end is -1; None without eos."""
         x = np.zeros(self.block_size, np.int64)
         y = np.full(self.block_size, IGNORE, np.int64)
         begins, end = np.zeros(self.block_size, bool), 0
@@ -209,9 +199,7 @@ class Windows(Order):
         return x, y, doc
 
     def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Inputs, targets and document numbers (or None) of a list of sample numbers.
-
-        (B, T) each, T = block_size.
+        """Inputs, targets and document numbers (or None) of sample numbers: (B, block_size) each.
         """
         rows = zip(*(self.window(int(sample)) for sample in samples))
         return tuple(None if row[0] is None else torch.from_numpy(np.stack(row)) for row in rows)
@@ -221,10 +209,10 @@ class PackedWindows(Windows):
     """Packs whole documents into windows of `block_size` inputs, so that few are cut.
 
     The inputs of a document are the eos before it (the first has none) and its tokens, its targets
-    are its tokens and the eos after it, so every epoch covers each target exactly once. A longer
-    document is cut into full windows and a rest; the rests and the other documents share windows,
-    by best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section
-    3.1). What is in a window is a pure function of the tokens; an epoch only shuffles the windows.
+    its tokens and the eos after it: every epoch covers each target once. A longer document is cut
+    into full windows and a rest; the rests and the other documents share windows, by best-fit
+    decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3.1). What
+    is in a window depends on the tokens alone; an epoch only shuffles the windows.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True, *,
@@ -267,10 +255,8 @@ def document_starts(tokens: Tokens, eos: int, block: int = 1 << 22) -> np.ndarra
 
 def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
     """The row of each piece: longest first, each goes to the row of `size` with least room for it.
-
-    Pieces of one length are alike, and so are rows with the same pieces in them: both are dealt
-    with in groups, in about size x log(size) turns, however many pieces there are.
-    """
+    Pieces of one length, and rows with the same pieces, are dealt with in groups: about size x
+    log(size) turns, however many pieces there are."""
     by_length = np.argsort(-lengths, kind='stable')
     row = np.empty(len(lengths), np.int64)
     groups = []         # (room, first row, number of rows), ascending
@@ -300,11 +286,10 @@ def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
 
 
 class Rows(Order):
-    """Sequences of ids that come with a weight for each id as a target, in rows of block_size.
+    """Sequences of at most block_size + 1 ids with a weight for each as a target, in rows.
 
-    Several in a row, packed by best fit and kept apart by document numbers, or, if not `packed`,
-    one in each, and then no row is longer than the longest needs (to a multiple of 8). A sequence
-    may have block_size + 1 ids.
+    Several in a row of block_size, packed by best fit and kept apart by document numbers; or, if
+    not `packed`, one in each, no longer than the longest needs (to a multiple of 8).
     """
 
     def __init__(self, ids: list, weights: list, block_size: int, seed: int = 0,
@@ -334,10 +319,8 @@ class Rows(Order):
         return torch.from_numpy(rows)
 
     def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs, targets, document numbers and the targets' weights, (B, T) each.
-
-        Targets of weight 0 are IGNORE; documents are numbered from 0 in each row, -1 is padding.
-        """
+        """Inputs, targets, document numbers and the targets' weights, (B, T) each. Targets without
+        weight are IGNORE; documents are numbered from 0 in each row, -1 is padding."""
         shape = len(samples), self.block_size
         x, y = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         doc, weight = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
@@ -349,20 +332,6 @@ class Rows(Order):
                 x[r, at], doc[r, at], weight[r, at] = ids[:-1], number, w
                 y[r, at] = np.where(w > 0, ids[1:], IGNORE)
         return tuple(map(torch.from_numpy, (x, y, doc, weight)))
-
-
-def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
-          multiple: int = 1) -> list[list[int]]:
-    """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches.
-
-    Every rank gets the same number of equally large micro-batches; uneven shares are filled up
-    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]]. There are a multiple of `multiple`.
-    """
-    per_rank = -(-n // world)
-    padded = -(-per_rank // (micro_batch_size * multiple)) * micro_batch_size * multiple
-    mine = list(range(first + rank * per_rank, first + min(n, (rank + 1) * per_rank)))
-    mine += [PADDING] * (padded - len(mine))
-    return [mine[i:i + micro_batch_size] for i in range(0, padded, micro_batch_size)]
 
 
 class Ahead:
@@ -390,11 +359,8 @@ class Ahead:
 
 def load_split(folder, split: str, block_size: int, seed: int = 0, shuffle: bool = True,
                eos: int | None = None) -> Windows:
-    """The windows of one split. Stops if it is too short to fill a single window.
-
-    With `eos`, the id that ends a text, they respect documents: packed, or if they are not to be
-    shuffled, numbered.
-    """
+    """The windows of one split. Stops if it is too short to fill a single one. With `eos`, the id
+    that ends a text, they respect documents: packed, or, if not shuffled, numbered."""
     tokens = Tokens(folder, split)
     if len(tokens) < block_size + 1 and split == 'train':
         stop(f'{folder}: its training split has {len(tokens):,} tokens, a window of '

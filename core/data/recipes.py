@@ -1,7 +1,7 @@
-"""The named datasets: where their files come from, and how they are read.
+"""The named datasets for pretraining, and the named sets of records: where they come from.
 
-Each is a function of the folder for downloads and of max_files, which large ones need: it returns
-the files to train on, and those to validate on (none: a part of the others is taken).
+A dataset is a function of the folder for downloads and of max_files, which large ones need: it
+returns the files to train on, and those to validate on (none: a part of the others is taken).
 """
 import os
 import re
@@ -27,23 +27,6 @@ class Recipe(NamedTuple):
     file_mb: int = 0        # how large each is, about
 
 
-def shakespeare(downloads: str, max_files: int) -> tuple[list, list]:
-    return [fetch(
-        'shakespeare.txt', 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
-        'tinyshakespeare/input.txt', downloads, size=1_115_394,
-        sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')], []
-
-
-def python_char(downloads: str, max_files: int) -> tuple[list, list]:
-    """The top-level modules of the running Python's standard library: they are always there."""
-    return sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py')), []
-
-
-def python(downloads: str, max_files: int) -> tuple[list, list]:
-    """All of the running Python's standard library but its tests."""
-    return stdlib.modules(), []
-
-
 AUSTEN = {  # name -> repository of GITenberg, file, commit, SHA-256
     'emma': (
         'Emma_158', '158-0.txt', '9943f6422b9246e7ad37625d6bd014b035fbfdea',
@@ -67,12 +50,6 @@ AUSTEN = {  # name -> repository of GITenberg, file, commit, SHA-256
         'Sense-and-Sensibility_161', '161.txt', '1cd7ffed1c21536f6ee2fea4d68c96e2c12ce14c',
         '9109bd8aabe8f36d0814bd6f5afad1e278b1369d66c0d3846667f0659e119d27'),
 }
-
-
-def austen(downloads: str, max_files: int) -> tuple[list, list]:
-    return [fetch(f'austen/{name}.txt', 'https://raw.githubusercontent.com/GITenberg/'
-                  f'{repository}/{commit}/{file}', downloads, sha256)
-            for name, (repository, file, commit, sha256) in AUSTEN.items()], []
 
 
 def hub(repository: str, revision: str, downloads: str, names: list[str]) -> list[Path]:
@@ -114,34 +91,73 @@ def join_rows(tables: list[Path], path: Path) -> Path:
     return path
 
 
-def openwebtext(downloads: str, max_files: int) -> tuple[list, list]:
-    return hub('Skylion007/openwebtext', '79d93d786212f7344586290adb811d4ae6a1762c', downloads,
-               [f'plain_text/train-{i:05d}-of-00080.parquet' for i in range(max_files)]), []
-
-
-def fineweb_edu(downloads: str, max_files: int) -> tuple[list, list]:
-    return hub('karpathy/fineweb-edu-100b-shuffle', 'main', downloads,
-               [f'shard_{i:05d}.parquet' for i in range(max_files)]), []
-
-
+GITHUB = 'https://raw.githubusercontent.com'
 RECIPES = {
-    'shakespeare': Recipe('tiny Shakespeare: 40,000 lines of his plays, 1.1 MB',
-                          'public domain', 'char', shakespeare, 70),
+    'shakespeare': Recipe(
+        'tiny Shakespeare: 40,000 lines of his plays, 1.1 MB', 'public domain', 'char',
+        lambda downloads, max_files: ([fetch(
+            'shakespeare.txt', f'{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+            downloads, size=1_115_394,
+            sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')], []), 70),
     # Bytes, not characters: 9 modules use 60 rare characters, which would only widen the model.
-    'python_char': Recipe('source of the Python standard library on this machine, about 5 MB',
-                          'PSF License Version 2', 'byte', python_char),
-    'python': Recipe('source of the Python standard library on this machine, without its tests',
-                     'PSF License Version 2', 'bpe', python, 8192),
-    'austen': Recipe("Jane Austen's seven novels, 4.4 MB", 'public domain in the US', 'bpe', austen,
-                     4096),
-    'tinystories': Recipe('2.7 million short stories that a child of three or four understands, '
-                          'written by GPT-4', 'CDLA-Sharing-1.0', 'bpe', tinystories, 4096, 1,
-                          2_250),
-    'wikitext': Recipe('WikiText-103: 28,000 good articles of Wikipedia',
-                       'CC BY-SA 3.0 and GFDL', 'gpt2', wikitext, 0, 1, 315),
-    'openwebtext': Recipe('9 billion tokens of web pages, chosen as for GPT-2',
-                          'CC0 for the collection, the pages are of their authors', 'gpt2',
-                          openwebtext, 0, 80, 303),
-    'fineweb-edu': Recipe('100 billion tokens of web pages chosen for what they teach, shuffled',
-                          'ODC-By 1.0', 'gpt2', fineweb_edu, 0, 1823, 100),
-}
+    'python_char': Recipe(
+        'source of the Python standard library on this machine, about 5 MB',
+        'PSF License Version 2', 'byte',
+        lambda downloads, max_files: (
+            sorted(Path(sysconfig.get_paths()['stdlib']).glob('*.py')), [])),
+    'python': Recipe(
+        'source of the Python standard library on this machine, without its tests',
+        'PSF License Version 2', 'bpe', lambda downloads, max_files: (stdlib.modules(), []), 8192),
+    'austen': Recipe(
+        "Jane Austen's seven novels, 4.4 MB", 'public domain in the US', 'bpe',
+        lambda downloads, max_files: ([fetch(
+            f'austen/{name}.txt', f'{GITHUB}/GITenberg/{repository}/{commit}/{file}', downloads,
+            sha256) for name, (repository, file, commit, sha256) in AUSTEN.items()], []), 4096),
+    'tinystories': Recipe(
+        '2.7 million short stories that a child of three or four understands, written by GPT-4',
+        'CDLA-Sharing-1.0', 'bpe', tinystories, 4096, 1, 2_250),
+    'wikitext': Recipe(
+        'WikiText-103: 28,000 good articles of Wikipedia', 'CC BY-SA 3.0 and GFDL', 'gpt2',
+        wikitext, 0, 1, 315),
+    'openwebtext': Recipe(
+        '9 billion tokens of web pages, chosen as for GPT-2',
+        'CC0 for the collection, the pages are of their authors', 'gpt2',
+        lambda downloads, max_files: (hub(
+            'Skylion007/openwebtext', '79d93d786212f7344586290adb811d4ae6a1762c', downloads,
+            [f'plain_text/train-{i:05d}-of-00080.parquet' for i in range(max_files)]), []),
+        0, 80, 303),
+    'fineweb-edu': Recipe(
+        '100 billion tokens of web pages chosen for what they teach, shuffled', 'ODC-By 1.0',
+        'gpt2', lambda downloads, max_files: (hub(
+            'karpathy/fineweb-edu-100b-shuffle', 'main', downloads,
+            [f'shard_{i:05d}.parquet' for i in range(max_files)]), []), 0, 1823, 100)}
+
+
+class NamedSet(NamedTuple):
+    """A set of records for post-training."""
+    about: str
+    licence: str
+    kind: str                   # conversation, preference or labelled, of core/data/records.py
+    source: str | Callable      # a URL, or what makes (where, dict) on the spot
+
+
+BOOK = f'{GITHUB}/rasbt/LLMs-from-scratch/main/ch07'
+SETS = {
+    'instruction': NamedSet(
+        '1,100 instructions with answers', 'Apache-2.0', 'conversation',
+        f'{BOOK}/01_main-chapter-code/instruction-data.json'),
+    'preference': NamedSet(
+        '1,100 instructions, each with a polite and an impolite answer', 'Apache-2.0', 'preference',
+        f'{BOOK}/04_preference-tuning-with-dpo/instruction-data-with-preference.json'),
+    'sms_spam': NamedSet(
+        '5,574 text messages, 13% of them spam', 'free for research', 'labelled',
+        f'{GITHUB}/justmarkham/pycon-2016-tutorial/master/data/sms.tsv'),
+    'python_chat': NamedSet(
+        'docstring -> function: from the Python standard library on this machine',
+        'PSF License Version 2', 'conversation', stdlib.docstrings),
+    'python_modules': NamedSet(
+        'function -> package it is from: the Python standard library on this machine',
+        'PSF License Version 2', 'labelled', stdlib.origins),
+    'python_bugs': NamedSet(
+        'docstring -> true function against a corrupted one: the Python standard library',
+        'PSF License Version 2', 'preference', stdlib.corrupted)}

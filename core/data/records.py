@@ -1,12 +1,10 @@
 """Records for post-training: conversations, preferences and labelled texts, read and checked.
 
-A file is .jsonl, .json (an array), .csv or .tsv, each also as .gz. Each record is checked as soon
-as it is read; what is wrong with one is a Bad with its file and line. Names decide what a field is,
-and a field that changes the meaning is used or refused, never ignored. A named set comes from a
-mirror directory or its URL, or is made from the source of Python's standard library.
+Files are .jsonl, .json (an array), .csv or .tsv, each also as .gz. What is wrong with a record is a
+Bad with its file and line. Names decide what a field is, and a field that changes the meaning is
+used or refused, never ignored.
 """
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -18,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.data.recipes import SETS
 from core.ranks.processes import print0
-from core.read import stdlib
 from core.read.documents import read
 from core.read.download import NoNetwork, fetch
 from core.read.tables import JSON_LINES, TABLES, Bad, parse_json, suffix
-from core.settings import stop
+from core.settings import stop, warn
 
 SUFFIXES = (*JSON_LINES, '.json', *TABLES)
 FIELDS = {      # what a record or a message holds -> the names for it in files of others
@@ -66,10 +64,11 @@ class Labelled(NamedTuple):
     label: str
 
 
-def rows_of(path: Path, fields: tuple) -> Iterator[tuple[str, dict | Bad]]:
-    """(file:line, record) of a file, names in lower case; in the place of a record that cannot be
-    read stands the Bad that says why. Raises Bad where nothing after it can be read, and where a
-    table has no column for one of `fields`."""
+def rows_of(path: Path, fields: tuple, bad: Callable[[Bad], None] | None = None
+            ) -> Iterator[tuple[str, dict]]:
+    """(file:line, record) of a file, names in lower case. `bad` is called for a record that cannot
+    be read; without it Bad is raised. So it is where nothing after it can be read, and where a
+    table lacks one of `fields`."""
     if suffix(path) not in SUFFIXES:
         raise Bad(f'{path}: records are read from {", ".join(SUFFIXES)}; convert it')
     columns = tuple(FIELDS[field] + FIELDS['input'] * (field == 'prompt') for field in fields)
@@ -84,20 +83,21 @@ def rows_of(path: Path, fields: tuple) -> Iterator[tuple[str, dict | Bad]]:
             folded = {name.strip().lower(): value for name, value in found.items()}
             if len(folded) < len(found):
                 raise Bad(f'{record.where}: two names differ only in capitals; remove one')
-            yield record.where, folded
         except Bad as e:
-            yield record.where, e
+            if not bad:
+                raise
+            bad(e)
+        else:
+            yield record.where, folded
 
 
 # ---------------------------------------------------------------------------------------------
 # Dicts to records
 
 
-def known(where: str, record: dict | Bad, message: bool = False) -> dict:
-    """What a record or a message has, under the names in FIELDS; what is empty is as good as
-    absent. Raises Bad if it has one twice, or what is refused, or is Bad itself."""
-    if isinstance(record, Bad):
-        raise record
+def known(where: str, record: dict, message: bool = False) -> dict:
+    """What a record or a message has, under the names in FIELDS, but what is empty. Raises Bad if
+    it has one twice, or what is refused."""
     found = {}
     for name, value in record.items():
         if value in EMPTY:
@@ -121,10 +121,8 @@ def unused(record: dict, fields: tuple) -> set[str]:
             if FIELD_OF.get(name, name) not in fields and value not in EMPTY}
 
 
-def text_of(where: str, record: dict | Bad, name: str) -> str:
-    """A field that must be there, and text, and not empty. Raises Bad."""
-    if isinstance(record, Bad):
-        raise record
+def text_of(where: str, record: dict, name: str) -> str:
+    """A field that must be text, and not empty. Raises Bad."""
     if name not in record:
         raise Bad(f'{where}: has no {" or ".join(map(repr, FIELDS[name]))}, or it is empty, only '
                   f'{", ".join(map(repr, record))[:100]}; add it, or remove the record')
@@ -139,8 +137,8 @@ def text_of(where: str, record: dict | Bad, name: str) -> str:
 
 
 def listed(where: str, record: dict, name: str) -> list[dict]:
-    """A field as messages {'role', 'content', perhaps 'weight'}: a list of such, or of ShareGPT's
-    {'from', 'value'}, a single one, or the text of an answer. Raises Bad."""
+    """A field as messages {'role', 'content', perhaps 'weight'}: a list of them, one, or the text
+    of an answer. Raises Bad."""
     found = record.get(name)
     if isinstance(found, dict):
         found = [found]
@@ -167,26 +165,24 @@ def listed(where: str, record: dict, name: str) -> list[dict]:
 
 
 def check_order(where: str, messages: list[dict]) -> None:
-    """Raise Bad unless there are user and assistant in turn, and the assistant at the end, perhaps
-    after a system message."""
-    last = 'assistant'
-    for i, role in enumerate(message['role'] for message in messages):
-        at = f'{where}: message {i + 1}'
-        if role == 'system' and i:
+    """Raise Bad unless user and assistant take turns up to an answer, perhaps after a system
+    message."""
+    first = messages[0]['role'] == 'system'
+    for i, role in enumerate(message['role'] for message in messages[first:]):
+        at = f'{where}: message {i + 1 + first}'
+        if role == 'system':
             raise Bad(f'{at} is of the system, which may only be the first; move it')
-        if role == last:
-            raise Bad(f'{at} is a second one of the {role} in a row; join the two'
-                      if any(m['role'] == role for m in messages[:i]) else
+        if role != ('user', 'assistant')[i % 2]:
+            raise Bad(f'{at} is a second one of the {role} in a row; join the two' if i else
                       f'{at}: the assistant comes first; begin with the user')
-        last = last if role == 'system' else role
-    if role != 'assistant':
-        raise Bad(f'{where}: ends with a message of the {role}: nothing to learn from; add the '
-                  'answer')
+    if messages[-1]['role'] != 'assistant':
+        raise Bad(f'{where}: ends with a message of the {messages[-1]["role"]}: nothing to learn '
+                  'from; add the answer')
 
 
 def asked(where: str, found: dict) -> list[dict]:
-    """The messages of a record's known fields but an answer: system, history, then a list of them,
-    or prompt and input. Raises Bad."""
+    """What a record's known fields ask: system, history, then messages, or prompt and input.
+    Raises Bad."""
     history = found.get('history', [])
     if not isinstance(history, list) or not all(
             isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -213,7 +209,7 @@ def asked(where: str, found: dict) -> list[dict]:
     return messages
 
 
-def conversation(where: str, record: dict | Bad) -> Conversation:
+def conversation(where: str, record: dict) -> Conversation:
     """From messages, or from a prompt and an output. Raises Bad."""
     found = known(where, record)
     if str(found.get('label')).lower() == 'false':
@@ -227,9 +223,9 @@ def conversation(where: str, record: dict | Bad) -> Conversation:
     return Conversation(where, messages)
 
 
-def preference(where: str, record: dict | Bad) -> Preference:
-    """From what was asked, chosen and rejected: texts, or lists of messages, which may begin with
-    what was asked. Raises Bad."""
+def preference(where: str, record: dict) -> Preference:
+    """From what was asked, chosen and rejected, which may be lists of messages with what was asked
+    in front. Raises Bad."""
     found, sides = known(where, record), []
     for side in ('chosen', 'rejected'):
         said = listed(where, found, side)
@@ -247,91 +243,60 @@ def preference(where: str, record: dict | Bad) -> Preference:
     return Preference(where, messages, chosen['content'], rejected['content'])
 
 
-def labelled(where: str, record: dict | Bad) -> Labelled:
+def labelled(where: str, record: dict) -> Labelled:
     """From 'text' and 'label', which may be a number. Raises Bad."""
-    if not isinstance(record, Bad) and type(record.get('label')) is int:
-        record = {**record, 'label': str(record['label'])}
-    return Labelled(where, text_of(where, record, 'text'), text_of(where, record, 'label').strip())
+    label = record.get('label')
+    found = {**record, 'label': str(label)} if type(label) is int else record
+    return Labelled(where, text_of(where, found, 'text'), text_of(where, found, 'label').strip())
 
 
-NEEDED = {labelled: ('label', 'text'), conversation: ('prompt', 'output'),     # of a table
+# The fields that a table must have, and others that are used.
+NEEDED = {labelled: ('label', 'text'), conversation: ('prompt', 'output'),
           preference: ('prompt', 'chosen', 'rejected')}
-USED = {labelled: NEEDED[labelled],
-        conversation: ('messages', 'prompt', 'input', 'system', 'history', 'output'),
-        preference: ('messages', 'prompt', 'input', 'system', 'history', 'chosen', 'rejected')}
+ALSO = {labelled: (), **dict.fromkeys((conversation, preference), (
+    'messages', 'input', 'system', 'history'))}
 
 
 # ---------------------------------------------------------------------------------------------
-# Sets
-
-
-class NamedSet(NamedTuple):
-    """A set of records with a name."""
-    about: str
-    licence: str
-    kind: Callable          # conversation, preference or labelled
-    files: Callable[[Path], list] | None        # of the folder for downloads
-    records: Callable[[], Iterator] | None = None       # made on the spot: (where, dict)
-
-
-BOOK = 'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07'
-SETS = {
-    'instruction': NamedSet(
-        '1,100 instructions with answers', 'Apache-2.0', conversation,
-        lambda folder: [fetch('instruction.json', f'{BOOK}/01_main-chapter-code/'
-                              'instruction-data.json', folder)]),
-    'preference': NamedSet(
-        '1,100 instructions, each with a polite and an impolite answer', 'Apache-2.0', preference,
-        lambda folder: [fetch('preference.json', f'{BOOK}/04_preference-tuning-with-dpo/'
-                              'instruction-data-with-preference.json', folder)]),
-    'sms_spam': NamedSet(
-        '5,574 text messages, 13% of them spam', 'free for research', labelled,
-        lambda folder: [fetch('sms_spam.tsv', 'https://raw.githubusercontent.com/justmarkham/'
-                              'pycon-2016-tutorial/master/data/sms.tsv', folder)]),
-    'python_chat': NamedSet(
-        'docstring -> function: from the Python standard library on this machine',
-        'PSF License Version 2', conversation, None, stdlib.docstrings),
-    'python_modules': NamedSet(
-        'function -> package it is from: the Python standard library on this machine',
-        'PSF License Version 2', labelled, None, stdlib.origins),
-    'python_bugs': NamedSet(
-        'docstring -> true function against a corrupted one: the Python standard library',
-        'PSF License Version 2', preference, None, stdlib.corrupted),
-}
+# Files and named sets to records
 
 
 def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='dataset') -> list:
-    """The records of a named set or of a file, each made by `kind`.
-
-    Stops at the first bad one, unless skip_bad: then they are left out, counted and warned of; so
-    they are in a named set. Stops if none is left.
-    """
+    """The records of a named set or of a file, each made by `kind`. Stops if one is bad; with
+    skip_bad, and in a named set, these are left out and counted. Stops if none is left."""
     found = SETS.get(name)
-    if found and found.kind is not kind:
-        fitting = ', '.join(n for n, s in SETS.items() if s.kind is kind)
+    if found and found.kind != kind.__name__:
+        fitting = ', '.join(n for n, s in SETS.items() if s.kind == kind.__name__)
         stop(f'{setting}={name}: is a set of another kind; named sets that fit: {fitting}')
     if not found and not Path(name).is_file():
         stop(f'{setting}={name}: neither a file nor a named set ({", ".join(SETS)})')
     records, bad, more = [], [], Counter()
+
+    def leave_out(problem: Bad) -> None:
+        if not (skip_bad or found):
+            stop(f'{problem}; --skip_bad leaves such records out')
+        bad.append(str(problem))
+
     try:
-        sources = [found.records()] if found and found.records else [
-            rows_of(Path(path), NEEDED[kind])
-            for path in (found.files(Path(data_dir) / 'downloads') if found else [name])]
-        for where, row in itertools.chain.from_iterable(sources):
+        path = Path(name)
+        if found and not callable(found.source):
+            path = fetch(name + Path(found.source).suffix, found.source,
+                         Path(data_dir) / 'downloads')
+        rows = found.source() if found and callable(found.source) else \
+            rows_of(path, NEEDED[kind], leave_out)
+        for where, row in rows:
             try:
                 records.append(kind(where, row))
-                more.update(unused(row, USED[kind]))
+                more.update(unused(row, NEEDED[kind] + ALSO[kind]))
             except Bad as e:
-                if not (skip_bad or found):
-                    stop(f'{e}; --skip_bad leaves such records out')
-                bad.append(str(e))
+                leave_out(e)
     except Bad as e:
         stop(str(e))
     except NoNetwork as e:
         stop(f'{setting}={name}: {e}; put the file into a folder, and set DATA_MIRROR to it')
     if bad:
-        print0(f'warning: {setting}={name}: {len(bad):,} of {len(bad) + len(records):,} records '
-               f'are left out, the first for: {bad[0]}', file=sys.stderr)
+        warn(f'{setting}={name}: {len(bad):,} of {len(bad) + len(records):,} records are left out, '
+             f'the first for: {bad[0]}')
     if not records:
         stop(f'{setting}={name}: holds no record; give a file with at least one')
     if more and not found:
@@ -341,14 +306,13 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
 
 
 def load_split(dataset: str, validation: str, val_fraction: float, kind: Callable, data_dir: str,
-               skip_bad: bool, max_records: int = 0) -> tuple[list, list]:
+               skip_bad: bool, *, max_records: int = 0) -> tuple[list, list]:
     """Records to train on and to validate on: those of a file of their own, or a part. Of the
     dataset at most max_records, if that is not 0.
 
-    Which, depends on what is asked first alone: so the same question is on the same side in every
-    set that has it, and in each stage. Only where that would give a side less than half or more
-    than twice its share, more decides (see split_keys and split_at), and it is said. Stops if that
-    does not help.
+    The split is a hash of the first question, so every stage holds out the same ones. Only where a
+    side would get less than half or more than twice its share, more decides (see split_keys and
+    split_at), and it is said. Stops if that does not help.
     """
     found = load(dataset, kind, data_dir, skip_bad)
     keyed = list(zip(split_keys(found, val_fraction), found))
@@ -359,8 +323,8 @@ def load_split(dataset: str, validation: str, val_fraction: float, kind: Callabl
         val = load(validation, kind, data_dir, skip_bad, 'validation')
         known = set(map(said_by, train))
         if again := sum(said_by(record) in known for record in val):
-            print0(f'warning: validation={validation}: {again:,} of {len(val):,} records ask what '
-                   f'is asked in {dataset}, too', file=sys.stderr)
+            warn(f'validation={validation}: {again:,} of {len(val):,} records ask what is asked in '
+                 f'{dataset}, too')
         return train, val
     keys, n = [key for key, _ in keyed], len(keyed)
     at, fits = split_at(keys, val_fraction)
@@ -389,11 +353,9 @@ def said_by(record, roles: tuple = ('system', 'user')) -> str:
 
 
 def split_keys(found: list, fraction: float) -> list[str]:
-    """The texts whose hashes decide on which side the records are: their first questions.
-
-    If a side would not get its share, then those that begin as many others do ("Hello") have all
-    that the user says instead, or what the system and the user say.
-    """
+    """The texts whose hashes decide on which side the records are: their first questions. If a side
+    would not get its share, then for those that begin as many others do ("Hello") it is all that
+    the user says, or what the system and the user say."""
     keys = [question(record) for record in found]
     for roles in (('user',), ('system', 'user')):
         sizes, most = Counter(keys), min(fraction, 1 - fraction) * len(keys) / 2
@@ -404,8 +366,8 @@ def split_keys(found: list, fraction: float) -> list[str]:
 
 
 def split_at(keys: list[str], fraction: float) -> tuple[float, bool]:
-    """The hash below which records validate, the nearest to `fraction` that gives each side half to
-    twice its share, or one record; and whether there is one."""
+    """The hash below which records validate: the nearest to `fraction` that gives each side half to
+    twice its share, or one record. And whether there is one."""
     places, n = [*sorted(map(fraction_of, keys)), 1.0], len(keys)
     least = math.ceil(n * max(fraction / 2, 2 * fraction - 1))
     most = max(1, int(n * min(2 * fraction, (1 + fraction) / 2)))
@@ -434,10 +396,9 @@ NO_ANSWER, EQUAL = 'no answer', 'two equal answers'     # why a record is lost
 
 def encode(tokenizer, where: str, messages: list[dict], size: int, prompt_weight: float = 0.0,
            last_only: bool = False) -> Encoded:
-    """The first size + 1 ids of a conversation and their weights as targets: what the assistant
-    says (last_only: in the last message), its end tokens included, has weight 1, the rest
-    prompt_weight, each times its message's own weight. It is lost if nothing of the former is
-    among them."""
+    """The first size + 1 ids of a conversation and their weights as targets: 1 for what the
+    assistant says (last_only: in the last message) and its end tokens, prompt_weight for the rest,
+    each times its message's weight. The conversation is lost if no answer is among them."""
     check_known(tokenizer, where, [message['content'] for message in messages])
     ids, learnt, weights, whole = [], [], [], False
     for i, (turn, said) in enumerate(turns := list(tokenizer.encode_turns(messages))):
@@ -453,10 +414,8 @@ def encode(tokenizer, where: str, messages: list[dict], size: int, prompt_weight
 
 def fit_window(name: str, what: str, size: int, parts: list[list]) -> tuple[list[list], dict]:
     """The parts (to train on, to validate on, ...) of (record, Encoded) without lost records, and
-    facts for the log. Says in one line what a window of `size` tokens cuts, and what is lost.
-
-    Stops if more than 5% of a part have no answer within the window, or 90% two equal ones.
-    """
+    facts for the log. Says what a window of `size` tokens cuts, and what is lost. Stops if more
+    than 5% of a part have no answer within the window, or 90% two equal ones."""
     lengths = sorted(it.needed for part in parts for _, it in part)
     n, cut, longest = len(lengths), sum(length > size for length in lengths), lengths[-1]
     needed = lengths[math.ceil(0.95 * n) - 1]
@@ -474,7 +433,7 @@ def fit_window(name: str, what: str, size: int, parts: list[list]) -> tuple[list
     if not any(it.whole for part in parts for _, it in part):
         said.append('no answer fits whole, so the model does not learn to end one')
     if cut or len(said) > 1:
-        print0('warning: ' + '; '.join(said), file=sys.stderr)
+        warn('; '.join(said))
     kept = [[pair for pair in part if not pair[1].lost] for part in parts]
     return kept, {'window': {'records': n, 'cut': cut, 'left_out': n - sum(map(len, kept)),
                              'would_hold_95_percent': needed, 'longest': longest},

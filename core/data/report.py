@@ -1,7 +1,9 @@
 """What preparing a dataset did: counted in a Tally, shown as report.html, a page without links."""
-import html
 from collections import Counter
+from html import escape
 from pathlib import Path
+
+import numpy as np
 
 from core.data.clean import LIMITS
 from core.settings import warn
@@ -27,6 +29,15 @@ class Tally:
             counts[i] += len(texts)
             counts[i + 1] += size
             self.sizes[f'{end} {source} {name}'] += size
+
+    def step_of_all(self, name: str, source: np.ndarray, before: np.ndarray, after: np.ndarray
+                    ) -> None:
+        """Note what a step made of all documents, by their characters before and after it."""
+        self.steps[name] = [int(n) for sizes in (before, after)
+                            for n in (np.count_nonzero(sizes), sizes.sum())]
+        for end, sizes in (('in', before), ('out', after)):
+            self.sizes.update({f'{end} {i} {name}': int(n)
+                               for i, n in enumerate(np.bincount(source, sizes))})
 
     def warn_of_losses(self, sources: list[str]) -> None:
         """Warn of each step that removed more than half of a source's characters, with the rule
@@ -55,11 +66,8 @@ class Tally:
         if len(found) < 3:
             found.append([where, text[:300]])
 
-    def state(self) -> dict:
-        return dict(vars(self))
-
     def add(self, other: dict) -> None:
-        """Add the state of another tally."""
+        """Add the `vars` of another tally."""
         for mine, theirs in ((self.steps, other['steps']), (self.rules, other['rules'])):
             for name, counts in theirs.items():
                 mine[name] = [a + b for a, b in zip(mine.get(name, [0] * 4), counts)]
@@ -68,6 +76,27 @@ class Tally:
         self.bad += other['bad']
         for kind, found in other['examples'].items():
             self.examples[kind] = [*self.examples.get(kind, []), *found][:3]
+
+
+def print_summary(folder: Path, meta: dict) -> None:
+    """What the dataset is and what was removed from it, on a few lines."""
+    print(f'{folder}: {meta["about"]} ({meta["licence"]})\n'
+          f'  {meta["documents"]:,} documents, {meta["characters"]:,} characters; '
+          f'{meta["tokenizer"]} tokenizer of {meta["vocab_size"]:,} tokens\n'
+          f'  {meta["train_tokens"]:,} tokens to train on, {meta["val_tokens"]:,} to validate on')
+    for name, (documents_in, characters_in, documents_out, characters_out) in meta['steps'].items():
+        if characters_in != characters_out:
+            print(f'  {name}: {documents_in:,} -> {documents_out:,} documents, {characters_in:,} '
+                  f'-> {characters_out:,} characters')
+    if meta['leakage'] and meta['documents'] > 1:
+        print('  validation documents like one in training: ' + ', '.join(
+            f'{n:,} (Jaccard {low} or more)' for low, n in meta['leakage'].items()))
+    for what, n in meta['counts'].items():
+        if n and what.startswith(('U+FFFD', 'NUL', 'masked', 'files')):
+            print(f'  {what}: {n:,}')
+    if meta['n_bad']:
+        print(f'  left out because it cannot be read: {meta["n_bad"]:,}')
+    print(f'  what was removed and why: {folder}/report.html')
 
 
 STYLE = '''
@@ -86,7 +115,7 @@ svg { width: 100%; height: auto; }
 
 def write_report(path: Path, meta: dict) -> None:
     """Write the page of a dataset whose meta.json is `meta`."""
-    page = [f'<h1>{esc(meta["name"])}</h1><p>{esc(meta["about"])}</p>']
+    page = [f'<h1>{escape(meta["name"])}</h1><p>{escape(meta["about"])}</p>']
     sizes = [('documents', f'{meta["documents"]:,}'), ('characters', f'{meta["characters"]:,}'),
              ('tokens to train on', f'{meta["train_tokens"]:,}'),
              ('tokens to validate on', f'{meta["val_tokens"]:,}'),
@@ -106,8 +135,8 @@ def write_report(path: Path, meta: dict) -> None:
     settings, n_tokens = meta['settings'], meta['train_tokens'] + meta['val_tokens']
     if settings['quality'] or settings['count_quality']:
         page.append(table(
-            f'Quality rules; applied: {esc(settings["quality"] or "none")}. The others would have '
-            'dropped what lies outside.', ['rule', 'allowed', 'documents outside', 'dropped'],
+            f'Quality rules; applied: {escape(settings["quality"] or "none")}. The others would '
+            'have dropped what lies outside.', ['rule', 'allowed', 'documents outside', 'dropped'],
             [(rule, allowed(rule.partition(': ')[2]), f'{n:,}', f'{dropped:,}')
              for rule, (n, dropped) in sorted(meta['rules'].items(), key=lambda r: -r[1][0])]
             or [('no document lies outside of any rule', '', '0', '0')]))
@@ -125,8 +154,8 @@ def write_report(path: Path, meta: dict) -> None:
                     for token, n in meta['frequent']]),
              '<h2>Examples of what was removed, or would have been</h2>']
     for kind, found in sorted(meta['examples'].items()):
-        page.append(f'<h3>{esc(kind)}</h3>' + ''.join(
-            f'<div>{esc(where)}</div><pre>{esc(text)}</pre>' for where, text in found))
+        page.append(f'<h3>{escape(kind)}</h3>' + ''.join(
+            f'<div>{escape(where)}</div><pre>{escape(str(text))}</pre>' for where, text in found))
     page += ['<h2>Sources</h2>', table(
         f'{meta["n_inputs"]:,} files, {meta["input_bytes"]:,} bytes'
         + (', the first of them:' if meta['n_inputs'] > len(meta['inputs']) else ''),
@@ -136,12 +165,8 @@ def write_report(path: Path, meta: dict) -> None:
         table('', ['setting', 'value'], [(k, str(v)) for k, v in settings.items()])]
     path.write_text(f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
                     f'<meta name="viewport" content="width=device-width">'
-                    f'<title>{esc(meta["name"])}</title><style>{STYLE}</style></head><body>\n'
+                    f'<title>{escape(meta["name"])}</title><style>{STYLE}</style></head><body>\n'
                     + '\n'.join(page) + '\n</body></html>\n', encoding='utf-8', errors='replace')
-
-
-def esc(text: str) -> str:
-    return html.escape(str(text))
 
 
 def allowed(measure: str) -> str:
@@ -158,7 +183,7 @@ def table(title: str, head: list[str], rows: list[tuple]) -> str:
     """An HTML table; columns of numbers are set to the right."""
     right = [i > 0 and all(str(row[i])[:1].isdigit() for row in rows) for i in range(len(head))]
     cell = lambda tag, i, text: (f'<{tag}{" class=n" if right[i:i + 1] == [True] else ""}>'
-                                 f'{esc(text)}</{tag}>')
+                                 f'{escape(str(text))}</{tag}>')
     return (f'<p>{title}</p>' * bool(title) + '<table>'
             + ''.join(f'<tr>{"".join(cell(tag, i, text) for i, text in enumerate(row))}</tr>'
                       for tag, row in [('th', head)] * bool(head) + [('td', r) for r in rows])

@@ -25,6 +25,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from core import device as hardware
 from core.settings import stop
 
+IGNORE = -100     # the target of a position that does not count
+PADDING = -1      # the number of a sample that only fills a micro-batch up
+
 patient_group = None    # of all ranks: for waiting while one of them prepares data
 writing_group = None    # of all ranks: for the threads that write checkpoints
 tied_group = None       # of the first and last pipeline stage with the same data and cut
@@ -217,6 +220,20 @@ def print0(*words, **options) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # What ranks tell each other
+
+
+def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
+          multiple: int = 1) -> list[list[int]]:
+    """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches.
+
+    Every rank gets the same number of equally large micro-batches; uneven shares are filled up
+    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]]. There are a multiple of `multiple`.
+    """
+    per_rank = -(-n // world)
+    padded = -(-per_rank // (micro_batch_size * multiple)) * micro_batch_size * multiple
+    mine = list(range(first + rank * per_rank, first + min(n, (rank + 1) * per_rank)))
+    mine += [PADDING] * (padded - len(mine))
+    return [mine[i:i + micro_batch_size] for i in range(0, padded, micro_batch_size)]
 
 
 def all_sum(x: torch.Tensor, device) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """Files of any format -> documents: text, web pages, notebooks, JSON, tables, Parquet, also as .gz.
 
-Reading has two halves. `read` goes through files in order, in one process, and yields records:
-bytes or text of a few megabytes at most, with the place they come from. `parse` makes documents of
-a record; that is the slow half, which prepare.py gives to several processes.
-Whatever cannot be read raises Bad with file, line or row, and a remedy.
+`read` goes through a file in one process and yields records: bytes or text of a few megabytes at
+most, with their place. `parse` makes documents of a record, which is slower: several processes do
+it. Whatever cannot be read raises Bad with file, line or row, and a remedy.
 """
 import codecs
 import functools
@@ -17,7 +16,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -42,13 +40,6 @@ END = '<|endoftext|>'   # a line of it ends a document
 SEPARATOR = re.compile(r'^<\|endoftext\|>\n', re.MULTILINE)
 
 
-class Document(NamedTuple):
-    """One text, or a part of one that is too long to be kept in memory."""
-    where: str
-    text: str
-    continued: bool = False
-
-
 def made_here(folder) -> str:
     """What this program has made in a folder: 'a dataset', 'a run' or 'a model'; '' if nothing."""
     return next((what for what, *files in MADE if all(
@@ -56,9 +47,9 @@ def made_here(folder) -> str:
 
 
 def find_files(place: str, bad, without=(), made=None) -> tuple[list[Path], Counter]:
-    """The files of a path, a folder with all below it, or a glob, sorted; and how many were left
-    out of folders by suffix. `bad` is called with a message for what is no file, and for a loop of
-    links. Left out are folders below that are in `without` or made_here; they go to dict `made`."""
+    """The files of a path, of a folder with all below it, or of a glob, sorted; and how many were
+    left out of folders, by suffix. Folders that are in `without` or made_here are left out, and
+    noted in `made`. `bad` is called with a message for what is no file, and for loops of links."""
     made, without = {} if made is None else made, {os.path.realpath(path) for path in without}
 
     @functools.cache
@@ -122,14 +113,10 @@ def walk(folder: Path, bad, is_ours, above: tuple = ()) -> Iterator[Path]:
             yield path
 
 
-# ---------------------------------------------------------------------------------------------
-# Files to records
-
-
 def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterator[Record]:
-    """The records of a file in their order. `encoding` '' is found out, and told if it is not
-    UTF-8; `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet. Tables
-    give whole rows if it is a tuple, of what tables.read_table asks for. Raises Bad."""
+    """The records of a file in order. `encoding` '' is found out, and told if it is not UTF-8;
+    `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet, or a tuple of
+    those that read_table asks for: then tables give whole rows. Raises Bad."""
     kind, where, told = suffix(path), path, encoding
     if encoding and not is_encoding(encoding):
         raise Bad(f'{path}: encoding={encoding} is none that Python knows for text; correct it')
@@ -141,15 +128,15 @@ def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterato
         with open(path, 'rb') as raw:
             f = gzip.open(raw) if path.suffix.lower() == '.gz' else raw
             refuse(path, kind, f)
-            for record in reader(path, f, raw, encoding, errors, column):
+            for record in reader(path, f, encoding, errors, column):
                 if not told and record.encoding not in ('utf-8', 'utf-8-sig'):
                     told = record.encoding
                     if os.environ.get('RANK', '0') == '0':
                         tqdm.write(f'{path}: not UTF-8, read as {told}', file=sys.stderr)
-                where = record.where
-                if record.kind == 'row' and isinstance(column, str):
-                    record = record._replace(data=record.data[column.strip().lower()], kind='text')
-                yield record
+                where, kind, data = record.where, record.kind, record.data
+                if kind == 'row' and isinstance(column, str):
+                    kind, data = 'text', data[column.strip().lower()]
+                yield record._replace(kind=kind, data=data, end=record.end or raw.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise Bad(f'{path}: a damaged or truncated gzip file, after {where} ({e}); get it '
                   'again') from e
@@ -170,7 +157,7 @@ def refuse(path, kind: str, f) -> None:
         raise Bad(f'{path}: is {what[0]}, which is not read; save its text as .txt')
 
 
-def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+def read_text(path, f, encoding, errors, column) -> Iterator[Record]:
     """A text file, decoded a block at a time; of any length, and with lines of any length."""
     head = f.read(1 << 24)
     encoding = encoding or detect(path, head)
@@ -190,9 +177,9 @@ def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
             text += '\n'
         *whole, text = SEPARATOR.split(text)
         for part in whole:
-            yield from parts(part, True, str(path), raw.tell(), encoding, continued)
+            yield from parts(part, True, str(path), encoding, continued)
             continued = False
-        rest = yield from parts(text, not block, str(path), raw.tell(), encoding, continued)
+        rest = yield from parts(text, not block, str(path), encoding, continued)
         text, continued = rest, continued or len(rest) < len(text)
         if not block:
             return
@@ -200,7 +187,7 @@ def read_text(path, f, raw, encoding, errors, column) -> Iterator[Record]:
         block = block or f.read(1 << 20)
 
 
-def parts(text: str, whole: bool, where: str, end: int, encoding: str, continued: bool):
+def parts(text: str, whole: bool, where: str, encoding: str, continued: bool):
     """Records of a text, none longer than LONGEST; if it is not the whole document yet, returns the
     rest, which more will follow."""
     while len(text) > LONGEST or whole and text:
@@ -208,24 +195,24 @@ def parts(text: str, whole: bool, where: str, end: int, encoding: str, continued
         if cut < len(text):     # between two words if there are any
             cut = max(text.rfind('\n', cut // 2, cut), text.rfind(' ', cut // 2, cut), 0) or cut
             cut -= text.startswith('<', cut)    # which at the start of a part might begin END
-        yield Record(where, text[:cut], end, 'text', encoding, continued)
+        yield Record(where, text[:cut], 'text', encoding, continued)
         text, continued = text[cut:], True
     return text
 
 
-def read_html(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+def read_html(path, f, encoding, errors, column) -> Iterator[Record]:
     page = f.read(LONGEST_PAGE + 1)
     if len(page) > LONGEST_PAGE:
         raise Bad(f'{path}: a web page of more than {LONGEST_PAGE >> 20} MiB; give its text')
     # a page states its encoding itself
-    yield Record(str(path), page.decode(encoding, errors) if encoding else page, raw.tell(), 'html')
+    yield Record(str(path), page.decode(encoding, errors) if encoding else page, 'html')
 
 
-def read_notebook(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+def read_notebook(path, f, encoding, errors, column) -> Iterator[Record]:
     """The cells of a Jupyter notebook, text and code in their order; what code printed is left out.
     """
     text, encoding = tables.open_text(path, f, encoding, errors)
-    found = Record(str(path), text.read().removeprefix('\ufeff'), raw.tell(), 'json', encoding)
+    found = Record(str(path), text.read().removeprefix('\ufeff'), 'json', encoding)
     try:
         cells = [''.join(cell['source']).strip('\n') for cell in tables.parse_json(found)['cells']
                  if cell['cell_type'] in ('markdown', 'code')]
@@ -234,7 +221,7 @@ def read_notebook(path, f, raw, encoding, errors, column) -> Iterator[Record]:
     yield found._replace(data='\n\n'.join(filter(None, cells)) + '\n', kind='text')
 
 
-def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
+def read_parquet(path, f, encoding, errors, column) -> Iterator[Record]:
     """The rows of a Parquet file, a few hundred in memory at a time; bad rows are records."""
     try:
         import pyarrow
@@ -254,22 +241,18 @@ def read_parquet(path, f, raw, encoding, errors, column) -> Iterator[Record]:
                 row += 1
                 text = value.as_py()
                 if isinstance(text, str):
-                    yield Record(f'{path}:{row}', text, size * row // max(row, n_rows))
+                    yield Record(f'{path}:{row}', text, end=size * row // max(row, n_rows))
                 else:
                     yield tables.bad_record(f'{path}: row {row}', f'{column!r} is no text; name '
-                                            'the column that has it with --text_column', raw)
+                                            'the column that has it with --text_column')
     except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         raise Bad(f'{path}: a damaged or truncated Parquet file, after row {row} '
                   f'({" ".join(str(e).split())[:200]}); get it again') from e
 
 
-# ---------------------------------------------------------------------------------------------
-# Records to documents
-
-
-def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Document]:
-    """The document of a record, or its parts if it is too long; `errors` as in `read`, here for
-    half characters (lone surrogates), which JSON can spell. Raises Bad."""
+def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Record]:
+    """The document of a record as text, in parts if it is longer than LONGEST; `errors` as in
+    `read`, here for half characters (lone surrogates), which JSON can spell. Raises Bad."""
     where, text = record.where, record.data
     if record.kind == 'bad':
         raise Bad(text)
@@ -290,10 +273,9 @@ def parse(record: Record, column: str, errors: str = 'strict') -> Iterator[Docum
                       'correct it, or put U+FFFD there with --errors=replace') from e
         text = re.sub('[\ud800-\udfff]', '\ufffd', text)
     if len(text) <= LONGEST:
-        yield Document(where, text, record.continued)
+        yield record._replace(data=text, kind='text')
     else:
-        for part in parts(text, True, where, 0, '', record.continued):
-            yield Document(where, part.data, part.continued)
+        yield from parts(text, True, where, '', record.continued)
 
 
 def html_to_text(where: str, page: bytes | str) -> str:

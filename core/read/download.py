@@ -57,11 +57,9 @@ def kind_of(part: Path, content_type: str) -> str:
 
 
 def locked(path: Path, wait: bool = True):
-    """The file of a lock that is held until the file is closed, or this process ends in any way.
-
-    Raises BlockingIOError if another process has it and we do not `wait`, or another OSError if
-    the file cannot be opened. A file system without locks is a warning.
-    """
+    """The file of a lock that is held until it is closed, or this process ends. Raises
+    BlockingIOError if another process has it and we do not `wait`, or another OSError if the file
+    cannot be opened. A file system without locks is a warning."""
     file = open(path, 'a')
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -77,18 +75,16 @@ class NoNetwork(Exception):
     """The file is not on this machine and could not be reached; the message says what was tried."""
 
 
-def fetch(name: str, url: str, folder, sha256: str = '', size: int = 0, headers: dict | None = None,
-          optional: bool = False, mirrored: bool = True, any_kind: bool = False) -> Path | None:
-    """The path of the file `name`: from the mirror directory, an earlier download, or `url`.
+def fetch(name: str, url: str, folder, sha256: str = '', *, size: int = 0,
+          headers: dict | None = None, optional: bool = False, mirrored: bool = True,
+          any_kind: bool = False) -> Path | None:
+    """The path of the file `name`: in DATA_MIRROR (unless not `mirrored`), of an earlier download,
+    or from `url`. Raises NoNetwork if no server can be reached; stops at an answer that is not the
+    file, or returns None if the server has no such file and it is `optional`.
 
-    DATA_MIRROR=<dir>, if set, is looked at first and used in place. A download goes to `folder`,
-    appears under its final name only when whole and right, and leaves its hash beside it in
-    `<name>.sha256`; `sha256` (64 hex digits) and `size` (bytes) are checked when given, otherwise
-    the hash of the first download is what later ones must have. `headers` go with the request. If
-    the server has no such file, returns None where it is `optional`. Without `mirrored` it is not
-    looked for in the mirror. With `any_kind` the name gets the suffix that kind_of finds, if it has
-    another one; the file with the hash keeps it.
-    Raises NoNetwork if no server can be reached. Stops on an answer that is not the file.
+    A download goes to `folder`, appears under its final name only when whole and right, and leaves
+    its hash in `<name>.sha256`, which later ones must have. `sha256` (64 hex digits) and `size`
+    (bytes) are checked when given. With `any_kind` the name gets the suffix that kind_of finds.
     """
     mirror = os.environ.get('DATA_MIRROR')
     if mirror and mirrored:
@@ -146,15 +142,12 @@ def verify(path: Path, sha256: str, size: int, delete: bool = False, shown: str 
     return path
 
 
-def download(url: str, part: Path, size: int = 0, attempts: int = 4, timeout=(10, 60),
+def download(url: str, part: Path, size: int = 0, *, attempts: int = 4, timeout=(10, 60),
              headers: dict | None = None, optional: bool = False) -> str | None:
-    """Stream `url` into the file `part`, going on where an earlier try stopped; its Content-Type.
-
-    Retries dropped connections, stalls and 5xx answers `attempts` times in all, waiting 1, 2, 4 s.
-    An interrupted part is continued only if the server confirms (If-Range) that the file is still
-    the same one. A 404 returns None where the file is `optional`. Raises NoNetwork when no
-    connection could be made, stops on any other failure.
-    """
+    """Stream `url` into the file `part`, going on where an earlier try stopped if the server
+    confirms (If-Range) that the file is the same; returns its Content-Type, or None at a 404 if the
+    file is `optional`. Tries `attempts` times, waiting 1, 2, 4 s. Raises NoNetwork when no
+    connection could be made, stops on any other failure."""
     validator_file = part.with_name(part.name + '.etag')
     reached, problem = False, ''
     for attempt in range(attempts):

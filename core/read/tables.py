@@ -41,25 +41,21 @@ class Record(NamedTuple):
     """A piece of a file, unparsed."""
     where: str              # file, file:line or file:row
     data: bytes | str | dict
-    end: int                # bytes of the file up to here, for progress
     kind: str = 'text'      # text, json, row, html, or bad: the data say what is wrong with it
     encoding: str = 'utf-8'
     continued: bool = False     # goes on with the document of the record before it
+    end: int = 0            # bytes of the file up to here, for progress
 
 
-def bad_record(where: str, what: str, raw) -> Record:
+def bad_record(where: str, what: str) -> Record:
     """A record that is no good, while those after it may be."""
-    return Record(where, f'{where}: {what}', raw.tell(), 'bad')
+    return Record(where, f'{where}: {what}', 'bad')
 
 
 def suffix(path) -> str:
     """What decides how a file is read: its last suffix in lower case, .gz aside."""
     path = Path(path)
     return Path(path.stem if path.suffix.lower() == '.gz' else path).suffix.lower()
-
-
-# ---------------------------------------------------------------------------------------------
-# Bytes to lines
 
 
 def is_encoding(name: str) -> bool:
@@ -133,22 +129,18 @@ def lines_of(text) -> Iterator[str]:
         mark = ''
 
 
-# ---------------------------------------------------------------------------------------------
-# Lines to rows
-
-
-def read_lines(path, f, raw, encoding: str, errors: str, column) -> Iterator[Record]:
+def read_lines(path, f, encoding: str, errors: str, column) -> Iterator[Record]:
     """JSON lines, not parsed yet; one that is too long is a bad record."""
     text, encoding = open_text(path, f, encoding, errors)
     for number, line in enumerate(lines_of(text), 1):
         if len(line) >= LONGEST_LINE and line[-1] not in '\r\n':
             yield bad_record(f'{path}:{number}', f'a line of more than {LONGEST_LINE >> 20} MiB; '
-                             'cut the text into several records, or give it as a .txt file', raw)
+                             'cut the text into several records, or give it as a .txt file')
         elif line.strip():
-            yield Record(f'{path}:{number}', line, raw.tell(), 'json', encoding)
+            yield Record(f'{path}:{number}', line, 'json', encoding)
 
 
-def read_array(path, f, raw, encoding: str, errors: str, column) -> Iterator[Record]:
+def read_array(path, f, encoding: str, errors: str, column) -> Iterator[Record]:
     """The elements of a JSON array, which is in memory as a whole, with the lines where they begin.
     """
     stream, encoding = open_text(path, f, encoding, errors)
@@ -164,7 +156,7 @@ def read_array(path, f, raw, encoding: str, errors: str, column) -> Iterator[Rec
             _, at = json.JSONDecoder().raw_decode(text, at)
         except (ValueError, RecursionError) as e:
             raise Bad(f'{path}:{line}: invalid JSON ({e}); correct it') from e
-        yield Record(f'{path}:{line}', text[begin:at], raw.tell(), 'json', encoding)
+        yield Record(f'{path}:{line}', text[begin:at], 'json', encoding)
         at = skip(at)
     line += text.count('\n', counted, at)
     if mark == '[':
@@ -187,7 +179,7 @@ def parse_json(record: Record):
         raise Bad(f'{record.where}: invalid JSON ({e}); correct it') from e
 
 
-def read_table(path, f, raw, encoding: str, errors: str, columns) -> Iterator[Record]:
+def read_table(path, f, encoding: str, errors: str, columns) -> Iterator[Record]:
     """The rows of a CSV or TSV file (which knows no quotes) as {name in lower case: value}.
 
     The first line names the columns, in any order. Those that must be there are `columns`: a name,
@@ -195,7 +187,7 @@ def read_table(path, f, raw, encoding: str, errors: str, columns) -> Iterator[Re
     """
     columns = columns if isinstance(columns, tuple) else ((columns.strip().lower(),),)
     text, encoding = open_text(path, f, encoding, errors)
-    rows = csv_rows(path, lines_of(text), raw, encoding)
+    rows = csv_rows(path, lines_of(text), encoding)
     first = next(rows, None)
     if not first:
         return
@@ -216,12 +208,12 @@ def read_table(path, f, raw, encoding: str, errors: str, columns) -> Iterator[Re
         if row.kind == 'row' and len(row.data) != len(names):
             yield bad_record(row.where, f'{len(row.data)} columns, not {len(names)} '
                              f'({", ".join(names)[:200]}); correct the row (in a .csv file a text '
-                             'with commas stands in quotes)', raw)
+                             'with commas stands in quotes)')
         else:
             yield row if row.kind == 'bad' else row._replace(data=dict(zip(names, row.data)))
 
 
-def csv_rows(path, lines: Iterator[str], raw, encoding: str) -> Iterator[Record]:
+def csv_rows(path, lines: Iterator[str], encoding: str) -> Iterator[Record]:
     """The rows of a table as lists, the first line among them."""
     csv.field_size_limit(LONGEST_LINE - 1)
     rows = csv.reader(lines, **({'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
@@ -229,7 +221,7 @@ def csv_rows(path, lines: Iterator[str], raw, encoding: str) -> Iterator[Record]
     while True:
         where = f'{path}:{rows.line_num + 1}'
         try:
-            row = Record('', next(rows), raw.tell(), 'row', encoding)
+            row = Record('', next(rows), 'row', encoding)
             row = row._replace(where=f'{path}:{rows.line_num}')
             check(row, ''.join(row.data))
             if row.data:
@@ -240,6 +232,6 @@ def csv_rows(path, lines: Iterator[str], raw, encoding: str) -> Iterator[Record]
             if 'end of data' in str(e):
                 raise Bad(f'{where}: {e}: a quote without its end has swallowed all rows after it; '
                           'close it') from e
-            yield bad_record(where, f'{e}; correct the row', raw)
+            yield bad_record(where, f'{e}; correct the row')
         except Bad as e:
             yield row._replace(data=str(e), kind='bad')

@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.data.dataset import IGNORE
 from core.net import optim
 from core.ranks import parallel
-from core.ranks.processes import Ranks, broadcast, exchange, print0
+from core.ranks.processes import IGNORE, Ranks, broadcast, exchange, print0
 from core.run.learner import Learner, count_targets, to_device
 from core.settings import stop, warn
 from core.source import source_hashes

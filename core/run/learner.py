@@ -12,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from core.data.dataset import IGNORE
 from core.device import Device
 from core.net import optim
 from core.net.optim import LossScale
 from core.ranks import parallel, processes
-from core.ranks.processes import Ranks, print0
+from core.ranks.processes import IGNORE, Ranks, print0
 from core.run import models
 from core.settings import stop
 from model import count_parameters

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import torch
 
-from core.data.dataset import IGNORE, share
 from core.ranks import parallel, processes
+from core.ranks.processes import IGNORE, share
 from core.run.learner import to_device
 
 Z95 = 1.959964      # the 97.5% quantile of the normal distribution, and of Student's t with 1 to 7

@@ -40,10 +40,6 @@ def read_json(path: Path) -> dict:
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# Ours to theirs
-
-
 def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two tokens whose union is `token`, as merging its bytes in the order of ranks gives them;
     None if that gives more than two."""
@@ -107,15 +103,9 @@ def begin_with(tokenizer: Tokenizer) -> dict:
             'special_tokens': {bos: {'id': bos, 'ids': [tokenizer.bos], 'tokens': [bos]}}}
 
 
-# ---------------------------------------------------------------------------------------------
-# Theirs to ours
-
-
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, with bos and eos from the files beside it.
-
-    Stops, naming the part, at anything but a byte-level BPE, or one of ours.
-    """
+    """The tokenizer in a tokenizer.json, with bos and eos from the files beside it. Stops, naming
+    the part, at anything but a byte-level BPE, or one of ours."""
     found = read_json(path)
     try:
         tokenizer = make_tokenizer(found, path.parent)
@@ -134,10 +124,8 @@ class NotSupported(Exception):
 
 
 def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes; its truncation and padding are left out.
-
-    Raises NotSupported, or what bad data raises.
-    """
+    """The tokenizer that a tokenizer.json describes, without its truncation and padding. Raises
+    NotSupported, or what bad data raises."""
     model, vocab, special, written = found['model'], dict(found['model']['vocab']), {}, []
     if model['type'] != 'BPE':
         raise NotSupported(f'its model is {model["type"]!r:.80}')
@@ -173,8 +161,9 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
         raise NotSupported('it has no pattern that splits text')
     check_merges(model['merges'], ordinary, bool(model.get('ignore_merges')))
     bos, eos = bos_and_eos(folder, special)
-    tokenizer = BPETokenizer(pattern, ordinary, special, in_front or bos, eos, bool(in_front),
-                             normalizer, written, first)
+    tokenizer = BPETokenizer(pattern, ordinary, special, bos=in_front or bos, eos=eos,
+                             add_bos=bool(in_front), normalize=normalizer, written=written,
+                             first=first)
     probe = unicodedata.normalize(normalizer, PROBE) if normalizer else PROBE
     if tokenizer.decode(tokenizer.encode(probe)) != probe:
         raise NotSupported('its pattern leaves out parts of a text')
@@ -211,11 +200,9 @@ def split_pattern(part: dict) -> str:
 
 
 def check_merges(merges: list, ordinary: list[str], whole_pieces: bool) -> None:
-    """Raise NotSupported unless merging by these pairs is merging by the order of ids.
-
-    It is, if the pairs are in the order of the tokens that they make, and the pair that makes each
-    token when ids are ranks is among them. There may be none if `whole_pieces` are looked up first.
-    """
+    """Raise NotSupported unless merging by these pairs is merging by the order of ids: they are in
+    the order of the tokens that they make, and the pair that makes each token when ids are ranks is
+    among them (or there is none, if `whole_pieces` are looked up first)."""
     tokens = [unprintable(token) for token in ordinary]
     ranks, pairs, last = {token: i for i, token in enumerate(tokens)}, set(), 0
     if sum(len(token) ** 2 for token in tokens) > 10 ** 8:
@@ -236,17 +223,17 @@ def check_merges(merges: list, ordinary: list[str], whole_pieces: bool) -> None:
 def bos_and_eos(folder: Path, special: dict[str, int]) -> tuple[str, str]:
     """The names of the tokens that begin and end a text, from tokenizer_config.json or config.json;
     '' if nothing begins it."""
-    given = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
-    config, model = given('tokenizer_config.json'), given('config.json')
-    found, names = [], {i: name for name, i in special.items()}
-    for key in ('bos_token', 'eos_token'):
-        name = config.get(key)
+    config, model = (read_json(folder / name) if (folder / name).is_file() else {}
+                     for name in ('tokenizer_config.json', 'config.json'))
+    names = {i: name for name, i in special.items()}
+
+    def stated(key: str) -> str:
+        name, i = config.get(key), model.get(f'{key}_id')
         name = name['content'] if isinstance(name, dict) else name
-        if not name:
-            i = model.get(f'{key}_id')
-            name = names.get(i[0] if isinstance(i, list) else i)
-        found.append(name if name in special else '')
-    bos, eos = found
+        name = name or names.get(i[0] if isinstance(i, list) else i)
+        return name if name in special else ''
+
+    bos, eos = stated('bos_token'), stated('eos_token')
     eos = eos or next((name for name in special if 'end' in name and 'text' in name), '')
     if not eos:
         raise NotSupported('no eos_token says which token ends a text')

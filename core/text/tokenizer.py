@@ -14,26 +14,18 @@ samples must mask ids from `len(tokenizer)` on.
 """
 import codecs
 import hashlib
-import heapq
-import itertools
 import json
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import regex  # comes with tiktoken
 import tiktoken
-from tqdm import tqdm
 
-from core.data import clean
-from core.device import cpu_count
 from core.read.download import fetch
 from core.settings import stop
-from core.workers import ordered_map
+from core.text.bpe import blocks, count_pieces, learn_merges
 
 # Reserved by every trained tokenizer, so that a base model can become a chat model unchanged.
 ROLES = ('system', 'user', 'assistant')
@@ -51,6 +43,13 @@ PATTERNS = {
               r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     'gpt2': r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
+
+
+def normalize(text: str, form: str) -> str:
+    """The text in Unicode normalization form NFC or NFKC ('': as it is), with \\n line ends and
+    without NUL characters and a byte order mark at its start."""
+    text = text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n').replace('\0', '')
+    return unicodedata.normalize(form, text) if form and not text.isascii() else text
 
 
 class Tokenizer:
@@ -82,31 +81,23 @@ class Tokenizer:
 
     def as_corpus(self, text: str) -> str:
         """A text that a user gives, made as prepare.py made the one that was learnt from."""
-        return clean.normalize(text, self.corpus_normalize)
-
-    def encode_batch(self, texts: list[str]) -> list:
-        """The ids of several texts; BPE encodes them on all cores."""
-        return [self.encode(text) for text in texts]
+        return normalize(text, self.corpus_normalize)
 
     def blocks(self, text: str) -> list[str]:
         """Parts of a long text that encode to the ids of the whole."""
         return list(blocks(text))
 
     def decode(self, ids) -> str:
-        """Text of a sequence of ids; bytes that are no valid UTF-8 become U+FFFD.
-
-        Raises IndexError for an id that has no token.
-        """
+        """Text of a sequence of ids; bytes that are no valid UTF-8 become U+FFFD. Raises IndexError
+        for an id that has no token."""
         ids = list(ids)
         if ids and min(ids) < 0:
             raise IndexError(f'id {min(ids)} has no token')
         return b''.join(self.tokens[i] for i in ids).decode('utf-8', errors='replace')
 
     def stream(self):
-        """A function id -> text for tokens that come one at a time.
-
-        It keeps back the bytes of an unfinished character until the rest of them has come.
-        """
+        """A function id -> text for tokens that come one at a time; it keeps the bytes of an
+        unfinished character back until the rest has come."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         return lambda i: decoder.decode(self.tokens[i])
 
@@ -126,10 +117,6 @@ class Tokenizer:
         ids = self.encode(self.as_corpus(text))
         return ([self.bos] if self.add_bos else []) + ids or self.start()
 
-    def knows_chat(self) -> bool:
-        """Whether it has the tokens of chats; one that was not made here may lack them."""
-        return self.special.keys() >= set(CHAT)
-
     def turn_ends(self) -> set[int]:
         """The ids at which an answer ends: <|end|>, and what can only come after it."""
         return {self.eos, *(self.special[name] for name in CHAT)}
@@ -138,28 +125,31 @@ class Tokenizer:
         """What of a text cannot be encoded, and what to do; '' if all can."""
         return ''
 
+    def knows_chat(self) -> bool:
+        """Whether it has the tokens of chats; one that was not made here may lack them."""
+        return self.special.keys() >= set(CHAT)
+
     def check_chat(self) -> None:
         """Stop if the tokens of chats are missing."""
-        missing = [name for name in CHAT if name not in self.special]
-        if missing:
-            stop(f'this tokenizer has no {missing[0]}: it knows no chats; its special tokens are '
+        if not self.knows_chat():
+            missing = next(name for name in CHAT if name not in self.special)
+            stop(f'this tokenizer has no {missing}: it knows no chats; its special tokens are '
                  f'{", ".join(list(self.special)[:8])}')
 
     def encode_chat(self, messages: list[dict], reply: bool = False) -> list[int]:
         """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML); bos before
-        them where the model is used to it.
+        them where the model is used to it. With `reply` they end where the assistant begins.
 
-        messages are {'role': 'system', 'user' or 'assistant', 'content': text}. With `reply` the
-        ids end where the assistant begins to answer. What looks like a special token in a content
-        stays text, so nobody can write himself another role. Raises ValueError for another role.
+        messages are {'role': 'system', 'user' or 'assistant', 'content': text}; a special token in
+        a content stays text, so nobody can write himself another role. Raises ValueError for
+        another role.
         """
         turns = [ids for ids, _ in self.encode_turns(messages)]
         return sum(turns, []) + [self.special['<|assistant|>']] * reply
 
     def encode_turns(self, messages: list[dict]) -> Iterator[tuple[list[int], list[bool]]]:
         """For each message its ids in a conversation, and which of them the assistant says: its
-        content and the end token, not the token of its role.
-        """
+        content and the end token, not that of its role."""
         self.check_chat()
         start = [self.bos] if self.add_bos else []
         for message in messages:
@@ -169,29 +159,6 @@ class Tokenizer:
             before = [*start, self.special[f'<|{message["role"]}|>']]
             said, start = message['role'] == 'assistant', []
             yield before + ids, [False] * len(before) + [said] * len(ids)
-
-    def decode_chat(self, ids) -> list[dict]:
-        """The messages of a conversation's ids: the inverse of encode_chat.
-
-        A last turn may lack its end. Raises ValueError if anything else stands outside of a turn.
-        """
-        self.check_chat()
-        role_of = {self.special[f'<|{role}|>']: role for role in ROLES}
-        messages, turn, closed, ids = [], [], True, list(ids)
-        for i in [*ids[self.add_bos and ids[:1] == [self.bos]:], None]:
-            if i in role_of and closed:
-                messages.append({'role': role_of[i]})
-                turn, closed = [], False
-            elif i is None or i == self.special['<|end|>'] and not closed:
-                if not closed:
-                    messages[-1]['content'] = self.decode(turn)
-                closed = True
-            elif closed or i in self.special.values():
-                raise ValueError(f'{self.decode([i])!r} at token {len(turn)} of turn '
-                                 f'{len(messages)}: not a conversation')
-            else:
-                turn.append(i)
-        return messages
 
     def state(self) -> dict:
         """What the kind needs beyond its name to be rebuilt, as JSON."""
@@ -261,13 +228,13 @@ class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019, section 2.2).
 
     A text is split into pieces by `pattern`; within a piece, the adjacent pair of tokens whose
-    union has the lowest id is merged, until none has one: ids are ranks, and nothing else is kept.
-    tiktoken does the work. `bos` and `eos` are names of special tokens ('': there is none),
-    `written` the names of those that text may spell, as <think> in Qwen3.
+    union has the lowest id is merged, until none has one: ids are ranks. tiktoken does the work.
+    `bos` and `eos` are names of special tokens ('': there is none), `written` the names of those
+    that text may spell, as <think> in Qwen3.
     """
     kind = 'bpe'
 
-    def __init__(self, pattern: str, ranks: list[str], special: dict[str, int], bos: str = '',
+    def __init__(self, pattern: str, ranks: list[str], special: dict[str, int], *, bos: str = '',
                  eos: str = '<|endoftext|>', add_bos: bool = False, normalize: str = '',
                  written: Iterable[str] = (), first: int = 0):
         super().__init__([unprintable(token) for token in ranks], special, first)
@@ -287,8 +254,8 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = 'llama3',
               workers: int = 0) -> 'BPETokenizer':
         """A tokenizer of vocab_size tokens, special ones included, or fewer if texts are short."""
-        pieces = count_pieces(texts, PATTERNS[pattern], workers)
-        tokens = learn_merges(pieces, vocab_size - len(SPECIAL))
+        tokens = learn_merges(count_pieces(texts, PATTERNS[pattern], workers),
+                              vocab_size - len(SPECIAL))
         return cls(PATTERNS[pattern], [printable(token) for token in tokens],
                    {name: len(tokens) + i for i, name in enumerate(SPECIAL)})
 
@@ -311,10 +278,6 @@ class BPETokenizer(Tokenizer):
         return [i for begin, end in zip([0, *ends], [*ends, len(text)])
                 for i in self.encode(text[begin:end])]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        with ThreadPoolExecutor(cpu_count()) as pool:   # tiktoken lets other threads run
-            return list(pool.map(self.encode, texts))
-
     def byte_lengths(self) -> np.ndarray:
         lengths = super().byte_lengths()
         for name, i in self.written.items():
@@ -324,8 +287,8 @@ class BPETokenizer(Tokenizer):
     def with_chat(self) -> 'BPETokenizer':
         """The same with the tokens of chats behind all others, where it lacks them."""
         missing = [name for name in CHAT if name not in self.special]
-        new = {name: len(self) + i for i, name in enumerate(missing)}
-        found = BPETokenizer(**self.state(), special=self.special | new)
+        found = BPETokenizer(**self.state(), special=self.special | {
+            name: len(self) + i for i, name in enumerate(missing)})
         found.corpus_normalize = self.corpus_normalize
         return found
 
@@ -357,11 +320,8 @@ def unprintable(text: str) -> bytes:
 
 
 def gpt2(downloads) -> BPETokenizer:
-    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all.
-
-    From encoder.json in DATA_MIRROR/gpt2, in the folder `downloads`, or from OpenAI. Its ids are in
-    the order of the merges, so vocab.bpe, which lists these, is not needed.
-    """
+    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all. The ids
+    are in the order of the merges, so OpenAI's vocab.bpe, which lists these, is not needed."""
     path = fetch('gpt2/encoder.json', 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/'
                  'main/encoder.json', downloads, size=1_042_301,
                  sha256='196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')
@@ -370,138 +330,6 @@ def gpt2(downloads) -> BPETokenizer:
     return BPETokenizer(PATTERNS['gpt2'], sorted(ids, key=ids.get), bos='<|endoftext|>',
                         special={name: end + i for i, name in enumerate(SPECIAL)})
 
-
-# ---------------------------------------------------------------------------------------------
-# Training a byte-level BPE
-
-
-def blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
-    """Parts of about `size` characters, each ending with a letter before a space and a letter.
-
-    No piece of PATTERNS crosses such a place, so the parts encode to the ids of the whole.
-    """
-    begin = 0
-    while len(text) - begin > size:
-        found = re.compile(r'(?<=[^\W\d_]) (?=[^\W\d_])').search(text, begin + size)
-        if not found:
-            break
-        yield text[begin:found.start()]
-        begin = found.start()
-    yield text[begin:]
-
-
-def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counter:
-    """How often each piece occurs in the texts; counted by `workers` processes (0: all cores)."""
-    shares = shares_of(texts)
-    first = next(shares, [])
-    large = sum(map(len, first)) >= SHARE
-    if not workers:     # more than one pay from some megabytes on
-        workers = cpu_count() if large else 1
-    shares = tqdm(itertools.chain([first], shares), desc='counting', leave=False, disable=not large)
-    counts = Counter()
-    for found in ordered_map(count_share, shares, workers, pattern):
-        counts.update(found)
-        if len(counts) > MOST_PIECES:   # as in Chinese, where few pieces come twice
-            counts = Counter({piece: n for piece, n in counts.items() if n > 1})
-    return counts
-
-
-SHARE = 1 << 22         # characters that a process counts at a time
-MOST_PIECES = 500_000   # kept in memory; above, those that came only once are forgotten
-
-
-def shares_of(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Parts of the texts (see blocks), about SHARE characters together at a time."""
-    share, size = [], 0
-    for part in (part for text in texts for part in blocks(text)):
-        share.append(part)
-        size += len(part)
-        if size >= SHARE:
-            yield share
-            share, size = [], 0
-    if share:
-        yield share
-
-
-def count_share(parts: Iterable[str], pattern: str) -> Counter:
-    """How often each piece occurs in some of the texts."""
-    split = regex.compile(pattern).findall
-    counts = Counter()
-    for part in parts:
-        counts.update(split(part))
-    return counts
-
-
-def learn_merges(pieces: dict[str, int], n_tokens: int) -> list[bytes]:
-    """The tokens of a BPE: the 256 bytes, then again and again the union of the most frequent pair.
-
-    pieces: how often each occurs. Stops early when no pair occurs twice. Among equally frequent
-    pairs the one with the lowest ids comes first, so the result is a function of the counts.
-
-    All distinct pieces lie in one array of ids, each with its neighbours' positions. For each pair
-    the positions where it began when it came up are kept. A pair contains the newest token of its
-    time, so all its places come up in one merge, and later merges only take places away: counts
-    never rise. So a heap with counts that may be too high is enough: a pair that comes to its top
-    is counted anew, and put back if it has become less frequent.
-    """
-    encoded = sorted((piece.encode(), n) for piece, n in pieces.items() if len(piece.encode()) > 1)
-    lengths = np.array([len(piece) + 1 for piece, _ in encoded], dtype=np.int64)
-    ids = np.frombuffer(b'\0'.join([b'', *(piece for piece, _ in encoded), b'']), np.uint8)
-    ids = ids.astype(np.int32)
-    ids[np.cumsum(lengths)] = ids[0] = OUTSIDE
-    weight = np.repeat(np.array([0, *(n for _, n in encoded)]), [1, *lengths])
-    after = np.arange(1, len(ids) + 1, dtype=np.int32)      # position of the right neighbour
-    before = np.arange(-1, len(ids) - 1, dtype=np.int32)    # and of the left one
-    after[-1] = len(ids) - 1
-    tokens = [bytes([i]) for i in range(256)]
-    places, heap = {}, []                                   # (a, b) -> positions of a before b
-
-    def add(at) -> None:
-        """Note new pairs, given by the positions of their first token."""
-        if not len(at):
-            return
-        keys = ids[at].astype(np.int64) << 32 | ids[after[at]]
-        order = np.argsort(keys, kind='stable')
-        keys, at = keys[order], at[order]
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        counts = np.add.reduceat(weight[at], starts)
-        for key, n, part in zip(keys[starts].tolist(), counts.tolist(),
-                                np.split(at, starts[1:])):
-            if n > 1:
-                heapq.heappush(heap, (-n, key))
-                places[key] = part
-
-    add(np.flatnonzero((ids >= 0) & (ids[after] >= 0)))
-    with tqdm(total=n_tokens, initial=256, desc='merging', unit='token', leave=False,
-              delay=2) as bar:
-        while len(tokens) < n_tokens and heap:
-            n, key = heapq.heappop(heap)
-            a, b = key >> 32, key & 0xffffffff
-            first = places.pop(key)
-            first = first[(ids[first] == a) & (ids[after[first]] == b)]
-            if (now := int(weight[first].sum())) < -n:
-                if now > 1:
-                    heapq.heappush(heap, (-now, key))
-                    places[key] = first
-                continue
-            if a == b:      # in a row of a's every second pair is taken, from the left
-                index = np.arange(len(first))
-                begins = np.concatenate([[True], first[1:] != after[first[:-1]]])
-                first = first[(index - np.maximum.accumulate(index * begins)) % 2 == 0]
-            new = len(tokens)
-            tokens.append(tokens[a] + tokens[b])
-            second = after[first]
-            right = after[second]
-            ids[first], ids[second] = new, GONE
-            after[first], before[right] = right, first
-            left = before[first]
-            left = left[(ids[left] >= 0) & (ids[left] != new)]
-            add(np.concatenate([left, first[ids[right] >= 0]]))
-            bar.update()
-    return tokens
-
-
-OUTSIDE, GONE = -1, -2      # ids of the positions between two pieces, and of merged seconds
 
 KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer)}
 

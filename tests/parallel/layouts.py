@@ -20,11 +20,11 @@ import torch
 
 import model as model_module
 import train
-from core.data.dataset import IGNORE, PADDING, share
+from core.data.dataset import IGNORE, PADDING
 from core.device import Device
 from core.net import optim
 from core.ranks import parallel, processes
-from core.ranks.processes import Ranks
+from core.ranks.processes import Ranks, share
 from core.run import checkpoint, layout_check, models
 from core.run.begin import build_optimizers
 from core.run.learner import Learner
