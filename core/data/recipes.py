@@ -27,6 +27,7 @@ class Recipe(NamedTuple):
     file_mb: int = 0        # how large each is, about
 
 
+GITHUB = 'https://raw.githubusercontent.com'
 AUSTEN = {  # name -> repository of GITenberg, file, commit, SHA-256
     'emma': (
         'Emma_158', '158-0.txt', '9943f6422b9246e7ad37625d6bd014b035fbfdea',
@@ -91,7 +92,6 @@ def join_rows(tables: list[Path], path: Path) -> Path:
     return path
 
 
-GITHUB = 'https://raw.githubusercontent.com'
 RECIPES = {
     'shakespeare': Recipe(
         'tiny Shakespeare: 40,000 lines of his plays, 1.1 MB', 'public domain', 'char',

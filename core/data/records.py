@@ -91,10 +91,6 @@ def rows_of(path: Path, fields: tuple, bad: Callable[[Bad], None] | None = None
             yield record.where, folded
 
 
-# ---------------------------------------------------------------------------------------------
-# Dicts to records
-
-
 def known(where: str, record: dict, message: bool = False) -> dict:
     """What a record or a message has, under the names in FIELDS, but what is empty. Raises Bad if
     it has one twice, or what is refused."""
