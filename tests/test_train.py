@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from core.data.dataset import IGNORE, ShardWriter, load_split
 from core.net import optim
 from core.net.optim import LossScale, make_optimizers
 from core.ranks.processes import Ranks, share
+from core.read.download import NoNetwork
 from core.run import checkpoint, models
 from core.run.begin import model_config
 from core.run.identity import is_finished
@@ -502,7 +504,7 @@ def test_fallback_dataset(run_train, capsys, monkeypatch, text_file):
     """Without a network the run says loudly what it is, and is not called by the config's name."""
     def no_network(name, *rest, **options):
         if name == 'shakespeare':
-            raise train.NoNetwork('https://example.org cannot be reached')
+            raise NoNetwork('https://example.org cannot be reached')
         return real(str(text_file), *rest, **options)
 
     real = chosen.build
@@ -566,7 +568,7 @@ def test_wandb(run_train, monkeypatch, capsys):
         patch.setattr('importlib.util.find_spec', lambda name: True)
         run_train(wandb=True)
     assert [step for step, numbers in service.logged if 'val_loss' in numbers] == [3, 6]
-    if not train.importlib.util.find_spec('wandb'):
+    if not find_spec('wandb'):
         stopped(capsys, run_train, 'wandb=True', 'pip install wandb', wandb=True, out_dir='out/b')
 
 
