@@ -34,6 +34,8 @@ from core import device as hardware
 from core.data.dataset import share
 from core.formats import hf
 from core.net import optim
+from core.net.engine import generate
+from core.net.weights import build_model
 from core.ranks import parallel
 from core.ranks.processes import Ranks
 from core.run.learner import Learner, count_targets, lm_loss_sums
@@ -41,7 +43,7 @@ from core.run.log import draw as draw_figure
 from core.run.log import read_log
 from core.settings import check_bounds, check_choice, configure, stop
 from core.text import tokenizer as tokenizers
-from model import build_model, count_parameters, flops_per_token, generate
+from model import count_parameters, flops_per_token
 
 POSITIONAL = ('what', 'folders')
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import prepare
 from core.formats import hf
+from core.net.weights import build_model
 from core.run import checkpoint, models
 from core.settings import configure, stop
-from model import GPTConfig, build_model, count_parameters, flops_per_token
+from model import GPTConfig, count_parameters, flops_per_token
 
 ROOT = Path(__file__).parent
 

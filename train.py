@@ -21,6 +21,7 @@ import prepare
 from core.data.dataset import IGNORE, Ahead, load_split, share
 from core.device import fit_micro_batch
 from core.net import optim
+from core.net.engine import generate
 from core.ranks import parallel, processes
 from core.ranks.processes import print0
 from core.read.download import NoNetwork
@@ -32,7 +33,7 @@ from core.run.run import Run
 from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
 from core.source import source_hashes
 from core.text import tokenizer as tokenizers
-from model import GPTConfig, generate
+from model import GPTConfig
 
 # filled by configure: the config file's name, the paths of all, what flags changed, what flags or
 # they changed

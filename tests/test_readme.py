@@ -12,8 +12,9 @@ import pytest
 
 import prepare
 from core.formats import hf
+from core.net.weights import build_model
 from core.text.tokenizer import gpt2
-from model import GPTConfig, build_model
+from model import GPTConfig
 
 ROOT = Path(prepare.__file__).parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

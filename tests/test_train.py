@@ -20,6 +20,7 @@ import train
 from core import device as hardware
 from core.data.dataset import IGNORE, ShardWriter, load_split, share
 from core.net import optim
+from core.net.lstm import LSTM
 from core.net.optim import LossScale
 from core.ranks.processes import Ranks
 from core.run import checkpoint, models
@@ -27,7 +28,7 @@ from core.run.identity import is_finished
 from core.run.learner import Learner, count_targets, lm_loss_sums
 from core.run.log import events, read_log
 from core.settings import Stop, configure, read_config, settings_of
-from model import GPT, LSTM, GPTConfig, flops_per_token
+from model import GPT, GPTConfig, flops_per_token
 
 ROOT = Path(train.__file__).parent
 
@@ -64,7 +65,7 @@ def test_run_directory(run_train):
     assert log[-1]['best_val_loss'] == min(e['val_loss'] for e in evals) == out['best_val_loss']
     assert [e['step'] for e in log if e['event'] == 'sample'] == [2, 4] and log[-1]['sample']
     assert checkpoint.steps(run) == [3, 6]
-    for name in ('step-00000006/tokenizer.json', 'model.py', 'train.py'):
+    for name in ('step-00000006/tokenizer.json', 'model.py', 'kernels.py', 'train.py'):
         assert (run / name).is_file()
 
 
