@@ -34,6 +34,8 @@ from core.data import named
 from core.data.chosen import get_data
 from core.formats import hf
 from core.net import optim
+from core.net.engine import generate
+from core.net.weights import build_model
 from core.ranks import parallel
 from core.ranks.processes import Ranks, share
 from core.run.begin import (
@@ -48,7 +50,7 @@ from core.run.log import draw as draw_figure
 from core.run.log import read_log
 from core.settings import check_bounds, check_choice, configure, read_settings, stop
 from core.text import tokenizer as tokenizers
-from model import build_model, count_parameters, flops_per_token, generate
+from model import count_parameters, flops_per_token
 from train import train_step
 
 POSITIONAL = ('what', 'folders')

@@ -20,6 +20,7 @@ from core.data import clean, records
 from core.data.dataset import Rows, rows_of
 from core.device import fit_micro_batch
 from core.net import lora, optim
+from core.net.weights import build_model, copy_weights
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
 from core.run import metrics, models
@@ -28,7 +29,6 @@ from core.run.learner import Learner, Step
 from core.run.run import Run
 from core.settings import check_bounds, check_choice, configure, settings_of, stop
 from core.source import source_hashes
-from model import build_model, copy_weights
 
 POSITIONAL = ('run_dir',)
 CONFIG, FLAGS, GIVEN = '', (), ()   # filled by configure

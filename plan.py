@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 from core.data import named
 from core.formats import hf
+from core.net.weights import build_model
 from core.run import checkpoint, models
 from core.run.begin import adapted, check_settings, from_model, model_config, tokenizer_wanted
 from core.settings import configure, read_settings, stop
-from model import GPTConfig, build_model, count_parameters, flops_per_token
+from model import GPTConfig, count_parameters, flops_per_token
 
 ROOT = Path(__file__).parent
 

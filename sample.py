@@ -16,10 +16,10 @@ import torch
 
 from core import device as hardware
 from core.data import records
+from core.net.engine import generate, pad_rows
 from core.read.documents import Bad, read, suffix
 from core.run import models
 from core.settings import Stop, check_bounds, configure, stop, warn
-from model import generate, pad_rows
 
 POSITIONAL = ('run_dir',)
 ENDS_WITH_STDOUT = True     # when nobody reads the text any more

@@ -21,6 +21,7 @@ from core.data.chosen import get_data
 from core.data.dataset import IGNORE, Ahead, load_split
 from core.device import fit_micro_batch
 from core.net import optim
+from core.net.engine import generate
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
 from core.run import models
@@ -31,7 +32,6 @@ from core.run.run import Run
 from core.settings import configure, settings_of, stop
 from core.source import source_hashes
 from core.text import tokenizer as tokenizers
-from model import generate
 
 # filled by configure: the config file's name, the paths of all, what flags changed, what flags or
 # they changed

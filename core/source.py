@@ -7,6 +7,8 @@ import gc
 import hashlib
 from pathlib import Path
 
+# What computes a model. Each run keeps copies of these files.
+MATHEMATICS = ('model.py', 'core/net/kernels.py')
 # Functions that only tell people something, by their last name.
 MESSAGES = {'stop', 'warn', 'print', 'print0', 'print_above', 'set_postfix_str'}
 

@@ -9,8 +9,8 @@ from conftest import TINY
 
 import bench
 from core import device as hardware
+from core.net.weights import build_model
 from core.settings import Stop
-from model import build_model
 
 # A model with nanoGPT's interface, and as many parameters as it is told to have.
 PEER = '''

@@ -18,10 +18,11 @@ import train
 from core.device import Device, keep_freed_memory
 from core.formats import hf
 from core.net import optim
+from core.net.weights import build_model, copy_weights, named_weights
 from core.ranks.processes import Ranks
 from core.run import layout_check, models
 from core.settings import read_config
-from model import GPTConfig, build_model, copy_weights, named_weights
+from model import GPTConfig
 
 SMALL = dict(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)
 # what the edit 'all' sets that is no random number, and no training changes

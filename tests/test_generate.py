@@ -1,11 +1,21 @@
-"""model.py: the KV cache against no cache, generation, and the LSTM behind the same interface."""
+"""core/net/engine.py: the cache against no cache, drawing, generation; the LSTM behind the same
+interface."""
+import math
 
 import pytest
 import torch
 from test_model import LLAMA, PROMPTS, close, tiny, tokens, variants
 
-import model as M
-from model import KVCache, generate, sample_next
+from core.net.engine import (
+    KVCache,
+    draw,
+    generate,
+    new_cache,
+    penalize_repetition,
+    sample_next,
+    uniform,
+)
+from model import generate as plain_generate
 
 # ---------------------------------------------------------------------------------------------
 # The KV cache
@@ -23,7 +33,7 @@ def test_cached_logits_equal_uncached(settings, compiling, monkeypatch):
     assert moved[:8].max() == 0 and moved[8:12].min() > 1e-3     # the comparison is not empty
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: compiling)
     for chunks in ([24], [7] + [1] * 17, [6, 5, 1, 8, 4], [1] * 24):
-        cache = model.new_cache(2)
+        cache = new_cache(model, 2)
         got = [model(part, cache=cache) for part in idx.split(chunks, dim=1)]
         close(torch.cat(got, dim=1), want)
         assert cache.room() == 0 and cache.lengths.tolist() == [24, 24]
@@ -35,7 +45,7 @@ def test_cached_rows_of_different_lengths(settings):
     """Padded prefill, single steps, a padded chunk, single steps; each row against itself alone."""
     model, idx = tiny(**settings), tokens(3, 24)
     want = [model(row[None])[0] for row in idx]
-    cache, at = model.new_cache(3), [0, 0, 0]
+    cache, at = new_cache(model, 3), [0, 0, 0]
 
     def feed(*counts):
         """Feed counts[b] tokens of each row in one call; checks the logits of the last one."""
@@ -129,7 +139,7 @@ def test_recompute_does_not_lose_the_cache():
     """With gradients on, a cached forward must be the same whether blocks are recomputed or not."""
     model, idx = tiny(), tokens(1, 6)
     model.recompute = True
-    cache = model.new_cache(1)
+    cache = new_cache(model, 1)
     got = torch.cat([model(part, cache=cache) for part in idx.split(3, dim=1)], dim=1)
     close(got, model(idx))
 
@@ -196,15 +206,82 @@ def test_ids_from_n_tokens_on_are_never_drawn():
 def test_sample_next_by_hand(options, support):
     n = 4000
     logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log().add(2.0).expand(n, 4)
-    drawn = sample_next(logits, **options, generator=torch.Generator().manual_seed(0))
-    found = drawn.bincount(minlength=4) / n
+    u = torch.tensor([uniform(7, position) for position in range(n)])
+    found = sample_next(logits, u, **options).bincount(minlength=4) / n
     assert set(found.nonzero()[:, 0].tolist()) == set(support)
     assert all(abs(found[i] - p) < 0.03 for i, p in support.items())
 
 
+def test_draw_by_hand():
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0]).expand(7, 6)
+    u = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.99, 1 - 2 ** -24])
+    assert draw(probs, u).tolist() == [1, 1, 3, 3, 4, 4, 4]
+    many = torch.full((1, 50_000), 1 / 50_000)      # whose sum is not exactly 1
+    assert draw(many, u[-1:]).item() > 49_990 and draw(many, u[:1]).item() == 0
+
+
+def test_a_model_that_has_diverged_does_not_write():
+    model = tiny()
+    with torch.no_grad():
+        model.ln_f.weight[0] = math.nan
+    with pytest.raises(ValueError, match='logits are not finite'):
+        ids(model)
+
+
+def test_uniform_numbers():
+    """Even over seeds and over positions, without a trace of the number before."""
+    u = torch.tensor([[uniform(f'{seed} {row}', position) for position in range(100)]
+                      for seed in range(5) for row in range(20)], dtype=torch.float64)
+    assert 0 <= u.min() and u.max() < 1 and torch.equal(u, u.float().double())
+    assert u.unique().numel() > 9_980
+    for numbers in (u.flatten(), u.T.flatten()):
+        counts = (numbers * 20).long().bincount(minlength=20)
+        assert ((counts - 500) ** 2 / 500).sum() < 43.8     # chi-squared, 19 degrees: p = 0.001
+        assert abs(torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1]) < 0.033
+    assert uniform('0 0', 3) == 8_861_401 / 2 ** 24        # on every machine
+
+
+@pytest.mark.parametrize('settings', [LLAMA, {'arch': 'lstm'}], ids=['llama', 'lstm'])
+def test_a_row_draws_alone_as_it_does_beside_others(settings):
+    model, seeds = tiny(**settings), [3, 1, 7]
+    options = dict(n=60, temperature=1.5, top_k=20)     # past the window of 24, too
+    want = list(zip(*ids(model, seed=seeds, **options)))
+    assert len(set(want)) == 3
+    for b, prompt in enumerate(PROMPTS):        # alone, as the first of a call
+        n = min(60, 25 - max(map(len, PROMPTS)))        # other rows do not crop it yet
+        assert [step[0] for step in ids(model, [prompt], seed=[seeds[b]], **options)][:n] \
+            == list(want[b][:n])
+    again = ids(model, PROMPTS[::-1] + [[5]], seed=[*seeds[::-1], 8], **options)
+    assert list(zip(*again))[:3] == want[::-1]
+    # a seed for all: each row has numbers of its own, the first the same in every call
+    same = list(zip(*ids(model, [PROMPTS[0]] * 3, seed=4, **options)))
+    assert len(set(same)) == 3
+    assert [step[0] for step in ids(model, [PROMPTS[0]], seed=4, **options)] == list(same[0])
+
+
+def test_the_plain_generate():
+    """model.generate finds what the fast one finds, and draws with the same probabilities."""
+    model = tiny(**LLAMA)
+    for prompt in PROMPTS:
+        n = 24 - len(prompt)
+        want = prompt + [step[0] for step in ids(model, [prompt], n, temperature=0)]
+        idx = torch.tensor([prompt])
+        for options in (dict(temperature=0), dict(top_k=1)):
+            assert plain_generate(model, idx, n, **options).tolist() == [want]
+    assert plain_generate(model, idx, 40, temperature=0).shape == (1, len(PROMPTS[-1]) + 40)
+    B = 4000
+    for options in (dict(temperature=0.7), dict(temperature=1.3, top_k=5)):
+        torch.manual_seed(0)
+        plain = plain_generate(model, idx.expand(B, -1), 1, **options)[:, -1]
+        fast = torch.tensor(ids(model, [PROMPTS[-1]] * B, 1, **options)[0])
+        counts = torch.stack([x.bincount(minlength=31) for x in (plain, fast)]).double() / B
+        assert (counts[0] - counts[1]).abs().max() < 0.04
+        assert ((counts > 0).sum(dim=1) == 5).all() or 'top_k' not in options
+
+
 def test_repetition_penalty_by_hand():
     logits = torch.tensor([[2.0, -1.0, 0.5, -4.0], [2.0, -1.0, 0.5, -4.0]])
-    got = M.penalize_repetition(logits, [[0, 1, 1], [3]], 2.0)
+    got = penalize_repetition(logits, [[0, 1, 1], [3]], 2.0)
     assert got.tolist() == [[1.0, -2.0, 0.5, -4.0], [2.0, -1.0, 0.5, -8.0]]
     model, row = tiny(), [3]
     for _ in range(15):
@@ -221,10 +298,10 @@ def test_repetition_penalty_by_hand():
 def test_lstm_cache(tied):
     model, idx = tiny(arch='lstm', tied=tied), tokens(3, 12)
     want = model(idx)
-    cache = model.new_cache(3)
+    cache = new_cache(model, 3)
     got = [model(part, cache=cache) for part in idx.split([5, 1, 1, 5], dim=1)]
     close(torch.cat(got, dim=1), want)
-    cache, lengths = model.new_cache(3), [3, 7, 5]
+    cache, lengths = new_cache(model, 3), [3, 7, 5]
     doc = torch.where(torch.arange(7) < torch.tensor(lengths)[:, None], 0, -1)
     got = model(idx[:, :7], doc=doc, cache=cache, n_logits=1)
     close(got[:, 0], torch.stack([want[b, n - 1] for b, n in enumerate(lengths)]))

@@ -19,13 +19,14 @@ import model as M
 import train
 from core import device as hardware
 from core.device import Device, fit_micro_batch
-from core.net import optim
+from core.net import kernels, optim
+from core.net.engine import generate
+from core.net.weights import build_model
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
 from core.run import learner as learning
 from core.run.learner import Learner
 from core.run.log import read_log
-from model import generate
 
 WIDE = dict(head_dim=16, n_layer=2)
 DOC = torch.tensor([[0] * 9 + [1] * 11, [0] * 15 + [-1] * 5])
@@ -38,10 +39,10 @@ def gpu(monkeypatch):
         mask = create_mask(block_mask.mask_mod, q.size(0), 1, q.size(2), k.size(2), 'cpu')
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
 
-    monkeypatch.setattr(M, 'GPU', 'cpu')
-    monkeypatch.setattr(M, 'has_flex', lambda device, head_dim: True)
-    monkeypatch.setattr(M, 'compiled', lambda f: f)
-    monkeypatch.setattr(M, 'flex_attention', flex)
+    monkeypatch.setattr(kernels, 'GPU', 'cpu')
+    monkeypatch.setattr(kernels, 'has_flex', lambda device, head_dim: True)
+    monkeypatch.setattr(kernels, 'compiled', lambda f: f)
+    monkeypatch.setattr(kernels, 'flex_attention', flex)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def gpu(monkeypatch):
 
 
 class Kernels:
-    """Stands for model.F, and notes which kernels each attention may take, and its mask."""
+    """Stands for kernels.F, and notes which kernels each attention may take, and its mask."""
 
     def __init__(self):
         self.seen = []
@@ -91,12 +92,12 @@ def decode(model, prompts):
     ({}, lambda m: decode(m, [list(range(24))]), False, False)])     # the cache runs full
 def test_kernels_asked_for(gpu, monkeypatch, settings, run, cudnn, masked):
     """cuDNN's may only train, without a mask; all others always may."""
-    kernels, before = Kernels(), set(_cur_sdpa_kernel_backends())
-    monkeypatch.setattr(M, 'F', kernels)
+    asked, before = Kernels(), set(_cur_sdpa_kernel_backends())
+    monkeypatch.setattr(kernels, 'F', asked)
     run(tiny(**{**WIDE, 'block_size': 24, **settings}))
-    assert kernels.seen and any(mask for _, mask in kernels.seen) == masked
+    assert asked.seen and any(mask for _, mask in asked.seen) == masked
     others = {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
-    for allowed, _ in kernels.seen:
+    for allowed, _ in asked.seen:
         assert others <= allowed and (SDPBackend.CUDNN_ATTENTION in allowed) == cudnn
     assert set(_cur_sdpa_kernel_backends()) == before       # also between two tokens
 
@@ -105,9 +106,9 @@ def test_a_cpu_is_asked_for_nothing(monkeypatch):
     def refuse(*_):
         raise AssertionError
 
-    monkeypatch.setattr(M, 'sdpa_kernel', refuse)
-    monkeypatch.setattr(M, 'has_flex', refuse)
-    monkeypatch.setattr(M, 'fused', refuse)
+    monkeypatch.setattr(kernels, 'sdpa_kernel', refuse)
+    monkeypatch.setattr(kernels, 'has_flex', refuse)
+    monkeypatch.setattr(kernels, 'fused', refuse)
     model = tiny(window=3)
     train_once(model, DOC)
     look_once(model, DOC)
@@ -123,9 +124,9 @@ def test_kernels_are_chosen_in_graphs(gpu):
         return graph.forward
 
     q = torch.randn(1, 2, 600, 16)      # too long for the CPU's own way
-    attend = torch.compile(M.attend, backend=backend, fullgraph=True)
+    attend = torch.compile(kernels.attend, backend=backend, fullgraph=True)
     with torch.no_grad():
-        close(attend(q, q, q, None, 0.0), M.attend(q, q, q, None, 0.0))
+        close(attend(q, q, q, None, 0.0), kernels.attend(q, q, q, None, 0.0))
     assert targets.count(torch.nn.attention._sdpa_kernel) == 2
     targets.clear()
     attend(q.requires_grad_(), q, q, None, 0.0)
@@ -156,7 +157,7 @@ def no_dense_mask(gpu, monkeypatch):
 
     real_mask = M.causal_mask
     monkeypatch.setattr(M, 'causal_mask', refuse)
-    monkeypatch.setattr(M, 'create_block_mask', make)
+    monkeypatch.setattr(kernels, 'create_block_mask', make)
     return stances
 
 
@@ -231,8 +232,10 @@ def test_graphs_take_other_documents(gpu):
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @torch.no_grad()
-def test_flex_attention_is_compiled_where_all_is_eager():
+def test_flex_attention_is_compiled_where_all_is_eager(monkeypatch):
     """Really compiled, for a CPU: masks of other documents and lengths are right."""
+    monkeypatch.setattr(kernels, 'GPU', 'cpu')
+    monkeypatch.setattr(kernels, 'has_flex', lambda device, head_dim: True)
     stats = torch._dynamo.utils.counters['stats']
     generator = torch.Generator().manual_seed(0)
     with torch.compiler.set_stance('force_eager'):
@@ -240,9 +243,9 @@ def test_flex_attention_is_compiled_where_all_is_eager():
         for T, length in ((200, 70), (200, 30), (200, 199), (136, 50), (150, 20)):
             q, k, v = (torch.randn(2, n, T, 16, generator=generator) for n in (4, 2, 2))
             doc = torch.arange(T).div(length, rounding_mode='floor').repeat(2, 1)
-            flex = M.flex_mask(T, doc, 0, 'cpu')
-            close(M.attend(q, k, v, flex, 0.0),
-                  M.attend(q, k, v, M.causal_mask(T, doc, 0, 'cpu'), 0.0))
+            flex = kernels.flex_mask(T, doc, 0, torch.device('cpu'), 16)
+            close(kernels.attend(q, k, v, flex, 0.0),
+                  kernels.attend(q, k, v, M.causal_mask(T, doc, 0, 'cpu'), 0.0))
             graphs.append(stats['unique_graphs'])
     assert graphs[0] == graphs[1] == graphs[2] > 0      # documents are no reason to compile again
     torch.compiler.reset()
@@ -256,12 +259,12 @@ def test_where_there_is_no_flex_attention(capsys, monkeypatch, head_dim, wrong, 
     monkeypatch.setattr(hardware, 'no_compiler', lambda kind, name: wrong)
     hardware.warn_once.cache_clear()
     for _ in range(3):
-        assert M.has_flex(torch.device('cuda', 0), head_dim) == (not said)
+        assert kernels.has_flex(torch.device('cuda', 0), head_dim) == (not said)
     err = capsys.readouterr().err
     assert err.count('warning: no flex-attention (') == bool(said) and said in err
-    monkeypatch.setattr(M, 'GPU', 'cpu')
+    monkeypatch.setattr(kernels, 'GPU', 'cpu')
     if said:
-        torch.compiler.assume_constant_result(M.has_flex)   # as where the compiler is tried
+        torch.compiler.assume_constant_result(kernels.has_flex)   # as where the compiler is tried
         model = tiny(head_dim=head_dim)
         want = model(tokens(2, 20), doc=DOC)
         close(torch.compile(model, backend='eager', fullgraph=True)(tokens(2, 20), doc=DOC), want)
@@ -276,9 +279,9 @@ def test_where_there_is_no_flex_attention(capsys, monkeypatch, head_dim, wrong, 
 @pytest.mark.parametrize('chunk, apart', [(7, True), (20, True), (40, False)])
 def test_chunks_stay_out_of_graphs(monkeypatch, reduction, chunk, apart):
     """No graph has the logits or the head's gradient of a chunk; a single one is in the graph."""
-    monkeypatch.setattr(M, 'CHUNK_ELEMENTS', 31 * chunk)
+    monkeypatch.setattr(kernels, 'CHUNK_ELEMENTS', 31 * chunk)
     compiled, sizes = [], []
-    monkeypatch.setattr(M, 'compiled', lambda f: compiled.append(f) or f)
+    monkeypatch.setattr(kernels, 'compiled', lambda f: compiled.append(f) or f)
 
     def backend(graph, example):
         sizes.extend(tuple(node.meta['example_value'].shape) for node in graph.graph.nodes
@@ -296,19 +299,19 @@ def test_chunks_stay_out_of_graphs(monkeypatch, reduction, chunk, apart):
     logits = [size for size in sizes if size[-1:] == (31,) and size != (31, 16)]
     assert sizes and bool(logits) != apart
     # what is done with logits is compiled by itself, but only for a compiled model
-    assert compiled == [M.loss_by_logits] * (apart and reduction != 'none')
+    assert compiled == [kernels.loss_by_logits] * (apart and reduction != 'none')
     torch.compiler.reset()
 
 
 @pytest.mark.slow
 def test_loss_compiled_by_chunks(monkeypatch):
     """Really compiled: the same loss and gradients."""
-    monkeypatch.setattr(M, 'CHUNK_ELEMENTS', 31 * 16)
+    monkeypatch.setattr(kernels, 'CHUNK_ELEMENTS', 31 * 16)
     model, results = tiny(n_layer=1), []
     for in_graph in (False, True):
         model.zero_grad()
         x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        total = M.chunked_sum(x, model.lm_head.weight, tokens(40, 1)[:, 0], 16, in_graph)
+        total = kernels.chunked_sum(x, model.lm_head.weight, tokens(40, 1)[:, 0], 16, in_graph)
         total.backward()
         results.append((total.detach(), x.grad, model.lm_head.weight.grad.clone()))
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
@@ -338,7 +341,7 @@ def test_rows_of_presets_on_a_cpu_stay(monkeypatch, words, rows):
     preset = plan.load_preset(words)
     config = M.GPTConfig(**{name: preset[name] for name in (
         'n_layer', 'n_head', 'n_embd', 'block_size')})
-    model = M.build_model(config, None, 'meta')
+    model = build_model(config, None, 'meta')
     memory(monkeypatch, 0, 24 * GB)
     device = Device('cpu', 'cpu', 'float32', False, 1.0, [])
     args = device, preset['batch_size'], config.block_size, config.n_layer, config.n_embd

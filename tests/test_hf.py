@@ -18,11 +18,13 @@ from test_bpe import fuzz, nfc
 
 import plan
 from core.formats import hf
+from core.net.engine import generate
+from core.net.weights import build_model
 from core.run import models
 from core.settings import Stop
 from core.text.hf_tokenizer import merges_of, read_tokenizer, tokenizer_json
 from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, printable
-from model import GPTConfig, build_model, generate
+from model import GPTConfig
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 transformers = pytest.importorskip('transformers')
@@ -673,7 +675,7 @@ def test_two_at_once(hub, tokenizer, tmp_path):
     """Processes that want the same model wait for one another."""
     (tmp_path / 'hub' / 'org').mkdir(parents=True)
     hf.save(our_model('qwen3'), tokenizer, tmp_path / 'hub' / 'org' / 'small', shard_bytes=50_000)
-    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from core import checkpoint; ' \
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from core.run import checkpoint; ' \
         'models.load_run("org/small")'
     processes = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]

@@ -15,6 +15,7 @@ import finetune
 import model as model_module
 import train
 from core import device as hardware
+from core.net.weights import build_model
 from core.run import checkpoint, models
 from core.run import run as run_module
 from core.run.identity import MAY_DIFFER, differences, identity_of
@@ -321,11 +322,12 @@ def test_edited_source(door, project, name, capsys):
     log = (run / 'log.jsonl').read_bytes()
     for file, old, new in (('core/net/optim.py', '3.4445', '3.4446'),
                            (script, 'seed = 1337', 'seed = 1338'),
-                           ('model.py', 'self.n_head', 'self.n_kv_head')):
+                           ('model.py', 'self.n_head', 'self.n_kv_head'),
+                           ('core/net/kernels.py', '1 << 24', '1 << 23')):
         project(file, old, new)
         message = stops(lambda: door(name), f'{run}: ', f'{file} has changed', '--init_from=resume',
                         f'--out_dir={run}', 'another --out_dir')
-    assert message.count('has changed') == 3
+    assert message.count('has changed') == 4
     assert log == (run / 'log.jsonl').read_bytes() and not run.with_name(run.name + '-2').exists()
     # another setting is another run; it is begun with the new source
     assert door.cut(name, seed=3) == run.with_name(run.name + '-2')
@@ -333,12 +335,13 @@ def test_edited_source(door, project, name, capsys):
     # both ways on
     assert door(name, out_dir='out/anew')['step'] == 6
     models.load_run(str(run), classifier=name == 'classify')
-    assert 'was trained with another model.py' in capsys.readouterr().err
+    assert 'was trained with another model.py and core/net/kernels.py; copies' \
+        in capsys.readouterr().err
     assert door(name, init_from='resume')['run_dir'] == str(run)
     assert 'core/net/optim.py has changed' in capsys.readouterr().err
     assert read_log(run, 'end') and read_log(run, 'start')
     models.load_run(str(run), classifier=name == 'classify')
-    assert 'was trained with another model.py' not in capsys.readouterr().err
+    assert 'was trained with another' not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', SOME)
@@ -392,7 +395,7 @@ def test_runs_of_an_older_version(door, capsys):
         files | {'state.json': checkpoint.flushed(folder / 'state.json')}))
     stops(lambda: door('train'), 'source of an older version is not known', '--init_from=resume')
     models.load_run(str(run))
-    assert 'another model.py' not in capsys.readouterr().err
+    assert 'trained with another' not in capsys.readouterr().err
     assert door('train', init_from='resume')['run_dir'] == str(run)
 
 
@@ -453,7 +456,7 @@ def test_a_parameter_that_had_no_gradient_yet(tmp_path, door):
     batch = torch.arange(32)[None]
     found = []
     for stopped in (False, True):
-        model = model_module.build_model(model.config, 1)
+        model = build_model(model.config, 1)
         learn = lambda: train.optim.make_optimizers(model, 'muon', 1e-2, 0.1)
         optimizers = learn()
         for step in range(3):
@@ -470,7 +473,7 @@ def test_a_parameter_that_had_no_gradient_yet(tmp_path, door):
                 saver = checkpoint.Saver(folder)
                 saver.save(model, optimizers, tokenizer, state | {'step': 2})
                 saver.finish(2)
-                model = model_module.build_model(model.config, 2)
+                model = build_model(model.config, 2)
                 optimizers = learn()
                 models.load_weights(model, folder, 2)
                 models.load_optimizers(model, optimizers, folder, 2)

@@ -9,11 +9,12 @@ import torch
 import export
 import train
 from core.formats import hf
+from core.net.weights import build_model, copy_weights
 from core.run import models
 from core.run.identity import identity_of
 from core.settings import Stop
 from core.text.tokenizer import BPETokenizer, printable
-from model import GPTConfig, build_model, copy_weights
+from model import GPTConfig
 
 STILL = dict(max_steps=1, learning_rate=0.0, weight_decay=0.0)      # a step that changes nothing
 

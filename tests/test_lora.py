@@ -1,4 +1,4 @@
-"""core/net/lora.py: low-rank adapters; PEFT is the reference for their files."""
+"""core/net/lora.py: low-rank adapters; PEFT is the reference for core/formats/peft.py."""
 import copy
 import os
 from dataclasses import asdict
@@ -12,11 +12,13 @@ import finetune
 import model as model_module
 from core.device import Device
 from core.formats import hf
+from core.formats import peft as files
 from core.net import lora, optim
+from core.net.weights import build_model, named_weights
 from core.run import checkpoint, models
 from core.source import source_hashes
 from core.text.tokenizer import ByteTokenizer
-from model import GPTConfig, build_model, count_parameters, named_weights
+from model import GPTConfig, count_parameters
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 CPU = Device('cpu', 'cpu', 'float32', False, 1e11, [])
@@ -280,7 +282,7 @@ def test_adapter_loads_in_peft(tmp_path, name, targets):
     base = tiny(name)
     hf.save(base, ByteTokenizer(), tmp_path / 'base')
     model = adapted(name, targets)
-    lora.save(model, tmp_path / 'adapter', str(tmp_path / 'base'), 0.1)
+    files.save(model, tmp_path / 'adapter', str(tmp_path / 'base'), 0.1)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base')
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'adapter').eval()
     tensors = load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')

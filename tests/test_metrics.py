@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from core.data.dataset import IGNORE, Rows
 from core.device import Device
+from core.net.weights import build_model
 from core.ranks.processes import Ranks
 from core.run import metrics
 from core.run.metrics import classification, mean_interval, paired_interval
-from model import GPTConfig, build_model
+from model import GPTConfig
 
 CPU = Device('cpu', 'cpu', 'float32', False, 1.0, [])
 VOCAB, SIZE = 50, 24

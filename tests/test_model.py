@@ -9,13 +9,11 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import model as M
-from model import GPTConfig, attend_in_blocks, build_model
+from core.net.engine import new_cache
+from core.net.weights import build_model
+from model import GPTConfig
 
 LLAMA = dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, tied=False)
 VARIANTS = {
@@ -107,14 +105,6 @@ def test_causal_mask_by_hand():
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
 
 
-def test_attention_by_hand():
-    """q = k = (1, 0), (0, 1): scores are 0 or 1 / sqrt(2), so the weights are known."""
-    x = torch.eye(2)[None, None]
-    e = math.exp(1 / math.sqrt(2))
-    want = torch.tensor([[1, 0], [1 / (1 + e), e / (1 + e)]])[None, None]
-    close(M.attend(x, x, x, None, 0.0), want, atol=1e-6)
-
-
 def test_window_reaches_exactly_that_far_back():
     model, idx = tiny(n_layer=1, window=4, position='none'), tokens(1, 10)
     want = model(idx)
@@ -122,23 +112,6 @@ def test_window_reaches_exactly_that_far_back():
     changed[0, 2] = (changed[0, 2] + 1) % 31
     moved = (model(changed) - want).abs().amax(dim=2)[0] > 1e-6
     assert moved.nonzero()[:, 0].tolist() == [2, 3, 4, 5]
-
-
-@pytest.mark.filterwarnings('ignore:flex_attention called without')
-@pytest.mark.parametrize('n_key', [4, 2, 1])
-@pytest.mark.parametrize('window', [0, 3, 150])
-@torch.no_grad()
-def test_flex_attention_equals_masked_attention(monkeypatch, window, n_key):
-    monkeypatch.setattr(M, 'compiled', lambda f: f)     # tests/test_gpu.py compiles it
-    T, generator = 200, torch.Generator().manual_seed(0)         # more than one block of 128
-    q, k, v = (torch.randn(2, n, T, 16, generator=generator) for n in (4, n_key, n_key))
-    doc = torch.arange(T).div(70, rounding_mode='floor').repeat(2, 1)
-    doc[1] = torch.where(torch.arange(T) < 150, 4, -1)
-    for documents in (doc, None):
-        flex = M.flex_mask(T, documents, window, 'cpu')
-        assert (flex is None) == (documents is None and window == 0)
-        want = M.attend(q, k, v, M.causal_mask(T, documents, window, 'cpu'), 0.0)
-        close(M.attend(q, k, v, flex, 0.0), want)
 
 
 def test_document_positions():
@@ -187,153 +160,6 @@ def test_sinusoid_is_the_papers():
 # The loss
 
 
-def test_cross_entropy_by_hand():
-    """Logits (0, log 3) and (log 2, 0): probabilities 1/4, 3/4 and 2/3, 1/3."""
-    head = nn.Linear(2, 2, bias=False)
-    nn.init.eye_(head.weight)
-    x = torch.tensor([[[0, math.log(3)], [math.log(2), 0], [5.0, 5.0]]])
-    targets = torch.tensor([[0, 0, -100]])
-    losses = [math.log(4), math.log(1.5), 0.0]
-    close(M.lm_loss(head, x, targets, 'none'), torch.tensor([losses]), atol=1e-6)
-    assert abs(M.lm_loss(head, x, targets, 'sum').item() - sum(losses)) < 1e-6
-    assert abs(M.lm_loss(head, x, targets, 'mean').item() - sum(losses) / 2) < 1e-6
-
-
-@pytest.mark.parametrize('bias', [False, True])
-@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
-@pytest.mark.parametrize('chunk', [1, 5, 29])       # of 30 tokens
-def test_chunked_loss_equals_whole(monkeypatch, reduction, chunk, bias):
-    generator = torch.Generator().manual_seed(0)
-    data, targets = torch.randn(3, 10, 8, generator=generator), tokens(3, 10)
-    targets[0, 4:], targets[2, 0] = -100, -100
-    head = nn.Linear(8, 31, bias=bias)
-    nn.init.normal_(head.weight, generator=generator)
-    upstream = torch.randn(3, 10, generator=generator) if reduction == 'none' else torch.tensor(1.7)
-
-    def run():
-        head.zero_grad()
-        x = data.clone().requires_grad_()
-        loss = M.lm_loss(head, x, targets, reduction)
-        loss.backward(upstream)
-        with torch.no_grad():
-            torch.testing.assert_close(M.lm_loss(head, x, targets, reduction), loss.detach())
-        return loss.detach(), x.grad, *(p.grad.clone() for p in head.parameters())
-
-    whole = run()
-    monkeypatch.setattr(M, 'CHUNK_ELEMENTS', 31 * chunk)
-    chunked = run()
-    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
-    want = F.cross_entropy(head(data).flatten(0, 1), targets.flatten(), reduction=reduction)
-    close(chunked[0].flatten(), want.detach().flatten(), atol=1e-4)
-
-
-@pytest.mark.parametrize('tied', [True, False])
-def test_chunked_loss_in_the_model(monkeypatch, tied):
-    model, results = tiny(tied=tied), []
-    for elements in (1 << 24, 31 * 7):
-        monkeypatch.setattr(M, 'CHUNK_ELEMENTS', elements)
-        model.zero_grad()
-        loss = model(tokens(2, 20), tokens(2, 20, seed=1))
-        loss.backward()
-        results.append((loss.detach(), gradients(model)))
-    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
-
-
-class Operations(TorchDispatchMode):
-    """Remembers the names of all operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize('fewest_rows', [1, 2])
-def test_which_library_multiplies(monkeypatch, fewest_rows):
-    """oneDNN from so many rows on, where no gradient is wanted; but not in a graph."""
-    monkeypatch.setattr(M.Linear, 'fewest_rows', fewest_rows)
-    linear = M.Linear(1024, 512)
-    for rows, grad in ((1, False), (2, False), (2, True)):
-        x = torch.randn(rows, 1024)
-        with torch.set_grad_enabled(grad), Operations() as seen:
-            y = linear(x)
-        close(y, F.linear(x, linear.weight, linear.bias))
-        wanted = linear.onednn and rows >= fewest_rows and not grad
-        assert any('mkldnn' in name for name in seen.names) == wanted
-    with torch.no_grad():
-        close(torch.compile(linear)(x), linear(x))
-
-
-@pytest.mark.parametrize('shape,frozen,bias,by_core', [
-    ((2, 6, 4), '', True, True),
-    ((12, 4), '', False, True),
-    ((2, 6, 4), 'x', True, True),
-    ((2, 6, 4), 'weight', True, True),
-    ((3, 5, 4), '', True, False),       # an odd number of rows for two cores
-    ((1, 6, 4), '', True, False),       # 3 rows for each core: fewer than 4 channels
-])
-def test_products_by_core(shape, frozen, bias, by_core):
-    """Compiled training gives each core its rows: the same output and gradients."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    linear, results = M.Linear(4, 8, bias=bias), []
-    linear.weight.requires_grad_(frozen != 'weight')
-    try:
-        for f in (linear, torch.compile(linear, backend='aot_eager', fullgraph=True)):
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-            x.requires_grad_(frozen != 'x')
-            linear.zero_grad()
-            with profile(activities=[ProfilerActivity.CPU]) as seen:
-                y = f(x)
-                y.square().sum().backward()
-            assert not any(p.grad is not None and p.grad.stride() != p.stride()
-                           for p in linear.parameters())
-            results.append([y, x.grad, *(p.grad for p in linear.parameters())])
-    finally:
-        torch.set_num_threads(threads)
-        torch.compiler.reset()
-    assert ('aten::bmm' in {event.key for event in seen.key_averages()}) == by_core
-    for plain, compiled in zip(*results, strict=True):
-        assert (plain is None) == (compiled is None)
-        if plain is not None:
-            close(compiled, plain)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returns."""
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return out
-
-
-@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
-def test_chunked_loss_never_has_all_logits(monkeypatch, reduction):
-    N, C, V = 96, 8, 64
-    head, targets = nn.Linear(C, V, bias=False), tokens(1, N, V=V)
-
-    def memory():
-        """Elements of the largest tensor, and of all that are kept for the backward pass."""
-        x, kept = torch.zeros(1, N, C, requires_grad=True), []
-        keep = lambda t: kept.append(t) or t
-        with Largest() as record:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                loss = M.lm_loss(head, x, targets, reduction)
-            loss.sum().backward()
-        return record.numel, sum(t.numel() for t in kept)
-
-    assert memory() >= (N * V, N * V)
-    monkeypatch.setattr(M, 'CHUNK_ELEMENTS', 4 * V)
-    largest, kept = memory()
-    assert largest == N * C and kept < N * V / 2
-
-
 # ---------------------------------------------------------------------------------------------
 # Weights, configuration, counts
 
@@ -370,18 +196,6 @@ def test_mlp_and_norms_by_hand():
     close(M.norm_layer(config, 2)(x), torch.tensor([2.0, -2.0]) / 4.5 ** 0.5, atol=1e-6)
     config.norm = 'rmsnorm'
     close(M.norm_layer(config, 2)(x), x / 5.5 ** 0.5, atol=1e-6)
-
-
-def test_gelu_as_compiled(monkeypatch):
-    """With a sigmoid it is what torch has with a tanh, forward and backward; also far out."""
-    x, y = (torch.linspace(-40, 40, 4001, dtype=torch.float64).requires_grad_() for _ in range(2))
-    expected = M.gelu(x)
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
-    found = M.gelu(y)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
-    for value in (expected, found):
-        value.sum().backward()
-    torch.testing.assert_close(y.grad, x.grad, atol=1e-12, rtol=1e-12)
 
 
 def test_tied_weights_are_one_tensor():
@@ -455,7 +269,7 @@ def test_too_many_tokens():
     model = tiny()
     with pytest.raises(ValueError, match='25 tokens are more than block_size=24'):
         model(tokens(1, 25))
-    cache = model.new_cache(1)
+    cache = new_cache(model, 1)
     model(tokens(1, 20), cache=cache)
     with pytest.raises(ValueError, match='5 more tokens do not fit the cache: 4 of 24'):
         model(tokens(1, 5), cache=cache)
@@ -500,7 +314,7 @@ def test_two_pipeline_stages_equal_the_model(settings):
     close(back(hidden, doc=doc), model(idx, doc=doc), atol=1e-6)
     close(back(hidden, targets, doc=doc, reduction='sum'),
           model(idx, targets, doc=doc, reduction='sum'))
-    caches, parts = [front.new_cache(2), back.new_cache(2)], idx.split([9, 1, 10], dim=1)
+    caches, parts = [new_cache(front, 2), new_cache(back, 2)], idx.split([9, 1, 10], dim=1)
     got = [back(front(part, cache=caches[0]), cache=caches[1]) for part in parts]
     close(torch.cat(got, dim=1), model(idx))
 
@@ -585,19 +399,3 @@ def test_rope_scaling_that_cannot_be(scaling):
         GPTConfig(position='rope', rope_scaling=scaling)
     with pytest.raises(ValueError, match='rope_scaling='):
         GPTConfig(rope_scaling='8,1,4,32')
-
-
-@pytest.mark.parametrize('T', [64, 128, 200, 256])
-def test_attention_in_blocks(T):
-    """The same as torch's, forward and backward, in fp64; also where the last block is shorter."""
-    generator = torch.Generator().manual_seed(T)
-    ours, theirs = ([torch.randn(2, 3, T, 8, generator=generator.manual_seed(i),
-                                 dtype=torch.float64).requires_grad_() for i in range(3)]
-                    for _ in range(2))
-    y, expected = attend_in_blocks(*ours), F.scaled_dot_product_attention(*theirs, is_causal=True)
-    assert torch.allclose(y, expected, atol=1e-6)       # scores are in fp32
-    weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    (y * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for a, b in zip(ours, theirs):
-        assert torch.allclose(a.grad, b.grad, atol=1e-5)

@@ -7,7 +7,8 @@ from torch import nn
 
 from core.net import optim
 from core.net.optim import Muon, make_optimizers, newton_schulz, schedule, set_learning_rate
-from model import GPTConfig, build_model
+from core.net.weights import build_model
+from model import GPTConfig
 
 
 def random(*shape, seed=0):

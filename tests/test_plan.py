@@ -9,7 +9,8 @@ from conftest import stopped
 
 import plan
 import train
-from model import build_model, count_parameters
+from core.net.weights import build_model
+from model import count_parameters
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(path.stem for path in ROOT.glob('config/*.py'))

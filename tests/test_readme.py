@@ -14,8 +14,9 @@ import prepare
 from core.data import named
 from core.data.build import build
 from core.formats import hf
+from core.net.weights import build_model
 from core.text.tokenizer import gpt2
-from model import GPTConfig, build_model
+from model import GPTConfig
 
 ROOT = Path(prepare.__file__).parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

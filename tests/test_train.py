@@ -22,6 +22,7 @@ from core import device as hardware
 from core.data import chosen
 from core.data.dataset import IGNORE, ShardWriter, load_split
 from core.net import optim
+from core.net.lstm import LSTM
 from core.net.optim import LossScale, make_optimizers
 from core.ranks.processes import Ranks, share
 from core.read.download import NoNetwork
@@ -31,7 +32,7 @@ from core.run.identity import is_finished
 from core.run.learner import Learner
 from core.run.log import events, read_log
 from core.settings import Stop, configure, read_config, settings_of
-from model import GPT, LSTM, GPTConfig, flops_per_token
+from model import GPT, GPTConfig, flops_per_token
 
 ROOT = Path(train.__file__).parent
 
@@ -68,7 +69,7 @@ def test_run_directory(run_train):
     assert log[-1]['best_val_loss'] == min(e['val_loss'] for e in evals) == out['best_val_loss']
     assert [e['step'] for e in log if e['event'] == 'sample'] == [2, 4] and log[-1]['sample']
     assert checkpoint.steps(run) == [3, 6]
-    for name in ('step-00000006/tokenizer.json', 'model.py', 'train.py'):
+    for name in ('step-00000006/tokenizer.json', 'model.py', 'kernels.py', 'train.py'):
         assert (run / name).is_file()
 
 

@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_private
 
+from core.net.weights import build_model
 from core.read.download import fetch, locked
 from core.settings import stop, warn
 from core.text.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
 from core.text.tokenizer import CHAT_TEMPLATE, Tokenizer
-from model import GPT, GPTConfig, build_model
+from model import GPT, GPTConfig
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 # The names of openai-community: layers, heads, channels.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import named_weights
+from core.net.weights import named_weights
 
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 

@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from core import device as hardware
 from core.device import compile_options
 from core.net import optim
+from core.net.weights import tie
 from core.ranks import processes
 from core.ranks.processes import Ranks
 from core.settings import stop
-from model import tie
 
 
 def check_model(ranks: Ranks, config) -> None:
@@ -47,7 +47,7 @@ def check_model(ranks: Ranks, config) -> None:
 def place(model, ranks: Ranks) -> None:
     """Leave of a model on the meta device what this rank is to hold, as plain tensors or DTensors.
 
-    Then model.allocate gives it memory, and `put` its values.
+    Then weights.allocate gives it memory, and `put` its values.
     """
     if ranks.pp > 1:
         keep_stages(model, ranks.stages, ranks)

@@ -8,20 +8,12 @@ from types import SimpleNamespace
 import torch
 
 from core.net import optim
+from core.net.weights import allocate, build_model, copy_weights, padded
 from core.ranks import parallel
 from core.ranks.processes import PP_SCHEDULES, print0
 from core.run import layout_check, models
 from core.settings import check_bounds, check_choice, stop, warn
-from model import (
-    GPTConfig,
-    allocate,
-    build_model,
-    copy_weights,
-    count_parameters,
-    flops_per_token,
-    init_weights,
-    padded,
-)
+from model import GPTConfig, count_parameters, flops_per_token, init_weights
 
 
 def check_settings(settings: dict) -> None:

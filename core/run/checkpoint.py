@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 
 from core.formats import hf
 from core.net import lora
+from core.net.weights import named_weights
 from core.ranks import parallel, processes
 from core.read.download import file_hash, locked
 from core.settings import stop, warn
-from model import named_weights
 
 MANIFEST, VERSION = 'manifest.json', 1
 

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from core.net import optim
+from core.net.weights import allocate, build_model, copy_weights, named_weights
 from core.ranks import parallel
 from core.ranks.processes import IGNORE, Ranks, broadcast, exchange, print0
 from core.run.learner import Learner, count_targets, to_device
 from core.settings import stop, warn
 from core.source import source_hashes
-from model import allocate, build_model, copy_weights, named_weights
 
 ROWS, TOLERANCE = 2, 1e-4       # of a micro-batch; of what is to be equal, in fp32
 

@@ -13,6 +13,7 @@ import torch
 
 from core.run import checkpoint
 from core.settings import stop, warn
+from core.source import MATHEMATICS
 
 
 class Log:
@@ -93,8 +94,8 @@ def start_log(run: Path, state: dict | None, settings: dict, script: str, others
             log.write('resume', step=state['step'], settings=settings, **facts)
             return log
         (run / 'log.jsonl').unlink(missing_ok=True)  # of a run that never came to a checkpoint
-        for source in (Path(script), Path(script).with_name('model.py')):
-            shutil.copy(source, run)
+        for source in (script, *MATHEMATICS):
+            shutil.copy(Path(script).parent / source, run)
         log = Log(run, others)
     except OSError as e:
         stop(f'{e.filename or run}: {e.strerror}; make room, or choose another --out_dir')

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 import model as model_module
 from core.formats import hf
 from core.net import lora
+from core.net.weights import build_model, named_weights
 from core.ranks import processes
 from core.read.download import NoNetwork
 from core.run.checkpoint import MANIFEST, newest, read_state, step_folder, steps
 from core.settings import stop, warn
-from core.source import source_hashes
+from core.source import MATHEMATICS, source_hashes
 from core.text import hf_tokenizer
 from core.text import tokenizer as tokenizers
-from model import GPTConfig, build_model, named_weights
+from model import GPTConfig
 
 NO_PICKLE = ' (a .pt, .bin or .ckpt file is a pickle, which could run anything: never loaded)'
 
@@ -106,9 +107,10 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
         stop(f'{folder}: its model has vocab_size={config.vocab_size}, its tokenizer.json '
              f'{len(tokenizer)} tokens; they do not belong together')
     known = state['identity'].get('source')     # older runs have something else there
-    if isinstance(known, dict) and known.get('model.py') != source_hashes(
-            model_module.__file__)['model.py']:
-        warn(f'{folder} was trained with another model.py; a copy of it is {folder}/model.py')
+    now = source_hashes(model_module.__file__)
+    if isinstance(known, dict) and (other := [n for n in MATHEMATICS if known.get(n) != now[n]]):
+        warn(f'{folder} was trained with another {" and ".join(other)}; copies of the source '
+             f'that made it are in {folder}')
     model = build_model(config, None, device)
     load_weights(model, folder, step)
     return model.eval(), tokenizer, state

@@ -26,7 +26,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from core.net import lora
+from core.formats import peft
 from core.ranks import processes
 from core.ranks.processes import print0
 from core.run import models
@@ -214,7 +214,7 @@ class Run:
         """Write the best step's adapters alone, as PEFT has them."""
         if self.ranks.rank == 0 and not self.stopping:
             models.load_weights(self.learner.model, self.folder, self.at.best_step)
-            lora.save(self.learner.model, self.folder / 'adapter', base, dropout)
+            peft.save(self.learner.model, self.folder / 'adapter', base, dropout)
 
     def end(self, commands: str, **fields) -> dict:
         """Log the end with `fields`, or print that the run was stopped; print the `commands` that

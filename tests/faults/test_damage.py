@@ -13,10 +13,11 @@ from harness import PROCESSES, assert_same, bits, note
 from safetensors.torch import load_file, save_file
 
 import train
+from core.net.weights import build_model
 from core.read.download import file_hash
 from core.run import checkpoint, models
 from core.settings import Stop
-from model import GPTConfig, build_model
+from model import GPTConfig
 
 SETTINGS = dict(max_steps=8, eval_interval=4, save_interval=2, dropout=0.1, optimizer='muon')
 

@@ -22,14 +22,15 @@ import model as model_module
 import train
 from core.data.dataset import IGNORE, PADDING
 from core.device import Device
-from core.net import optim
+from core.net import kernels, optim
+from core.net.weights import allocate, build_model, named_weights
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks, share
 from core.run import checkpoint, layout_check, models
 from core.run.begin import build_optimizers
 from core.run.learner import Learner
 from core.settings import Stop, settings_of
-from model import GPTConfig, allocate, build_model, init_weights, named_weights
+from model import GPTConfig, init_weights
 
 STEPS, BATCH, BLOCK, VOCAB = 10, 8, 16, 61     # 61: shards of the vocabulary are uneven
 MODEL = dict(block_size=BLOCK, vocab_size=VOCAB, n_layer=4, n_head=4, n_kv_head=2, n_embd=32,
@@ -92,7 +93,7 @@ class Trainer:
         self.case, self.ranks = case, ranks
         torch.compiler.reset()      # a training process compiles for one layout only
         put_edit(case.edit)
-        model_module.CHUNK_ELEMENTS = case.chunk or 1 << 24
+        kernels.CHUNK_ELEMENTS = case.chunk or 1 << 24
         for name, value in {'optimizer': 'adamw', 'learning_rate': 3e-3, 'muon_learning_rate': 0.02,
                             'embed_learning_rate': 2e-3, 'grad_clip': 0.5, 'dropout': 0.0,
                             'activation_checkpointing': False, **case.settings}.items():
@@ -388,11 +389,11 @@ def processes_end():
 @pytest.fixture(autouse=True)
 def settings_put_back():
     """What a test changes in this process is undone."""
-    before, chunk = settings_of(vars(train)), model_module.CHUNK_ELEMENTS
+    before, chunk = settings_of(vars(train)), kernels.CHUNK_ELEMENTS
     yield
     put_edit('none')
     vars(train).update(before)
-    model_module.CHUNK_ELEMENTS = chunk
+    kernels.CHUNK_ELEMENTS = chunk
 
 
 def work(rank: int, world: int, port: int, questions, answers) -> None:

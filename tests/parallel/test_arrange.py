@@ -15,10 +15,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import plan
 import train
+from core.net.weights import build_model, named_weights
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
 from core.run.checkpoint import Progress
-from model import GPTConfig, build_model, named_weights
+from model import GPTConfig
 
 ROOT = Path(train.__file__).parent
 

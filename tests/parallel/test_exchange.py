@@ -13,7 +13,8 @@ from layouts import (  # noqa: F401  fixtures
 )
 from test_layouts import MUON, SP
 
-from model import GPTConfig, build_model, count_parameters
+from core.net.weights import build_model
+from model import GPTConfig, count_parameters
 
 CONFIG = GPTConfig(**MODEL)
 L, A = CONFIG.n_layer, BLOCK * CONFIG.n_embd * 4        # layers; bytes of a row's residual stream
