@@ -14,6 +14,9 @@ and spread. A peer runs in a process of its own, for ours sets much for its proc
 counted in one. Presets and flags may set whatever train.py knows. In a pipe or a file the last line
 is JSON.
 """
+import core.threads  # noqa: F401  it comes first, before torch
+
+# isort: split
 import functools
 import gc
 import importlib.util

@@ -1,8 +1,12 @@
 """Before you spend: what a preset amounts to. python plan.py, or python plan.py config/7b.py.
 
 Without a preset it lists all of them. Parameters are counted on the meta device, which needs no
-memory; FLOPs are those of a forward and a backward pass. Flags may set whatever train.py knows.
+memory; FLOPs are those of a forward and a backward pass. Flags may set whatever train.py knows:
+python train.py --help lists it.
 """
+import core.threads  # noqa: F401  it comes first, before torch
+
+# isort: split
 import json
 import sys
 from pathlib import Path
@@ -81,7 +85,4 @@ def main() -> dict:
 
 
 if __name__ == '__main__':
-    if '--help' in sys.argv or '-h' in sys.argv:
-        print(__doc__.strip() + '\n')
-        load_preset(['--help'])
     main()

@@ -144,7 +144,7 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         outlive(stream, script.get('ENDS_WITH_STDOUT', False) and stream is sys.stdout)
     if '--help' in argv or '-h' in argv:
-        print_help(script)
+        print_help(script['__file__'])
         raise SystemExit(0)
     known = {name: script for name in settings_of(script)}
     known = {name: also for name in settings_of(also or {})} | known
@@ -287,26 +287,32 @@ def convert(default, name: str, value, word: str):
     stop(f'{word}: {name} takes {article} {kind.__name__} (default {default!r})')
 
 
-def print_help(script: dict) -> None:
-    """Print the script's docstring and every setting with its default and trailing comment."""
-    comments = setting_comments(Path(script['__file__']).read_text(encoding='utf-8'))
-    print((script.get('__doc__') or '').strip() + '\n\nsettings:')
-    for name, value in settings_of(script).items():
-        comment = comments.get(name, '').replace('\n', f'\n{"":36}')
-        print(f'  --{name}={value}'.ljust(36) + comment)
+def print_help(path) -> None:
+    """Print the docstring of the script at `path`, and its settings with default and comment, in
+    the groups of its source. The script is not run."""
+    source = Path(path).read_text(encoding='utf-8')
+    groups, comments = setting_comments(source)
+    print(ast.get_docstring(ast.parse(source)) or '')
+    for i, (name, value) in enumerate(settings_of(read_settings(path)).items()):
+        if i == 0 or name in groups:
+            print(f'\n{groups.get(name, "settings")}:')
+        print(f'  --{name}={value}'.ljust(36) + comments.get(name, '').replace('\n', f'\n{"":36}'))
 
 
-def setting_comments(source: str) -> dict[str, str]:
-    """The trailing comment of each module-level assignment in `source`, by name, with the lines
-    below it on which it goes on."""
+def setting_comments(source: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Two comments of module-level assignments in `source`, by name: the line above one, which
+    begins a group, and what stands behind it, with the lines below on which that goes on."""
     by_line = {t.start[0]: t for t in
                tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    text = lambda t: t.string.lstrip('# ')
     goes_on = lambda t: t and t.start[1] and t.line.lstrip().startswith('#')
-    found = {}
+    groups, comments = {}, {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and \
-                node.end_lineno in by_line:
-            below = takewhile(goes_on, map(by_line.get, count(node.end_lineno + 1)))
-            found[node.targets[0].id] = '\n'.join(
-                t.string.lstrip('# ') for t in (by_line[node.end_lineno], *below))
-    return found
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, above = node.targets[0].id, by_line.get(node.lineno - 1)
+            if above and above.start[1] == 0:
+                groups[name] = text(above)
+            if node.end_lineno in by_line:
+                below = takewhile(goes_on, map(by_line.get, count(node.end_lineno + 1)))
+                comments[name] = '\n'.join(map(text, (by_line[node.end_lineno], *below)))
+    return groups, comments

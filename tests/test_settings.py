@@ -430,11 +430,12 @@ def test_help(tmp_path, capsys):
     assert lines['--learning_rate'].endswith('the peak # not the end')
     assert lines['--others'].strip() == '--others='
     assert lines['--long_one'].endswith('on its last line')
-    assert f'begins here\n{"":36}and ends here\n  --last=0' in out
+    assert f'begins here\n{"":36}and ends here\n\na section:\n  --last=0' in out
 
 
 def test_comments_of_module_level_settings_only():
-    comments = settings.setting_comments(SOURCE)
+    groups, comments = settings.setting_comments(SOURCE)
+    assert groups == {'last': 'a section'}
     assert comments['first'] == 'a run' and comments['LIMIT'] == 'a constant'
     assert 'inside' not in comments and 'others' not in comments
 
