@@ -24,6 +24,20 @@ TABLES = {}     # what tests/parallel compared and counted: title -> rows of cel
 FAULTS = {}     # what tests/faults did: fault -> (number of tries, what came of it)
 
 
+def pytest_addoption(parser):
+    parser.addoption('--quick', action='store_true', help='the first test of every file only')
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --quick the first test of every file that starts no other processes of ours."""
+    if config.getoption('--quick'):
+        first = {item.path: item for item in reversed(items)}
+        chosen = [item for path, item in reversed(first.items())
+                  if path.parent.name not in ('faults', 'parallel')]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 def pytest_terminal_summary(terminalreporter):
     """The tables that the README shows."""
     for title, (header, *rows) in TABLES.items():
