@@ -8,18 +8,14 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from core.net import optim
 from core.net.weights import allocate, build_model, copy_weights, named_weights
-from core.ranks import parallel
+from core.ranks import parallel, processes
 from core.ranks.processes import IGNORE, Ranks, broadcast, exchange, print0
 from core.run.learner import Learner, count_targets, to_device
 from core.settings import stop, warn
@@ -94,9 +90,9 @@ def difference(ranks, device, config, settings, make_optimizers, layout: str) ->
     except Exception as e:  # whatever an edit may raise
         if ranks.rank == 0:
             warn(f'{layout}: not checked: a small copy of this model fails in one process, too: '
-                 f'{root_of(e)}')
+                 f'{told(e)}')
         return None
-    with ending_all(layout):
+    try:
         model.recompute = settings.activation_checkpointing
         parallel.place(model, ranks)
         allocate(model, device.name, parallel.put)
@@ -106,6 +102,11 @@ def difference(ranks, device, config, settings, make_optimizers, layout: str) ->
         loss, found = step(learner, mine), gradients(model)
         optim.apply_gradients(make_optimizers(model, device, ranks), 1.0, False)
         second = step(learner, mine)
+    except Exception as e:
+        if ranks.world == 1 or processes.is_loss(e):
+            raise
+        processes.stop_alone(f'{layout}: a small copy of this model fails, but not in one process: '
+                             f'{told(e)}; leave this layout out')
     (first := loss_alone()).backward()
     expected = gradients(alone)
     optim.apply_gradients(make_optimizers(alone, device, Ranks()), 1.0, False)
@@ -158,37 +159,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
             for name, t in found.items()}
 
 
-def root_of(error: BaseException) -> str:
-    """What went wrong at first, in one line."""
-    while error.__cause__:      # a pipeline's stage wraps it
-        error = error.__cause__
+def told(error: BaseException) -> str:
+    """An error in one line."""
+    error = processes.root_of(error)
     return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[-1]}'
-
-
-@contextlib.contextmanager
-def ending_all(layout: str):
-    """If one rank fails inside, all end with its message: others may wait for it, for ever."""
-    if not dist.is_initialized():
-        yield
-        return
-    store, over = dist.distributed_c10d._get_default_store().clone(), threading.Event()
-
-    def watch():
-        while not over.wait(0.1):
-            if store.check(['layout']):
-                try:
-                    stop(store.get('layout').decode())
-                finally:
-                    time.sleep(2)   # the store may be rank 0's, and others still have to look
-                    os._exit(2)     # the interpreter would wait for threads that wait for ranks
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    except Exception as e:  # whatever an edit may raise
-        store.set('layout', f'{layout}: a small copy of this model fails, but not in one process: '
-                            f'{root_of(e)}; leave this layout out')
-        watcher.join()      # which ends this process
-    over.set()
-    watcher.join()

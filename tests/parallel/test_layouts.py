@@ -142,11 +142,11 @@ def test_check_of_a_layout(layout, edit, words):
 TRY = """import os, sys
 sys.path += [{root!r}, {root!r} + '/tests', {root!r} + '/tests/parallel']
 import layouts, torch
-from core import processes
+from core.ranks import processes
 from core.device import Device
 ranks = processes.find_ranks()
 processes.arrange(ranks, pp=2)
-processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 10.0, None)
+processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 10.0)
 layouts.meshes[2, 1, 1] = ranks.mesh, processes.tied_group
 layouts.layout_checked(ranks, layouts.Case(dict(pp=2), edit='residual argument'))
 """
