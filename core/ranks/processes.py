@@ -94,10 +94,10 @@ PP_SCHEDULES = ('1f1b', 'interleaved')
 
 def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
             sequence_parallel: bool = False, pp_schedule: str = '1f1b') -> list[str]:
-    """Decide what each rank does: dp follows from the number of ranks. Returns what to print.
+    """Decide what each rank does: dp follows from the number of ranks. Returns lines to print.
 
     `replicas` copies of the parameters are kept, each sharded over dp / replicas ranks (HSDP; 0: 1
-    with zero, else dp). Stops at what does not divide, or is known to compute something else.
+    with zero, else dp). Stops at what does not divide, or what torch is known to compute wrongly.
     """
     world = ranks.world
     if world % (tp * pp):
@@ -134,8 +134,8 @@ def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int
 
 def begin(device: str, dtype: str, compile: bool, threads: int, timeout_minutes: float,
           layout: tuple = ()) -> tuple:
-    """The ranks and the device of this process, as a script's settings ask for them: printed, and
-    agreed by all ranks, which have found each other when this returns. For `layout` see arrange."""
+    """The ranks, which have found each other, and the device on which they agree, as a script's
+    settings ask for them; prints both. `layout` are the arguments of `arrange`."""
     ranks = find_ranks()
     said = arrange(ranks, *layout)
     found = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
@@ -147,11 +147,7 @@ def begin(device: str, dtype: str, compile: bool, threads: int, timeout_minutes:
 
 def start(ranks: Ranks, device, timeout_minutes: float) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), if there is more than one process, and
-    form the mesh.
-
-    A rank that waits for others longer than timeout_minutes gives up; its message names the step
-    after `ranks.step`.
-    """
+    form the mesh. A rank that waits for others longer than timeout_minutes gives up."""
     global patient_group, writing_group, store
     if ranks.world == 1 and not ranks.zero:
         return
@@ -166,9 +162,8 @@ def start(ranks: Ranks, device, timeout_minutes: float) -> None:
     else:
         store, rank, world = next(dist.rendezvous('env://', timeout=timeout))
         if ranks.local_world == world:
-            # torchrun keeps its store when it starts processes again: what those before them left
-            # in it would lead them to addresses where nobody is. (Torchruns on several machines
-            # count restarts differently; they can be told not to share their store.)
+            # torchrun keeps its store when it starts processes again, with the addresses of those
+            # before them. (On several machines torchruns count restarts differently.)
             count = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
             store = dist.PrefixStore(f'start-{count}', store)
         sys.excepthook = functools.partial(explain, sys.excepthook, ranks)
@@ -199,7 +194,7 @@ def form_mesh(ranks: Ranks, kind: str, timeout=timedelta(minutes=10)) -> None:
 
 
 def tell_end() -> None:
-    """Leave word for the other ranks that this one has ended by itself, and said why."""
+    """Tell the other ranks that this one has ended by itself, and has said why."""
     with contextlib.suppress(RuntimeError):     # it may have gone with rank 0
         store.set('ended', '')
 
@@ -208,9 +203,7 @@ def finish() -> None:
     """Leave the process group."""
     atexit.unregister(tell_end)
     if dist.is_initialized():
-        # Gloo's threads need the interpreter to let go of their last tensors; if it ends at that
-        # moment, both wait for each other for ever.
-        time.sleep(0.2)
+        time.sleep(0.2)     # gloo's threads let go of tensors; a deadlock if the interpreter ends
         dist.destroy_process_group()
 
 
@@ -228,8 +221,8 @@ def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
           multiple: int = 1) -> list[list[int]]:
     """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches.
 
-    Every rank gets the same number of equally large micro-batches; uneven shares are filled up
-    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]]. There are a multiple of `multiple`.
+    Every rank gets the same number of equally large micro-batches, a multiple of `multiple`; shares
+    are filled up with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]].
     """
     per_rank = -(-n // world)
     padded = -(-per_rank // (micro_batch_size * multiple)) * micro_batch_size * multiple

@@ -48,8 +48,7 @@ class Progress:
     grad_norms: list = field(default_factory=list)  # of the last 100 steps, with spike_sigma
 
     def note(self, val_loss: float) -> None:
-        """Take down the loss of an evaluation; the best one is among those of steps that are saved,
-        which step 0 is not."""
+        """Note the loss of an evaluation. The best one is not step 0, which is not saved."""
         self.evaluated, self.val_loss = self.step, val_loss
         best = math.inf if self.best_val_loss is None else self.best_val_loss
         if self.step and math.isfinite(val_loss) and val_loss < best:
@@ -80,10 +79,8 @@ def manifest(files: dict) -> str:
 
 
 def damage(checkpoint: Path, unread=()) -> str:
-    """What is wrong with the files of a checkpoint, '' if each is as its manifest says.
-
-    Of files whose names begin with one of `unread` only the size is looked at.
-    """
+    """What is wrong with the files of a checkpoint, '' if each is as its manifest says; files whose
+    names begin with one of `unread` are not hashed."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding='utf-8')
         files = json.loads(text)['files']
@@ -105,19 +102,15 @@ def damage(checkpoint: Path, unread=()) -> str:
 
 
 def newest(folder, among: list[int] | None = None, unread=()) -> int:
-    """The newest undamaged step of a run, or of the steps `among`.
-
-    Warns of each damaged one that it passes over; stops if all are damaged.
-    """
+    """The newest undamaged step of a run, or of the steps `among`. Warns of each damaged one that
+    it passes over; stops if all are damaged."""
     for step in reversed(steps(folder) if among is None else among):
         problem = damage(step_folder(folder, step), unread)
         if not problem:
-            break
+            return step
         warn(f'{step_folder(folder, step)} is damaged ({problem}); it is passed over')
-    else:
-        stop(f'{folder}: every checkpoint asked for is damaged; nothing was changed: restore one '
-             'from a backup, or start a new run with another --out_dir')
-    return step
+    return stop(f'{folder}: every checkpoint asked for is damaged; nothing was changed: restore '
+                'one from a backup, or start a new run with another --out_dir')
 
 
 def read_state(folder, step: int) -> dict:
@@ -139,10 +132,8 @@ def read_state(folder, step: int) -> dict:
 
 
 def lock(folder: Path):
-    """Hold the run directory for this process, until it ends or the returned file is closed.
-
-    Stops if another process has it: two trainers in one directory would undo each other's work.
-    """
+    """Hold the run directory for this process, until it ends or the returned file is closed. Stops
+    if another process has it: two trainers in one directory would undo each other's work."""
     try:
         str(folder).encode()    # safetensors could not read what it has written there
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +216,7 @@ class Saver:
         return [value] if self.ranks.plain else processes.exchange(value, processes.writing_group)
 
     def write(self, files: dict, tokenizer, state: dict, last: bool) -> None:
-        """Write and hash this rank's files; rank 0 completes what all have written."""
+        """The thread: write and hash this rank's files; rank 0 completes what all have written."""
         first, step = self.ranks.rank == 0, state['step']
         tmp = self.run / f'.tmp-{step_folder(self.run, step).name}'
         try:
