@@ -100,8 +100,7 @@ def find_run(base: Path, identity: dict, ranks, insist: bool) -> tuple[Saver, di
 
 
 def out_folder(out_dir: str, name: str, data: str = '') -> Path:
-    """Where a run goes: out_dir or, if that is '', out/<name>, with the dataset if that is another
-    than the config's own."""
+    """Where a run goes: out_dir or, if that is '', out/<name>, with `data` if that is another."""
     return Path(out_dir or f'out/{name}' + f'-{data}' * (data not in ('', name)))
 
 
@@ -134,8 +133,8 @@ def check_changes(base: Path, changes: list[tuple]) -> None:
 
 
 def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
-    """(name, old, new) of each field in which two identities differ, as 'architecture.n_layer'; a
-    dtype that is not given does not."""
+    """(name such as 'architecture.n_layer', old, new) of each field in which two identities differ,
+    but for a dtype that is not given."""
     found = []
     for key in sorted({*old, *new}):
         was, now = old.get(key), new.get(key)
@@ -147,7 +146,7 @@ def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
 
 
 def told(changes: list[tuple]) -> str:
-    """Three of some differences in words; settings first, which may have caused the others."""
+    """The first three differences in words; settings first, which may have caused the others."""
     changes = sorted(changes, key=lambda change: not change[0].startswith('settings.'))
     words = ['the source of an older version is not known' if name == 'source' else
              f'{name[7:]} has changed' if name.startswith('source.') else

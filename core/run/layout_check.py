@@ -1,8 +1,8 @@
 """Does a layout of ranks train the model that one process trains? A small copy of it is tried.
 
-core/ranks/parallel.py cuts and sends what model.py has now. An edit may need more: what a block
-hands to another beside x, for instance, is lost between pipeline stages. So before the first step a
-small model of the same architecture makes two of them in the layout, and in one process.
+core/ranks/parallel.py knows today's model.py. After an edit, what a block hands to another beside x
+may be lost between pipeline stages, for instance. So before training a small model of the same
+architecture makes two steps in the layout, and two in one process.
 """
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ def check(ranks, device, config, settings, make_optimizers) -> None:
     """Stop, on all ranks, if a small model of this GPTConfig trains differently in their layout.
 
     make_optimizers(model, device, ranks) gives the optimizers; `settings` are those of train.py.
-    A file in data_dir keeps what has passed, which is not tried again unless check_layout is set.
+    What has passed is noted in a file in data_dir, and tried again only with check_layout.
     """
     memory = Path(settings.data_dir) / '.layouts-checked.json'
     layout = ', '.join(
@@ -99,7 +99,7 @@ def difference(ranks, device, config, settings, make_optimizers, layout: str) ->
         copy_weights(alone, model, parallel.put)
         trained, _ = parallel.wrap(model, ranks, device, n * ROWS, ROWS)
         learner = Learner(model, trained, [], optim.LossScale(False), device, ranks)
-        loss, found = step(learner, mine), gradients(model)
+        first, found = step(learner, mine), gradients(model)
         optim.apply_gradients(make_optimizers(model, device, ranks), 1.0, False)
         second = step(learner, mine)
     except Exception as e:
@@ -107,20 +107,20 @@ def difference(ranks, device, config, settings, make_optimizers, layout: str) ->
             raise
         processes.stop_alone(f'{layout}: a small copy of this model fails, but not in one process: '
                              f'{told(e)}; leave this layout out')
-    (first := loss_alone()).backward()
+    (loss := loss_alone()).backward()
     expected = gradients(alone)
     optim.apply_gradients(make_optimizers(alone, device, Ranks()), 1.0, False)
     norms = {name: t.norm().item() for name, t in expected.items()}
     floor = math.hypot(*(norms[name] for name, _ in alone.named_parameters())) / 100
     buffers = dict(alone.named_buffers())
-    differ = {f'the {"value" if name in buffers else "gradient"} of {name} is another one with '
-              f'{layout} than in one process':
-              (t - expected[name]).norm().item() / (norms[name] + floor)
-              for name, t in found.items()}
-    losses = [{f'the loss is {x:.6g} with {layout}, {y:.6g} in one process': abs(x - y) / abs(y)}
-              for x, y in ((loss, first.item()), (second, loss_alone().item()))]
-    differ = losses[0] | differ | losses[1]
-    return next((text for text, size in differ.items() if not size <= TOLERANCE), '')
+    differ = [(f'the {"value" if name in buffers else "gradient"} of {name} is another one with '
+               f'{layout} than in one process',
+               (t - expected[name]).norm().item() / (norms[name] + floor))
+              for name, t in found.items()]
+    losses = [(f'the loss is {x:.6g} with {layout}, {y:.6g} in one process', abs(x - y) / abs(y))
+              for x, y in ((first, loss.item()), (second, loss_alone().item()))]
+    return next((text for text, size in [losses[0], *differ, losses[1]]
+                 if not size <= TOLERANCE), '')
 
 
 def random_batch(config, packed: bool, generator) -> tuple:
