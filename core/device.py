@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -283,20 +283,10 @@ def peak_flops(kind: str, name: str, dtype: str) -> float:
 def matmul_rate(name: str, dtype: str, size: int) -> float:
     """FLOP/s of a product of two square matrices in dtype, the best of 20."""
     a = torch.ones(size, size, device=name, dtype=DTYPES[dtype])
-    return 2 * size ** 3 / best_time(lambda: (a @ a)[0, 0].item())
+    return 2 * size ** 3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=20))
 
 
 def bandwidth(name: str) -> float:
     """Bytes per second that are read from memory: the best of 20 sums of half a gigabyte."""
     a = torch.ones(1 << 27, device=name)
-    return a.nbytes / best_time(lambda: a.sum().item())
-
-
-def best_time(run) -> float:
-    """The least seconds that run() takes, of 20 tries."""
-    best = math.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return a.nbytes / min(timeit.repeat(lambda: a.sum().item(), number=1, repeat=20))

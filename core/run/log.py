@@ -144,10 +144,9 @@ def draw(path: Path, fill, **options) -> bool:
 
 def git_hash() -> str:
     """The commit of the source that runs, with a + if it was edited; '' outside a repository."""
+    words = ['git', 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
     try:
-        here = Path(__file__).parent
-        git = lambda *words: subprocess.run(['git', *words], cwd=here, check=True, text=True,
-                                            capture_output=True).stdout.strip()
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+        return subprocess.run(words, cwd=Path(__file__).parent, check=True, text=True,
+                              capture_output=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ''
