@@ -1,12 +1,11 @@
 """How a model lies on the processes: pipeline stages, tensor parallelism, ZeRO, DDP.
 
-`place` lays a plain model on the mesh pp x replicas x shards x tp from outside, always in this
-order: cut into pipeline stages, tensor parallelism inside the blocks, sharding of parameters
-(FSDP2, which is ZeRO). Compilation and DDP go around what has got its memory. Everything runs on
-CPUs with gloo, too: that is how tests prove it equal to one process.
+`place` lays a plain model on the mesh pp x replicas x shards x tp, always in this order: cut into
+pipeline stages, tensor parallelism inside the blocks, sharding of parameters (FSDP2, which is
+ZeRO). Then it gets memory and values; then come compilation and DDP. All of it also runs on CPUs.
 
-torch.distributed's DTensor and FSDP take a second to import. So they are imported where parameters
-are cut or sharded, and a tensor that lies on several ranks is told by its `placements`.
+torch.distributed's DTensor and FSDP take a second to import, so they are imported where they are
+needed, and a tensor that lies on several ranks is known by its `placements`.
 """
 import contextlib
 import copy
@@ -46,9 +45,7 @@ def check_model(ranks: Ranks, config) -> None:
 
 def place(model, ranks: Ranks) -> None:
     """Leave of a model on the meta device what this rank is to hold, as plain tensors or DTensors.
-
-    Then weights.allocate gives it memory, and `put` its values.
-    """
+    Then weights.allocate gives it memory, and `put` its values."""
     if ranks.pp > 1:
         keep_stages(model, ranks.stages, ranks)
     model.parts = stage_modules(model, ranks)   # a list: no submodules
@@ -85,13 +82,10 @@ def stage_modules(model, ranks: Ranks) -> list:
 
 
 def cut_matrices(model, ranks: Ranks) -> None:
-    """Tensor parallelism (Shoeybi et al. 2019): q, k, v, gate and up by rows of their weights, so
-    that each rank has some heads and hidden channels, o and down by columns; embedding and head by
-    tokens of the vocabulary.
-
-    With sequence_parallel (Korthikanti et al. 2022) what lies between them, norms and residual
-    stream, is cut by positions inside the blocks of a stage.
-    """
+    """Tensor parallelism (Shoeybi et al. 2019): q, k, v, gate and up are cut by rows of their
+    weights, so that each rank has some heads and hidden channels, o and down by columns; embedding
+    and head by tokens of the vocabulary. With sequence_parallel (Korthikanti et al. 2022) norms and
+    residual stream are cut by positions inside the blocks of a stage."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -140,11 +134,9 @@ def cut_matrices(model, ranks: Ranks) -> None:
 
 
 def shard(part, ranks: Ranks) -> None:
-    """FSDP2 around a stage and each of its blocks.
-
-    ZeRO-2 gathers the parameters once a step and scatters the gradients once; ZeRO-3 gathers and
-    frees the parameters of each block in each pass. In a pipeline both keep them whole in a step.
-    """
+    """FSDP2 around a stage and each of its blocks. ZeRO-2 gathers the parameters once a step and
+    scatters the gradients once; ZeRO-3 gathers and frees the parameters of each block in each pass.
+    In a pipeline both keep them whole during a step."""
     from torch.distributed.fsdp import fully_shard
     mesh = ranks.mesh['replicas', 'shards'] if ranks.replicas > 1 else ranks.mesh['shards']
     scalars = {p for p in part.parameters() if p.ndim == 0}     # each rank keeps them whole
@@ -307,11 +299,9 @@ def spreader(ranks: Ranks):
 
 
 def spread(ranks: Ranks, iterate, matrices: list, dtype) -> list:
-    """iterate(stack of matrices, in dtype), where a stack has some whole matrices on each rank.
-
-    The matrices have one shape and one place on the mesh, in parts or as copies: an all-to-all
-    deals them out, another one (with copies an all-gather) brings the results back.
-    """
+    """iterate(stack of matrices, in dtype), where each rank has some whole matrices in its stack.
+    They have one shape and lie on the mesh in one way, as parts or copies: an all-to-all deals them
+    out, another one (with copies an all-gather) brings the results back."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
     first, stack = matrices[0], torch.stack([local(m) for m in matrices]).to(dtype)
     if is_cut(first):

@@ -95,10 +95,8 @@ PP_SCHEDULES = ('1f1b', 'interleaved')
 def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
             sequence_parallel: bool = False, pp_schedule: str = '1f1b') -> list[str]:
     """Decide what each rank does: dp follows from the number of ranks. Returns lines to print.
-
     `replicas` copies of the parameters are kept, each sharded over dp / replicas ranks (HSDP; 0: 1
-    with zero, else dp). Stops at what does not divide, or what torch is known to compute wrongly.
-    """
+    with zero, else dp). Stops at what does not divide, or what torch would compute wrongly."""
     world = ranks.world
     if world % (tp * pp):
         stop(f'tp={tp}, pp={pp}: {world} processes cannot be divided into groups of {tp * pp}; '
@@ -219,11 +217,9 @@ def print0(*words, **options) -> None:
 
 def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
           multiple: int = 1) -> list[list[int]]:
-    """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches.
-
-    Every rank gets the same number of equally large micro-batches, a multiple of `multiple`; shares
-    are filled up with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]].
-    """
+    """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches. All
+    ranks get the same number of equally large ones, a multiple of `multiple`; shares are filled up
+    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]]."""
     per_rank = -(-n // world)
     padded = -(-per_rank // (micro_batch_size * multiple)) * micro_batch_size * multiple
     mine = list(range(first + rank * per_rank, first + min(n, (rank + 1) * per_rank)))
@@ -251,8 +247,7 @@ def broadcast(value, patient: bool = False):
 
 def exchange(value, group=None) -> list:
     """The values (what JSON can hold) of all ranks, in their order; a thread needs a `group` of its
-    own. Raises ConnectionError if a rank is silent or lost.
-    """
+    own. Raises ConnectionError if a rank is silent or lost."""
     if not dist.is_initialized():
         return [value]
     data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)

@@ -1,11 +1,9 @@
 """Checkpoints: out/<run>/step-00001000/, written whole or not at all, verified when read.
 
-A directory holds model.safetensors, optimizer.safetensors (where parameters are sharded, one of
-each per rank that writes), tokenizer.json, state.json, and manifest.json with the size and hash of
-each. What has the name step-... was whole when it got that name; what a disk does to it afterwards
-shows in the hashes. Tensors are stored whole, under their parameter's name: a checkpoint does not
-know how many processes wrote it, and any number of them can read the parts they need.
-docs/formats.md has the details.
+A directory holds model.safetensors, optimizer.safetensors, tokenizer.json, state.json, and
+manifest.json with the size and hash of each. Ranks that share a model write model-00000.safetensors
+and so on. Tensors are stored whole, under their parameter's name, so that any number of processes
+can read the parts they need. docs/formats.md has the details.
 """
 import contextlib
 import hashlib
@@ -176,11 +174,8 @@ class Saver:
 
     def save(self, model, optimizers, tokenizer, state: dict, last: bool = False) -> None:
         """Save a step; once it is complete, all others but the best and the one before it go. The
-        `last` step of a run has one model.safetensors, however many ranks write.
-
-        A full disk or another error of the file system is a warning, and leaves what was there as
-        it was. Stops if a tensor is not finite.
-        """
+        `last` step of a run has one model.safetensors, however many ranks write. An error of the
+        file system is a warning, and leaves what was there. Stops if a tensor is not finite."""
         self.wait()
         self.saved = 0      # until this one is complete
         files = {'model': self.copies(model_tensors(model)),
@@ -311,11 +306,9 @@ def flushed(path: Path) -> dict:
 
 
 def merged(tmp: Path, files: dict) -> dict:
-    """Join model-*.safetensors into one model.safetensors; the manifest's lines after that.
-
-    A safetensors file is 8 bytes with the size of a header, the header, and the tensors' bytes at
-    the offsets that it names: headers are joined, bytes copied, and no tensor gets into memory.
-    """
+    """Join model-*.safetensors into one model.safetensors; the manifest's lines after that. Such a
+    file is 8 bytes with the size of a header, the header, and the tensors' bytes at the offsets
+    that it names: headers are joined, bytes copied, and no tensor gets into memory."""
     parts = sorted(name for name in files if name.startswith('model-'))
     if not parts:
         return files

@@ -33,10 +33,9 @@ def identity(settings: dict, config, tokenizer, **facts) -> dict:
 
 
 def open_run(base: Path, identity: dict, ranks, device, insist: bool = False):
-    """(run directory, Saver of a rank that writes, state to resume from or None, device): what
-    find_run gives rank 0, on all ranks, and the device with the dtype of a run that is resumed, if
-    none is given. The identity gets that dtype.
-    """
+    """(run directory, Saver of a rank that writes, state to resume from or None, device), on all
+    ranks; see find_run. Device and identity get the dtype of a run that is resumed, if none is
+    given."""
     saver = state = None
     if ranks.rank == 0:
         saver, state = find_run(base, identity, ranks, insist)
@@ -52,13 +51,12 @@ def open_run(base: Path, identity: dict, ranks, device, insist: bool = False):
 
 
 def find_run(base: Path, identity: dict, ranks, insist: bool) -> tuple[Saver, dict | None]:
-    """The Saver of the directory in which a run with this identity goes on, or is begun, and the
-    state to resume from or None.
+    """(Saver of the directory in which a run with this identity goes on or begins, state to resume
+    from or None).
 
     An unfinished run of the same identity under `base`, `base`-2, ... is resumed; otherwise the
-    first free name begins a new one. Stops if there is none, but one that differs in its source
-    alone. With `insist` (init_from=resume) it is the one in `base`: what has changed is a warning,
-    or a stop where it makes the checkpoint useless.
+    first free name begins a new one. Stops if a run there differs in its source alone. With
+    `insist` (init_from=resume) it is the one in `base`; see check_changes.
     """
     if insist:
         saver = Saver(base, ranks) if base.is_dir() else None

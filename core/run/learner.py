@@ -1,8 +1,5 @@
-"""What a training step is made of beside its loss: the random numbers of dropout, what the ranks
-exchange and when, and whether the gradient is good enough to be applied.
-
-The loss and its forward and backward pass are the stage's: see train_step in train.py.
-"""
+"""What a training step does beside forward, loss and backward, which are in train_step of each
+stage: random numbers of dropout, exchange between ranks, clipping, skipping, update."""
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -69,12 +66,9 @@ class Learner:
         return self.device.autocast(cache=self.ranks.zero < 3)
 
     def update(self, sums: list, factor: float, limit=math.inf, request=None) -> Step | None:
-        """Clip the gradient and apply it, at `factor` times the learning rates.
-
-        `sums` has for each micro-batch a tensor: the sum of its losses over `share`, or (k,) with
-        what else is to be reported. Nothing is applied if loss or gradient is not finite on any
-        rank, or the gradient's norm is above `limit`.
-        """
+        """Clip the gradient and apply it, at `factor` times the learning rates; not if loss or
+        gradient is not finite on any rank, or the gradient's norm is above `limit`. `sums` has for
+        each micro-batch its sum of losses over `share`, or (k,) with what else is reported."""
         if self.trial:
             return None
         ranks, device, scaler = self.ranks, self.device, self.scaler

@@ -18,11 +18,9 @@ from core.source import MATHEMATICS
 
 
 class Log:
-    """Appends events to log.jsonl in a folder; without one it does nothing.
-
-    The numbers of an event that has a step also go to `others`, functions of (step, numbers). A
-    full disk is a warning: what could not be written is kept, and written with a later event.
-    """
+    """Appends events to log.jsonl in a folder; without one it does nothing. The numbers of an event
+    with a step also go to `others`, functions of (step, numbers). A full disk is a warning: what
+    could not be written is written with a later event."""
 
     def __init__(self, folder: Path | None, others=()):
         self.file, self.others, self.pending = None, others, b''

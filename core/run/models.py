@@ -121,10 +121,9 @@ def chosen_step(folder: Path, step: int) -> int:
 
 def load_base(run_dir: str, step: int, data_dir: str, block_size: int, ranks,
               classifier: bool = False):
-    """The model that a stage goes on with, as load_run gives it, and how many tokens a row has:
+    """The model that a stage goes on with, as load_run gives it, and the tokens of a row:
     block_size, or if that is 0 as many as the stage before had, or as the model knows, at most
-    2,048. Stops if it knows fewer.
-    """
+    2,048. Stops if it knows fewer."""
     if ranks.rank == 0:     # downloaded before all ranks ask for it
         find_model(run_dir, data_dir)
     processes.broadcast(None, patient=True)
@@ -157,10 +156,9 @@ def weights_hash(model) -> str:
 
 
 def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """(file, name, tensor) of all tensors in a checkpoint's <kind>.safetensors or <kind>-*, of
-    which there is none if there was nothing to write: no optimizer has a state before its first
-    good step. Stops if one that the manifest names is not there, or is not a safetensors file.
-    """
+    """(file, name, tensor) of all tensors in a checkpoint's <kind>.safetensors or <kind>-*, if it
+    has any: an optimizer has no state before its first good step. Stops if a file that the manifest
+    names is not there, or is not a safetensors file."""
     path = checkpoint / MANIFEST
     names = sorted(json.loads(path.read_text())['files']) if path.exists() else [MANIFEST]
     if lost := [name for name in names if not (checkpoint / name).exists()]:
@@ -179,9 +177,8 @@ def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch
 
 def load_weights(model, folder, step: int, put=torch.Tensor.copy_) -> None:
     """Fill the model's parameters from a checkpoint; put(p, values) fills one of which this process
-    may hold a part. Of a model with adapters only these: into what it has they are not merged.
-    Stops if names or shapes differ.
-    """
+    may hold a part. Of a model with adapters only these are filled, from their own file. Stops if
+    names or shapes differ."""
     params, known, kind = named_weights(model), all_names(model), 'model'
     if own := lora.learnt(model):
         params, known, kind = {name: params[name] for name in own}, set(own), 'adapters'
@@ -197,10 +194,8 @@ def load_weights(model, folder, step: int, put=torch.Tensor.copy_) -> None:
 
 
 def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_) -> None:
-    """Fill the state of the optimizers from a checkpoint. Stops if it is that of others.
-
-    Parameters that have had no gradient yet have no state: they begin with an empty one.
-    """
+    """Fill the state of the optimizers from a checkpoint. Stops if it is that of others. Parameters
+    that have had no gradient yet have no state: they begin with an empty one."""
     params, known = named_weights(model), all_names(model)
     owner = {p: o for o in optimizers for group in o.param_groups for p in group['params']}
     for path, name, tensor in read_tensors(step_folder(folder, step), 'optimizer'):

@@ -146,10 +146,8 @@ class Run:
             self.saved = replace(at)
 
     def count(self, done, seconds: float, log_interval: int, **facts) -> bool:
-        """Count a step (see learner.Step). Returns whether it is to be logged.
-
-        A step that was skipped is logged here, with `facts`; the tenth in a row ends the run.
-        """
+        """Count a step (see learner.Step); returns whether it is to be logged. A skipped one is
+        logged here, with `facts`; the tenth in a row ends the run."""
         at, self.stopping = self.at, done.asked
         at.step, at.seconds = at.step + 1, at.seconds + seconds
         if self.max_minutes:    # all ranks go by the clock of rank 0, or their rates would differ
