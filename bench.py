@@ -62,10 +62,6 @@ new_tokens = 128            # decode: tokens that are generated
 rows = 1                    # decode: prompts at a time
 
 
-# ---------------------------------------------------------------------------------------------
-# What they share
-
-
 def choose_device(preset) -> hardware.Device:
     """The device as train.py chooses it, its limits measured; prints all."""
     dev = hardware.choose(preset.device, preset.dtype, preset.compile, preset.threads)
