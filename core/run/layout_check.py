@@ -31,9 +31,9 @@ def check(ranks, device, config, settings, make_optimizers) -> None:
     What has passed is noted in a file in data_dir, and tried again only with check_layout.
     """
     memory = Path(settings.data_dir) / '.layouts-checked.json'
-    layout = ', '.join(
-        f'{name}={value}' for name in ('tp', 'pp', 'zero', 'replicas', 'sequence_parallel')
-        if (value := getattr(ranks, name)) is True or value not in (0, 1)) or f'{ranks.dp} x data'
+    names = ('tp', 'pp', 'zero', 'replicas', 'sequence_parallel')
+    layout = ', '.join(f'{name}={getattr(ranks, name)}' for name in names
+                       if getattr(ranks, name) != getattr(Ranks(), name)) or f'{ranks.dp} x data'
     small, passed = small_copy(config, ranks), []
     source = source_hashes(str(Path(__file__).parents[2] / 'train.py'))
     chosen = settings.optimizer, settings.pack_documents, settings.activation_checkpointing

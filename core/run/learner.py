@@ -78,9 +78,8 @@ class Learner:
         asked = torch.tensor([bool(request and request.asked)], device=device.name)
         gradients = parallel.local_gradients(self.model, ranks)
         squared_norm = parallel.squared_norm(gradients, device.sums)
-        total = torch.zeros(1, dtype=device.sums, device=device.name)
-        for one in sums:
-            total = total + one.detach()
+        nothing = torch.zeros(1, dtype=device.sums, device=device.name)
+        total = sum((one.detach() for one in sums), nothing)
         report = torch.cat([total * ranks.owns_loss / ranks.dp, squared_norm[None], asked])
         *means, squared_norm, asked = processes.all_sum(report, device).tolist()
         means = [mean / scaler.scale for mean in means]
