@@ -2,17 +2,15 @@
 
 train      whole training steps (forward, backward, clipping, optimizer) of a preset on ready-made
            random batches. --vs: nanoGPT trains its own model of the same shape on the same batches
-memory     the most that tensors take in such a step, weights, gradients and optimizer included;
-           --vs as above
+memory     the most that weights, gradients, optimizer and all else take in it; --vs as above
 decode     new tokens after a prompt, one by one, with the KV cache, eager and compiled.
            --vs=transformers: its generate with the same weights
 runs       python bench.py runs out/*: draws the losses of runs over steps, tokens, seconds, FLOPs
 
 What a machine can do is measured, too, by one large product of matrices and by reading memory, and
-speeds come as fractions of it (MFU, MBU). Sides take turns, round by round, after warm-up: median
-and spread. A peer runs in a process of its own, for ours sets much for its process; only memory is
-counted in one. Presets and flags may set whatever train.py knows. In a pipe or a file the last line
-is JSON.
+speeds come as fractions of it (MFU, MBU). After a warm-up the sides take turns; median and spread
+are given. A peer's speed is measured in a process of its own, which our settings do not reach.
+Presets and flags may set whatever train.py knows. In a pipe or a file the last line is JSON.
 """
 import core.threads  # noqa: F401  it comes first, before torch
 
@@ -20,6 +18,7 @@ import core.threads  # noqa: F401  it comes first, before torch
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -41,16 +40,8 @@ from core.net.engine import generate
 from core.net.weights import build_model
 from core.ranks import parallel
 from core.ranks.processes import Ranks, share
-from core.run.begin import (
-    build_optimizers,
-    check_settings,
-    from_model,
-    model_config,
-    tokenizer_wanted,
-)
+from core.run import begin, log
 from core.run.learner import Learner
-from core.run.log import draw as draw_figure
-from core.run.log import read_log
 from core.settings import check_bounds, check_choice, configure, read_settings, stop
 from core.text import tokenizer as tokenizers
 from model import count_parameters, flops_per_token
@@ -66,14 +57,9 @@ rounds = 5                  # times that each side is measured
 steps = 20                  # train: training steps in a round
 warmup = 5                  # train: steps before the first round
 profile = False             # train, decode: a trace for chrome://tracing, and the costliest lines
-plot = False                # draw what was measured: out/bench-<what>.png
 prompt_tokens = 64          # decode: tokens in a prompt
 new_tokens = 128            # decode: tokens that are generated
 rows = 1                    # decode: prompts at a time
-
-
-# ---------------------------------------------------------------------------------------------
-# What they share
 
 
 def choose_device(preset) -> hardware.Device:
@@ -90,23 +76,18 @@ def our_config(preset, data: Path | None = None):
     dataset in `data`; without it, as many as its tokenizer is known to have."""
     known = preset.vocab_size
     if not (known or data):
-        known = named.count_tokens(preset.dataset, tokenizer_wanted(preset), 0)
+        known = named.count_tokens(preset.dataset, begin.tokenizer_wanted(preset), 0)
     known = known or len(tokenizers.load((data or get_data(preset, Ranks())[0]) / 'tokenizer.json'))
-    return model_config(preset, known), known
+    return begin.model_config(preset, known), known
 
 
 def our_learner(preset, config, dev, seed: int) -> Learner:
     """Our model with all that trains it, as train.py puts it together."""
     model, ranks = build_model(config, seed, dev.name), Ranks()
     trained, _ = parallel.wrap(model, ranks, dev, 1, 1)
-    return Learner(model, trained, build_optimizers(preset, model, dev, ranks),
+    return Learner(model, trained, begin.build_optimizers(preset, model, dev, ranks),
                    optim.LossScale(dev.dtype == 'float16'), dev, ranks, preset.grad_clip,
                    seed if preset.dropout else None)
-
-
-def our_step(learner: Learner):
-    """A function that does one training step on a list of micro-batches."""
-    return lambda batches: train_step(learner, batches, 0, 1.0)
 
 
 def nanogpt_like(preset, config, compiled: bool):
@@ -118,6 +99,13 @@ def nanogpt_like(preset, config, compiled: bool):
         preset.weight_decay, preset.beta2, preset.grad_clip, compiled, True)
 
 
+def check_size(theirs: int, ours: int) -> None:
+    """Stop if the peer's model has another number of parameters than ours."""
+    if theirs != ours:
+        stop(f'vs={vs}: its model has {theirs:,} parameters, ours {ours:,}; compare at the GPT-2 '
+             'architecture (no preset)')
+
+
 def rows_at_once(preset, config, dev) -> int:
     """Sequences in a micro-batch, as train.py chooses it."""
     return preset.micro_batch_size or hardware.fit_micro_batch(
@@ -125,15 +113,17 @@ def rows_at_once(preset, config, dev) -> int:
 
 
 def random_batches(preset, config, known: int, dev) -> list[tuple]:
-    """Micro-batches of one step: random ids, which cost as much as any."""
+    """Micro-batches (x, y, doc) of one step, as large as train.py makes them: random ids, which
+    cost as much as any."""
     at_once = rows_at_once(preset, config, dev)
     generator = torch.Generator().manual_seed(preset.seed)
-    shapes = [(len(samples), config.block_size)
-              for samples in share(0, preset.batch_size, 0, 1, at_once)]
-    documents = preset.pack_documents    # one in each row: the most work
-    return [(torch.randint(known, shape, generator=generator),
-             torch.randint(known, shape, generator=generator),
-             torch.zeros(shape, dtype=torch.long) if documents else None) for shape in shapes]
+    batches = []
+    for samples in share(0, preset.batch_size, 0, 1, at_once):
+        shape = len(samples), config.block_size
+        x, y = (torch.randint(known, shape, generator=generator) for _ in range(2))
+        # One document in each row is the most work.
+        batches.append((x, y, torch.zeros_like(x) if preset.pack_documents else None))
+    return batches
 
 
 def seconds_of(run, dev, *args) -> float:
@@ -170,10 +160,7 @@ def ratio_of(times: dict, peer: str, name: str = 'ours') -> dict:
 def write_profile(run) -> None:
     """Run once under torch.profiler: the trace goes to a file, the ten costliest lines to the
     screen."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile() as found:
         run()
     path = output(f'{what}-trace.json')
     found.export_chrome_trace(str(path))
@@ -199,15 +186,8 @@ def draw(name: str, panels: list[tuple[str, str, dict]]) -> None:
             axes.grid(alpha=0.3)
             axes.legend()
     path = output(name + '.png')
-    if draw_figure(path, fill, figsize=(6 * len(panels), 4.5), layout='constrained'):
+    if log.draw(path, fill, figsize=(6 * len(panels), 4.5), layout='constrained'):
         print(f'drawn in {path}')
-
-
-def draw_speeds(times: dict[str, list[float]], n_tokens: int) -> None:
-    """Draw the tokens per second of each side, from its seconds for so many in each round."""
-    draw(what, [('round', 'tokens per second', {
-        name: (range(rounds), [n_tokens / seconds for seconds in found])
-        for name, found in times.items()})])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,9 +200,9 @@ def bench_train(preset) -> dict:
     config, known = our_config(preset)
     batches = random_batches(preset, config, known, dev)
     learner = our_learner(preset, config, dev, preset.seed)
-    step, flops = our_step(learner), {'ours': flops_per_token(learner.model)}
-    sides = {'ours': lambda n: [step(batches) for _ in range(n)]}
     n_parameters = count_parameters(learner.model)
+    flops = {'ours': flops_per_token(learner.model)}
+    sides = {'ours': lambda n: [train_step(learner, batches, 0, 1.0) for _ in range(n)]}
     for name, compiled in (('nanogpt_eager', False), ('nanogpt_compiled', True)):
         if vs and compiled <= dev.compile:
             from dev import peers
@@ -253,16 +233,7 @@ def bench_train(preset) -> dict:
         result |= ratio_of(times, peer)
     if profile:
         write_profile(functools.partial(sides['ours'], 3))
-    if plot:
-        draw_speeds(times, tokens * steps)
     return result
-
-
-def check_size(theirs: int, ours: int) -> None:
-    """Stop if the peer's model has another number of parameters than ours."""
-    if theirs != ours:
-        stop(f'vs={vs}: its model has {theirs:,} parameters, ours {ours:,}; compare at the GPT-2 '
-             'architecture (no preset)')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -275,8 +246,8 @@ def tensor_bytes(tensors) -> int:
                 for t in tensors}.values())
 
 
-def peak_memory(model, optimizers, step, dev) -> tuple[int, list[tuple[float, int]]]:
-    """The most bytes that tensors take in the second step; and on a CPU (seconds, bytes) of it.
+def peak_memory(model, optimizers, step, dev) -> int:
+    """The most bytes that tensors take in the second step.
 
     On a GPU as its allocator counts. On a CPU: weights and optimizer state, and on top of them
     whatever the step allocates and frees, as torch's profiler sees it.
@@ -286,7 +257,7 @@ def peak_memory(model, optimizers, step, dev) -> tuple[int, list[tuple[float, in
     if dev.kind == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         step()
-        return torch.cuda.max_memory_allocated(), []
+        return torch.cuda.max_memory_allocated()
     states = [t for o in optimizers for state in o.state.values() for t in state.values()
               if isinstance(t, torch.Tensor)]
     lasting = tensor_bytes([*model.parameters(), *model.buffers(), *states])
@@ -295,11 +266,7 @@ def peak_memory(model, optimizers, step, dev) -> tuple[int, list[tuple[float, in
         step()
     events = sorted((e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events()
                     if e.name() == '[memory]')
-    curve, now = [(0.0, lasting)], lasting
-    for when, n_bytes in events:
-        now += n_bytes
-        curve.append(((when - events[0][0]) / 1e9, now))
-    return max(n for _, n in curve), curve
+    return lasting + max(itertools.accumulate((n for _, n in events), initial=0))
 
 
 def bench_memory(preset) -> dict:
@@ -307,32 +274,26 @@ def bench_memory(preset) -> dict:
     dev = choose_device(preset)
     config, known = our_config(preset)
     batches = random_batches(preset, config, known, dev)
-    result, curves, n_parameters = {'what': 'memory', 'device': dev.why}, {}, 0
-    for name in ('ours', 'nanogpt')[:1 + bool(vs)]:
-        if name == 'ours':
-            learner = our_learner(preset, config, dev, preset.seed)
-            model, optimizers, step = learner.model, learner.optimizers, our_step(learner)
-            n_parameters = count_parameters(model)
-            print(f'{n_parameters:,} parameters, {len(batches)} micro-batches of '
-                  f'{len(batches[0][0])} x {config.block_size} tokens')
-        else:
-            from dev import peers
-            recipe = nanogpt_like(preset, config, dev.compile)
-            peer = peers.NanoGPT(vs, recipe, config.vocab_size, dev)
-            model, optimizers, step = peer.model, [peer.optimizer], peer.step
-            check_size(count_parameters(model), n_parameters)
-        peak, curve = peak_memory(model, optimizers, functools.partial(step, batches), dev)
-        curves[name] = [t for t, _ in curve], [n / 2 ** 20 for _, n in curve]
-        print(f'{name:8} {peak / 2 ** 20:,.0f} MiB at most, of which '
-              f'{tensor_bytes(model.parameters()) / 2 ** 20:,.0f} are weights')
-        result[f'{name}_peak_mib'] = round(peak / 2 ** 20, 1)
-        model = optimizers = step = learner = peer = None   # the other side must not find it
-        gc.collect()
+    learner = our_learner(preset, config, dev, preset.seed)
+    n_parameters = count_parameters(learner.model)
+    weights = tensor_bytes(learner.model.parameters())
+    step = functools.partial(train_step, learner, batches, 0, 1.0)
+    ours = peak_memory(learner.model, learner.optimizers, step, dev) / 2 ** 20
+    print(f'{n_parameters:,} parameters, {len(batches)} micro-batches of {len(batches[0][0])} x '
+          f'{config.block_size} tokens; {ours:,.0f} MiB at most, of which '
+          f'{weights / 2 ** 20:,.0f} are weights')
+    result = {'what': 'memory', 'device': dev.why, 'ours_peak_mib': round(ours, 1)}
     if vs:
-        result['ratio'] = round(result['ours_peak_mib'] / result['nanogpt_peak_mib'], 3)
-        print(f'ours takes {result["ratio"]:.2f} times as much')
-    if plot:
-        draw('memory', [('seconds', 'MiB of tensors', curves)])
+        from dev import peers
+        del learner, step       # the other side must not find them in memory
+        gc.collect()
+        recipe = nanogpt_like(preset, config, dev.compile)
+        peer = peers.NanoGPT(vs, recipe, config.vocab_size, dev)
+        check_size(count_parameters(peer.model), n_parameters)
+        step = functools.partial(peer.step, batches)
+        theirs = peak_memory(peer.model, [peer.optimizer], step, dev) / 2 ** 20
+        print(f'nanogpt {theirs:,.0f} MiB at most; ours takes {ours / theirs:.2f} times as much')
+        result |= {'nanogpt_peak_mib': round(theirs, 1), 'ratio': round(ours / theirs, 3)}
     return result
 
 
@@ -360,19 +321,7 @@ def bench_decode(preset) -> dict:
         torch.nn.init.normal_(p, 1.0 if p.ndim < 2 else 0.0, 0.02)
     generator = torch.Generator().manual_seed(preset.seed)
     prompts = torch.randint(known, (rows, prompt_tokens), generator=generator).tolist()
-
-    def ours(compiled=False):
-        with dev.autocast():
-            return list(generate(model, prompts, new_tokens, temperature=0, compiled=compiled))
-    sides = {'ours': ours}
-    if dev.compile:
-        sides['ours_compiled'] = functools.partial(ours, compiled=True)
-    if vs:
-        from dev import peers
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save(model, tokenizers.ByteTokenizer(), Path(folder) / 'hf')
-            theirs = peers.Apart(peers.transformers_generate, Path(folder) / 'hf', dev)
-        sides['transformers'] = functools.partial(theirs, prompts, new_tokens)
+    sides = decoders(model, prompts, dev)
     first = {name: run() for name, run in sides.items()}    # the warm-up
     same = None
     if vs:
@@ -384,8 +333,8 @@ def bench_decode(preset) -> dict:
     print(f'reading memory {limit / 1e9:,.1f} GB/s (measured before and after, the limit of MBU)')
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if config.tied or name != 'wte.weight')
-    size = torch.finfo(hardware.DTYPES[dev.dtype]).bits // 8
     cached = (prompt_tokens + new_tokens / 2) * 2 * config.n_kv_head * config.head_dim
+    size = torch.finfo(hardware.DTYPES[dev.dtype]).bits // 8
     each = size * (weights + rows * config.n_layer * cached)
     print(f'{rows} x {prompt_tokens} prompt tokens, {new_tokens} new ones; a step reads '
           f'{each / 2 ** 20:,.0f} MiB')
@@ -402,10 +351,25 @@ def bench_decode(preset) -> dict:
         for name in list(sides)[:-1]:
             result |= ratio_of(times, 'transformers', name)
     if profile:
-        write_profile(sides.get('ours_compiled', ours))
-    if plot:
-        draw_speeds(times, rows * new_tokens)
+        write_profile(sides.get('ours_compiled', sides['ours']))
     return result
+
+
+def decoders(model, prompts: list, dev) -> dict:
+    """The sides of bench_decode: functions that generate new_tokens after the prompts."""
+    def ours(compiled=False):
+        with dev.autocast():
+            return list(generate(model, prompts, new_tokens, temperature=0, compiled=compiled))
+    sides = {'ours': ours}
+    if dev.compile:
+        sides['ours_compiled'] = functools.partial(ours, compiled=True)
+    if vs:
+        from dev import peers
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save(model, tokenizers.ByteTokenizer(), Path(folder) / 'hf')
+            theirs = peers.Apart(peers.transformers_generate, Path(folder) / 'hf', dev)
+        sides['transformers'] = functools.partial(theirs, prompts, new_tokens)
+    return sides
 
 
 # ---------------------------------------------------------------------------------------------
@@ -415,38 +379,35 @@ def bench_decode(preset) -> dict:
 def bench_runs(preset) -> dict:
     """Draw the validation losses of runs over steps, tokens, seconds and FLOPs: in bits per byte,
     which do not depend on the tokenizer, if every run knows them."""
-    paths = [Path(name) for name in folders.split(',') if name]
-    lines = {}
-    for path in paths:
-        evals, starts = read_log(path, 'eval'), read_log(path, 'start')
-        if not evals or not starts:
-            print(f'{path}: has no evaluation in its log, left out')
-            continue
-        flops = starts[0].get('flops_per_token', math.nan)
-        lines[str(path)] = evals, flops
-    if not lines:
+    runs = {}
+    for name in filter(None, folders.split(',')):
+        evals, starts = log.read_log(name, 'eval'), log.read_log(name, 'start')
+        if evals and starts:
+            flops = starts[0].get('flops_per_token', math.nan)
+            runs[name] = [{**e, 'TFLOP': e.get('tokens', math.nan) * flops / 1e12} for e in evals]
+        else:
+            print(f'{name}: has no evaluation in its log, left out')
+    if not runs:
         stop(f'folders={folders}: no run with an evaluation; python bench.py runs out/*')
-    loss = 'bits_per_byte'
-    if any(e.get(loss) is None for evals, _ in lines.values() for e in evals):
-        loss = 'val_loss'
-    best = {name: min(e[loss] for e in evals) for name, (evals, _) in lines.items()}
+    known = all(e.get('bits_per_byte') is not None for evals in runs.values() for e in evals)
+    loss = 'bits_per_byte' if known else 'val_loss'
+    best = {name: min(e[loss] for e in evals) for name, evals in runs.items()}
     for name, least in best.items():
         print(f'{name}: best {loss} {least:.4f}')
-    ways = {'steps': lambda e, _: e['step'], 'tokens': lambda e, _: e.get('tokens', math.nan),
-            'seconds of training': lambda e, _: e['seconds'],
-            'TFLOP': lambda e, flops: e.get('tokens', math.nan) * flops / 1e12}
     draw('runs', [(label, loss, {
-        name: ([way(e, flops) for e in evals], [e[loss] for e in evals])
-        for name, (evals, flops) in lines.items()}) for label, way in ways.items()])
+        name: ([e.get(key, math.nan) for e in evals], [e[loss] for e in evals])
+        for name, evals in runs.items()}) for label, key in (
+            ('steps', 'step'), ('tokens', 'tokens'), ('seconds of training', 'seconds'),
+            ('TFLOP', 'TFLOP'))])
     return {'what': 'runs', 'loss': loss, 'best': best}
 
 
 def load_preset(preset: dict | None) -> SimpleNamespace:
     """train.py's settings, or those of a preset. Stops if they are wrong or begin with a model."""
     settings = read_settings(TRAIN) if preset is None else preset
-    check_settings(settings)
+    begin.check_settings(settings)
     preset = SimpleNamespace(**settings)
-    if from_model(preset):
+    if begin.from_model(preset):
         stop(f'init_from={preset.init_from}: leave it out; what is measured is the model that the '
              'settings describe')
     return preset

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -36,9 +36,8 @@ class Device:
     why: list[str]          # a line for each choice
 
     def autocast(self, cache: bool = True):
-        """The context in which the forward pass runs. `cache`: keep weights that were converted to
-        16 bits until its end, for layers that use them again.
-        """
+        """The context of a forward pass. `cache`: keep weights in 16 bits until its end, for layers
+        that use them again."""
         if DTYPES[self.dtype] == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.kind, DTYPES[self.dtype], cache_enabled=cache)
@@ -56,10 +55,8 @@ class Device:
 
 def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int = 0,
            local_rank: int = 0, local_world: int = 1, training: bool = True) -> Device:
-    """Decide what the settings leave open ('' or 0), and check what they ask for.
-
-    Stops if a device or dtype is asked for that this machine does not have.
-    """
+    """Decide what the settings leave open ('' or 0). Stops if they ask for a device or dtype that
+    this machine does not have."""
     kind, name, why = choose_device(device, local_rank)
     if kind == 'cpu':
         threads = threads or (torch.get_num_threads() if local_world == 1
@@ -73,8 +70,8 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
     torch.set_float32_matmul_precision('high' if dtype == 'tf32' else 'highest')
     compile, compile_why = choose_compile(kind, name, compile, dtype, training)
     # Compiled for a CPU, the backward pass of an embedding adds in whatever order threads come,
-    # unless told not to; then it is no slower, and two runs are equal bit for bit. Eager training
-    # is so anyway; there the switch would only cost the second in which it imports the compiler.
+    # unless told not to, which is no slower. Eager training is deterministic anyway; there the
+    # switch would cost the second in which it imports the compiler.
     deterministic = kind == 'cpu' and compile
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
@@ -88,11 +85,9 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
 
 
 def agree(device: Device, exchange: Callable) -> Device:
-    """The same device, with what all ranks can do: dtype and compile must not differ among them, or
-    they would add up gradients of different scales, and wait for each other's compilers.
-
-    `exchange(value)` gives the values of all ranks. Stops if some have a GPU and others none.
-    """
+    """The same device, with the dtype and compile that all ranks have in common: gradients of
+    different scales cannot be added. `exchange(value)` gives the values of all ranks. Stops if some
+    have a GPU and others none."""
     found = exchange([device.kind, device.dtype, device.compile])
     kinds, dtypes = {kind for kind, _, _ in found}, {dtype for _, dtype, _ in found}
     if len(kinds) > 1:
@@ -109,7 +104,7 @@ def agree(device: Device, exchange: Callable) -> Device:
 
 
 def with_dtype(device: Device, dtype: str) -> Device:
-    """The same device with the dtype of a run that is resumed. Stops if it does not have that."""
+    """The same device with the dtype of a run that is resumed. Stops if it lacks that."""
     choose_dtype(device.kind, dtype, True)
     torch.set_float32_matmul_precision('high' if dtype == 'tf32' else 'highest')
     device.why[1] = f'dtype {dtype} (with which the run was begun)'
@@ -118,12 +113,10 @@ def with_dtype(device: Device, dtype: str) -> Device:
 
 def choose_device(device: str, local_rank: int) -> tuple[str, str, str]:
     """Kind, full name and reason."""
-    has_mps = torch.backends.mps.is_available()
+    has_mps, why = torch.backends.mps.is_available(), 'as asked'
     if not device:
         device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
         why = 'no GPU found' if device == 'cpu' else 'found'
-    else:
-        why = 'as asked'
     kind, _, index = device.partition(':')
     if kind not in ('cuda', 'mps', 'cpu') or (index and not index.isdigit()):
         stop(f'device={device}: must be cuda, cuda:<number>, mps or cpu')
@@ -172,9 +165,9 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
         return 'float32', 'mixed precision is untested on Apple GPUs'
     if not training:
         return 'float32', 'on a CPU, the fastest for one row at a time'
-    # A rule, not a stopwatch: on a busy machine a measurement would choose differently from start
-    # to start. Products of 1,024 x 1,024, bfloat16 beside float32: an Intel Xeon with AMX 4 times
-    # as fast, AMD's Zen 4 twice, an Intel Xeon with AVX-512 alone half as fast.
+    # A rule: on a busy machine, measurements would choose differently from start to start. With
+    # matrices of 1,024 x 1,024 bfloat16 is 4 times as fast as float32 on an Intel Xeon with AMX,
+    # twice on AMD's Zen 4, half as fast on an Intel Xeon with AVX-512 alone.
     flags = cpu_info('flags').split()
     if 'amx_bf16' in flags:
         return 'bfloat16', 'this CPU multiplies it in its matrix unit, AMX'
@@ -184,11 +177,11 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Have glibc keep what is freed for the next tensor. It would give large ones back to the
-    kernel and ask for new pages, which are cleared first: a tenth of a step of GPT-2."""
+    """Have glibc keep freed memory for the next tensor, instead of asking the kernel for cleared
+    pages each time: a tenth of a step of GPT-2."""
     if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-        libc.mallopt(-3, 1 << (30 if keep else 17))     # M_MMAP_THRESHOLD: from that size on a
-        libc.mallopt(-1, -1)                # mapping of its own; M_TRIM_THRESHOLD: none
+        libc.mallopt(-3, 1 << (30 if keep else 17))     # M_MMAP_THRESHOLD: larger ones are mapped
+        libc.mallopt(-1, -1)                            # M_TRIM_THRESHOLD: none
         keep_freed_memory.on = keep
 
 
@@ -252,19 +245,19 @@ def has_flex(device: torch.device, head_dim: int) -> bool:
 
 
 def compile_options(kind: str) -> dict:
-    """What torch.compile is asked for: on a CPU, that kernels be called from C++ as well, not from
-    Python, 1 to 3% of a step or token for small models."""
+    """Options of torch.compile: on a CPU, C++ also calls the kernels, which saves small models 1 to
+    3% of a step or token."""
     return {'cpp_wrapper': kind == 'cpu'}
 
 
 def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int, n_embd: int,
                     local_world: int = 1, lasting: int = 0, recompute: bool = False) -> int:
     """Rows per forward pass: what fits half of this process's memory, and four fifths of what is
-    free beside `lasting` bytes of gradients and moments, at most 32,768 tokens.
+    free beside `lasting` bytes of gradients and moments, at most 32,768 tokens; so that the
+    micro-batches of a step are equally large.
 
-    Activations take about 73 bytes per token, layer and channel in fp32, 40 with 16-bit products;
-    of blocks that recompute them those of one, and 4 for the input of each. The micro-batches of a
-    step are made equally large.
+    Activations take about 73 bytes per token, layer and channel in fp32, 40 with 16-bit products.
+    Where blocks recompute theirs, it is those of one, and 4 for the input of each.
     """
     if device.kind == 'cuda':
         free, memory = torch.cuda.mem_get_info(device.name)     # the weights are there already
@@ -278,8 +271,7 @@ def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int
 
 
 def peak_flops(kind: str, name: str, dtype: str) -> float:
-    """FLOP/s of matrix products in a 16-bit dtype, from the data sheet; 0 where none is known: a
-    peak that was measured while other programs run would make MFU a guess."""
+    """FLOP/s of matrix products in a 16-bit dtype, from the data sheet; 0 where none is known."""
     if kind == 'cuda' and DTYPES[dtype] != torch.float32:
         words = f' {torch.cuda.get_device_name(name)} '.replace('-', ' ')
         for key, tflops in PEAK_TFLOPS.items():
@@ -291,20 +283,10 @@ def peak_flops(kind: str, name: str, dtype: str) -> float:
 def matmul_rate(name: str, dtype: str, size: int) -> float:
     """FLOP/s of a product of two square matrices in dtype, the best of 20."""
     a = torch.ones(size, size, device=name, dtype=DTYPES[dtype])
-    return 2 * size ** 3 / best_time(lambda: (a @ a)[0, 0].item())
+    return 2 * size ** 3 / min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=20))
 
 
 def bandwidth(name: str) -> float:
     """Bytes per second that are read from memory: the best of 20 sums of half a gigabyte."""
     a = torch.ones(1 << 27, device=name)
-    return a.nbytes / best_time(lambda: a.sum().item())
-
-
-def best_time(run) -> float:
-    """The least seconds that run() takes, of 20 tries."""
-    best = math.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return a.nbytes / min(timeit.repeat(lambda: a.sum().item(), number=1, repeat=20))

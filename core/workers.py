@@ -45,7 +45,7 @@ job = None      # in a worker: the function and what it shares
 
 
 def begin(parent: int, function: Callable, shared: tuple) -> None:
-    """What a worker does first. Ctrl-C is left to the parent, whose end takes the worker along."""
+    """What a worker does first. It ignores Ctrl-C, for it ends with its parent."""
     global job
     job = function, shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -121,9 +121,8 @@ def test_peak_memory_by_hand():
         second = first + 1
         del first
         return second.sum().item()
-    peak, curve = bench.peak_memory(model, [], step, hardware.choose('cpu', 'float32', False))
-    assert 2.5 * 2 ** 20 <= peak < 2.6 * 2 ** 20 and max(n for _, n in curve) == peak
-    assert curve[-1][1] == pytest.approx(2 ** 19, abs=1000)     # all is free again
+    peak = bench.peak_memory(model, [], step, hardware.choose('cpu', 'float32', False))
+    assert 2.5 * 2 ** 20 <= peak < 2.6 * 2 ** 20
 
 
 def test_decode_beside_transformers(run_bench, capsys, monkeypatch):
@@ -174,11 +173,10 @@ def test_size_without_data(run_bench, monkeypatch):
     assert bench.our_config(SimpleNamespace(**preset))[1] == 50_261
 
 
-def test_profile_and_plot(run_bench, capsys, monkeypatch, tmp_path):
+def test_profile(run_bench, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    run_bench(profile=True, plot=True)
+    run_bench(profile=True)
     printed = capsys.readouterr().out
     assert 'aten::mm' in printed and 'Self CPU' in printed
     trace = json.loads((tmp_path / 'out' / 'bench-train-trace.json').read_text())
     assert len(trace['traceEvents']) > 100
-    assert (tmp_path / 'out' / 'bench-train.png').stat().st_size > 5_000

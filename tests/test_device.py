@@ -63,7 +63,7 @@ def test_choice_on_a_cpu(monkeypatch):
 def test_dtype_on_a_cpu(monkeypatch, flags, vendor, trains_in, why):
     """A rule decides, no stopwatch: so a busy machine chooses what an idle one does."""
     processor(monkeypatch, flags=flags, vendor_id=vendor)
-    monkeypatch.setattr(hardware, 'best_time', None)
+    monkeypatch.setattr(hardware, 'timeit', None)
     assert choose(compile=False, threads=1).dtype == trains_in
     assert choose(compile=False, threads=1, training=False).dtype == 'float32'
     assert choose(dtype='float32', compile=False, threads=1).dtype == 'float32'

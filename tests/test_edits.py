@@ -1,7 +1,9 @@
 """What an edited model.py sets in its constructors stays, in every stage; see edits.py."""
 import resource
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import edits
 import pytest
@@ -21,7 +23,8 @@ from core.net import optim
 from core.net.weights import build_model, copy_weights, named_weights
 from core.ranks.processes import Ranks
 from core.run import layout_check, models
-from core.settings import read_config
+from core.run.begin import build_optimizers, first_model
+from core.settings import read_config, settings_of
 from model import GPTConfig
 
 SMALL = dict(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -320,10 +323,11 @@ def test_optimizers_of_an_edited_model(edit):
 def said(tmp_path, capsys):
     """said(insist): what the check of one process says on standard output and error."""
     def check(insist=False, **changes):
+        settings = SimpleNamespace(**settings_of(vars(train)) | {
+            'pack_documents': True, 'data_dir': str(tmp_path), 'check_layout': insist})
         layout_check.check(Ranks(), Device('cpu', 'cpu', 'float32', False, 1.0, []),
-                           GPTConfig(**{**SMALL, **changes}), train.build_optimizers,
-                           {'optimizer': 'adamw', 'pack_documents': True,
-                            'activation_checkpointing': False}, tmp_path / 'passed', insist)
+                           GPTConfig(**{**SMALL, **changes}), settings,
+                           partial(build_optimizers, settings))
         return ''.join(capsys.readouterr())
     return check
 
@@ -335,7 +339,7 @@ def test_layout_is_checked_once(said, edit, monkeypatch, tmp_path):
     assert said(insist=True) == said(norm='rmsnorm') == passed
     monkeypatch.setattr(layout_check, 'source_hashes', lambda script: {'model.py': 'another'})
     assert said() == passed and said() == ''
-    (tmp_path / 'passed').write_text('{')       # whatever it is, it is written anew
+    (tmp_path / '.layouts-checked.json').write_text('{')       # whatever it is, it is written anew
     assert said() == passed and said() == ''
 
 
@@ -349,7 +353,8 @@ def test_training_checks_its_layout(run_train, monkeypatch, capsys):
     run_train(max_steps=2, eval_interval=2)     # one process needs none
     for layout in (dict(tp=2), dict(pp=2), dict(zero=2)):
         with pytest.raises(KeyError, match='checked'):
-            train.initial_model('abc', None, Ranks(**layout), {})
+            first_model(SimpleNamespace(**settings_of(vars(train))), 'abc', None,
+                        Ranks(**layout), {})
 
 
 def test_what_cannot_be_made_small_is_not_checked(said, edit):

@@ -1,12 +1,11 @@
 """How a model lies on the processes: pipeline stages, tensor parallelism, ZeRO, DDP.
 
-`place` lays a plain model on the mesh pp x replicas x shards x tp from outside, always in this
-order: cut into pipeline stages, tensor parallelism inside the blocks, sharding of parameters
-(FSDP2, which is ZeRO). Compilation and DDP go around what has got its memory. Everything runs on
-CPUs with gloo, too: that is how tests prove it equal to one process.
+`place` lays a plain model on the mesh pp x replicas x shards x tp, always in this order: cut into
+pipeline stages, tensor parallelism inside the blocks, sharding of parameters (FSDP2, which is
+ZeRO). Then it gets memory and values; then come compilation and DDP. All of it also runs on CPUs.
 
-torch.distributed's DTensor and FSDP take a second to import. So they are imported where parameters
-are cut or sharded, and a tensor that lies on several ranks is told by its `placements`.
+torch.distributed's DTensor and FSDP take a second to import, so they are imported where they are
+needed, and a tensor that lies on several ranks is known by its `placements`.
 """
 import contextlib
 import copy
@@ -46,9 +45,7 @@ def check_model(ranks: Ranks, config) -> None:
 
 def place(model, ranks: Ranks) -> None:
     """Leave of a model on the meta device what this rank is to hold, as plain tensors or DTensors.
-
-    Then weights.allocate gives it memory, and `put` its values.
-    """
+    Then weights.allocate gives it memory, and `put` its values."""
     if ranks.pp > 1:
         keep_stages(model, ranks.stages, ranks)
     model.parts = stage_modules(model, ranks)   # a list: no submodules
@@ -59,18 +56,14 @@ def place(model, ranks: Ranks) -> None:
             shard(part, ranks)
 
 
-def layers_of(stage: int, ranks: Ranks, n_layer: int) -> range:
-    """The layers of one pipeline stage."""
-    return range(stage * n_layer // ranks.n_stages, (stage + 1) * n_layer // ranks.n_stages)
-
-
 def keep_stages(model, stages: list[int], ranks: Ranks) -> None:
     """Drop what belongs to other pipeline stages. Names stay as they are."""
-    kept = {i for stage in stages for i in layers_of(stage, ranks, model.config.n_layer)}
+    n, n_layer = ranks.n_stages, model.config.n_layer
+    kept = {i for stage in stages for i in range(stage * n_layer // n, (stage + 1) * n_layer // n)}
     model.h = torch.nn.ModuleDict({i: block for i, block in model.h.items() if int(i) in kept})
     if 0 not in stages:
         model.wte = model.wpe = None
-    if ranks.n_stages - 1 not in stages:
+    if n - 1 not in stages:
         model.ln_f = model.lm_head = None
 
 
@@ -89,13 +82,10 @@ def stage_modules(model, ranks: Ranks) -> list:
 
 
 def cut_matrices(model, ranks: Ranks) -> None:
-    """Tensor parallelism (Shoeybi et al. 2019): q, k, v, gate and up by rows of their weights, so
-    that each rank has some heads and hidden channels, o and down by columns; embedding and head by
-    tokens of the vocabulary.
-
-    With sequence_parallel (Korthikanti et al. 2022) what lies between them, norms and residual
-    stream, is cut by positions inside the blocks of a stage.
-    """
+    """Tensor parallelism (Shoeybi et al. 2019): q, k, v, gate and up are cut by rows of their
+    weights, so that each rank has some heads and hidden channels, o and down by columns; embedding
+    and head by tokens of the vocabulary. With sequence_parallel (Korthikanti et al. 2022) norms and
+    residual stream are cut by positions inside the blocks of a stage."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -143,23 +133,10 @@ def cut_matrices(model, ranks: Ranks) -> None:
             output_layouts=cut, desired_output_layouts=whole))
 
 
-def is_cut(x) -> bool:
-    """Whether a tensor lies on several ranks, as a DTensor."""
-    return hasattr(x, 'placements')
-
-
-def gathered(x):
-    """A DTensor's whole values; anything else as it is."""
-    return x.full_tensor() if is_cut(x) else x
-
-
 def shard(part, ranks: Ranks) -> None:
-    """FSDP2 around a stage and each of its blocks.
-
-    ZeRO-2 keeps the parameters of a step whole from its first micro-batch on and gradients until
-    its last; ZeRO-3 gathers and frees the parameters of each block in each pass. (Under pipelining
-    the schedule decides: they stay whole during a step.)
-    """
+    """FSDP2 around a stage and each of its blocks. ZeRO-2 gathers the parameters once a step and
+    scatters the gradients once; ZeRO-3 gathers and frees the parameters of each block in each pass.
+    In a pipeline both keep them whole during a step."""
     from torch.distributed.fsdp import fully_shard
     mesh = ranks.mesh['replicas', 'shards'] if ranks.replicas > 1 else ranks.mesh['shards']
     scalars = {p for p in part.parameters() if p.ndim == 0}     # each rank keeps them whole
@@ -169,12 +146,12 @@ def shard(part, ranks: Ranks) -> None:
 
 
 def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
-    """What to call for a loss: the model compiled, if so chosen, and with DDP around it if each
-    rank has a copy; with pipelining the Pipeline that has such stages. And the number of which the
-    number of micro-batches, of `rows` of the per_rank sequences, must be a multiple.
+    """(what to call for a loss, the number of which the number of micro-batches must be a
+    multiple). It is the model, compiled if so chosen, in DDP if each rank has a copy; or the
+    Pipeline of such stages, for micro-batches of `rows` of the per_rank sequences.
     """
-    # On a CPU the whole is at most 5% faster, but takes half a minute to compile, or more.
-    # What cuts matrices passes its mesh to operators, which cannot be done from C++.
+    # On a CPU a model compiled whole is at most 5% faster than its blocks, and takes half a minute.
+    # Tensor parallelism passes a mesh to operators, which C++ wrappers cannot.
     options = compile_options(device.kind) if ranks.tp == 1 else {}
     if device.compile and ranks.plain and (device.kind != 'cpu' or model.config.arch == 'lstm'):
         model = torch.compile(model, dynamic=False, options=options)
@@ -204,9 +181,7 @@ def passes(ranks: Ranks):
 
 @contextlib.contextmanager
 def accumulate(model, ranks: Ranks, last: bool):
-    """The context of a micro-batch's passes: where parameters stay whole, only the last one
-    exchanges gradients.
-    """
+    """The context of a micro-batch's passes: but for ZeRO-3 only the last exchanges gradients."""
     if ranks.zero == 2:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
@@ -219,11 +194,8 @@ def accumulate(model, ranks: Ranks, last: bool):
 
 @contextlib.contextmanager
 def looking_on(model):
-    """The context of passes that train nothing: evaluation and samples.
-
-    They run eagerly: of other lengths or without gradients, each would be compiled anew. Parameters
-    that they gathered are shards again afterwards, however they end.
-    """
+    """The context of evaluation and samples. They run eagerly, since each new length would be
+    compiled anew. Parameters that FSDP gathered for them are sharded again at the end."""
     model.eval()
     try:
         with torch.compiler.set_stance('force_eager'):
@@ -231,7 +203,7 @@ def looking_on(model):
     finally:
         model.train()
         for module in model.modules():
-            if hasattr(module, 'reshard'):      # FSDP's
+            if hasattr(module, 'reshard'):
                 module.reshard()
 
 
@@ -258,6 +230,16 @@ def rows_at_once(model, ranks: Ranks, device, batch_size: int, block_size: int, 
     return min(processes.exchange(rows))    # machines may have more memory or less
 
 
+def is_cut(x) -> bool:
+    """Whether a tensor lies on several ranks, as a DTensor."""
+    return hasattr(x, 'placements')
+
+
+def gathered(x):
+    """A DTensor's whole values; anything else as it is."""
+    return x.full_tensor() if is_cut(x) else x
+
+
 def local(x: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return x.to_local() if is_cut(x) else x
@@ -275,14 +257,13 @@ def put(target: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def complete_gradients(model, ranks: Ranks) -> None:
-    """Add up what gradients the engines leave in parts: of norms over heads or positions, of
-    scalars, which are not sharded, and of a matrix that the first and the last stage share.
-    """
+    """Add up the gradients that torch leaves in parts: of norms over heads or positions, of scalars
+    (not sharded), and of the matrix that the first and the last stage share."""
     for p in model.parameters():
-        if ranks.zero and p.ndim == 0 and p.grad is not None:   # FSDP gives means
+        if ranks.zero and p.ndim == 0 and p.grad is not None:
             for name in ('replicas', 'shards'):
                 dist.all_reduce(p.grad, group=ranks.mesh[name].get_group())
-            p.grad /= ranks.dp
+            p.grad /= ranks.dp      # a mean, as FSDP gives it
         if is_cut(p.grad) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     if ranks.pp > 1 and model.config.tied and ranks.pp_rank in (0, ranks.pp - 1):
@@ -291,12 +272,10 @@ def complete_gradients(model, ranks: Ranks) -> None:
 
 
 def local_gradients(model, ranks: Ranks) -> dict[float, list]:
-    """What this rank holds of the gradients, by the number of ranks that hold the same; math.inf:
-    of the matrix that a last stage shares with the first one, which counts it.
-    """
-    found, shared = {}, None
-    if model.config.tied and model.wte is None and model.lm_head is not None:
-        shared = model.lm_head.weight
+    """What this rank holds of the gradients, by the number of ranks that hold the same; under
+    math.inf that of the tied matrix on the last stage, for the first stage counts it."""
+    tied_again = model.config.tied and model.wte is None and model.lm_head is not None
+    shared, found = model.lm_head.weight if tied_again else None, {}
     for p in model.parameters():
         if p.grad is not None:
             shards = math.prod(p.device_mesh.size(i) for i, where in enumerate(p.placements)
@@ -307,25 +286,22 @@ def local_gradients(model, ranks: Ranks) -> dict[float, list]:
 
 
 def squared_norm(gradients: dict, dtype: torch.dtype) -> torch.Tensor:
-    """This rank's share of the squared norm of all gradients, of `local_gradients`: what several
-    ranks hold, each of them counts in part, so that the sum over all ranks is the whole.
-    """
+    """This rank's share of the squared norm of all gradients, from `local_gradients`: a gradient
+    that n ranks hold counts 1/n on each, so that the sum over all ranks is the whole."""
     return torch.stack([torch.nn.utils.get_total_norm(grads).to(dtype) ** 2 / copies
                         for copies, grads in gradients.items() if copies < math.inf]).sum()
 
 
 def spreader(ranks: Ranks):
-    """The `spread` of core.optim.Muon: with several ranks, they share its work."""
+    """The `spread` of core.net.optim.Muon: several ranks share its work."""
     alone = ranks.tp == ranks.dp == 1 and not ranks.zero
     return optim.on_stack if alone else functools.partial(spread, ranks)
 
 
 def spread(ranks: Ranks, iterate, matrices: list, dtype) -> list:
-    """iterate(stack of matrices, in dtype), where a stack has some whole matrices on each rank.
-
-    The matrices are equally large and lie on the mesh in the same way, in parts or as copies: one
-    all-to-all deals them out, another one (with copies an all-gather) brings the results back.
-    """
+    """iterate(stack of matrices, in dtype), where each rank has some whole matrices in its stack.
+    They have one shape and lie on the mesh in one way, as parts or copies: an all-to-all deals them
+    out, another one (with copies an all-gather) brings the results back."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
     first, stack = matrices[0], torch.stack([local(m) for m in matrices]).to(dtype)
     if is_cut(first):

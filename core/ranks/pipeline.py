@@ -16,11 +16,8 @@ def fitting(n_micro: int, ranks) -> int:
 
 
 class Pipeline:
-    """Runs this rank's stages. All ranks of a pipeline call with batches of the same sizes.
-
-    `parts` are the modules, compiled or with DDP around; each step has `n_micro` micro-batches of
-    rows x block_size tokens. passes(ranks) is the context of forward and backward passes.
-    """
+    """Runs this rank's stages, the modules `parts`, compiled or in DDP. Each step has `n_micro`
+    micro-batches of rows x block_size tokens. passes(ranks) is the context of the passes."""
 
     def __init__(self, parts, ranks, device, n_micro: int, rows: int, passes):
         self.ranks, self.n_micro, self.device = ranks, n_micro, torch.device(device.name)
@@ -48,9 +45,7 @@ class Pipeline:
 
     def run(self, batches, divisor, step) -> torch.Tensor:
         """Sum of the losses of n_micro batches (x, y, doc), over divisor; 0 without the last stage.
-
-        `step` is the schedule's step (then gradients are added up) or eval.
-        """
+        `step` is the schedule's step, which adds up gradients, or its eval."""
         x, y, doc = (None if t[0] is None else torch.cat(t).to(self.device)
                      for t in zip(*batches))
         self.divisor, losses = divisor, []

@@ -15,6 +15,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ PADDING = -1      # the number of a sample that only fills a micro-batch up
 patient_group = None    # of all ranks: for waiting while one of them prepares data
 writing_group = None    # of all ranks: for the threads that write checkpoints
 tied_group = None       # of the first and last pipeline stage with the same data and cut
+store = None            # what all ranks can read and write
 
 
 @dataclass
@@ -92,11 +94,9 @@ PP_SCHEDULES = ('1f1b', 'interleaved')
 
 def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
             sequence_parallel: bool = False, pp_schedule: str = '1f1b') -> list[str]:
-    """Decide what each rank does: dp follows from the number of ranks. Returns what to print.
-
+    """Decide what each rank does: dp follows from the number of ranks. Returns lines to print.
     `replicas` copies of the parameters are kept, each sharded over dp / replicas ranks (HSDP; 0: 1
-    with zero, else dp). Stops at what does not divide, or is known to compute something else.
-    """
+    with zero, else dp). Stops at what does not divide, or what torch would compute wrongly."""
     world = ranks.world
     if world % (tp * pp):
         stop(f'tp={tp}, pp={pp}: {world} processes cannot be divided into groups of {tp * pp}; '
@@ -132,8 +132,8 @@ def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int
 
 def begin(device: str, dtype: str, compile: bool, threads: int, timeout_minutes: float,
           layout: tuple = ()) -> tuple:
-    """The ranks and the device of this process, as a script's settings ask for them: printed, and
-    agreed by all ranks, which have found each other when this returns. For `layout` see arrange."""
+    """The ranks, which have found each other, and the device on which they agree, as a script's
+    settings ask for them; prints both. `layout` are the arguments of `arrange`."""
     ranks = find_ranks()
     said = arrange(ranks, *layout)
     found = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
@@ -145,12 +145,8 @@ def begin(device: str, dtype: str, compile: bool, threads: int, timeout_minutes:
 
 def start(ranks: Ranks, device, timeout_minutes: float) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs), if there is more than one process, and
-    form the mesh.
-
-    A rank that waits for others longer than timeout_minutes gives up; its message names the step
-    after `ranks.step`.
-    """
-    global patient_group, writing_group
+    form the mesh. A rank that waits for others longer than timeout_minutes gives up."""
+    global patient_group, writing_group, store
     if ranks.world == 1 and not ranks.zero:
         return
     if device.kind == 'mps':
@@ -164,13 +160,12 @@ def start(ranks: Ranks, device, timeout_minutes: float) -> None:
     else:
         store, rank, world = next(dist.rendezvous('env://', timeout=timeout))
         if ranks.local_world == world:
-            # torchrun keeps its store when it starts processes again: what those before them left
-            # in it would lead them to addresses where nobody is. (Torchruns on several machines
-            # count restarts differently; they can be told not to share their store.)
+            # torchrun keeps its store when it starts processes again, with the addresses of those
+            # before them. (On several machines torchruns count restarts differently.)
             count = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
             store = dist.PrefixStore(f'start-{count}', store)
-        sys.excepthook = functools.partial(explain, sys.excepthook, ranks, store)
-        atexit.register(tell_end, store)
+        sys.excepthook = functools.partial(explain, sys.excepthook, ranks)
+        atexit.register(tell_end)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     patient_group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
     # files take some ranks longer than others
@@ -196,8 +191,8 @@ def form_mesh(ranks: Ranks, kind: str, timeout=timedelta(minutes=10)) -> None:
         _set_pg_timeout(timeout, ranks.mesh.get_group(name))
 
 
-def tell_end(store) -> None:
-    """Leave word for the other ranks that this one has ended by itself, and said why."""
+def tell_end() -> None:
+    """Tell the other ranks that this one has ended by itself, and has said why."""
     with contextlib.suppress(RuntimeError):     # it may have gone with rank 0
         store.set('ended', '')
 
@@ -206,9 +201,7 @@ def finish() -> None:
     """Leave the process group."""
     atexit.unregister(tell_end)
     if dist.is_initialized():
-        # Gloo's threads need the interpreter to let go of their last tensors; if it ends at that
-        # moment, both wait for each other for ever.
-        time.sleep(0.2)
+        time.sleep(0.2)     # gloo's threads let go of tensors; a deadlock if the interpreter ends
         dist.destroy_process_group()
 
 
@@ -224,11 +217,9 @@ def print0(*words, **options) -> None:
 
 def share(first: int, n: int, rank: int, world: int, micro_batch_size: int,
           multiple: int = 1) -> list[list[int]]:
-    """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches.
-
-    Every rank gets the same number of equally large micro-batches; uneven shares are filled up
-    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]]. There are a multiple of `multiple`.
-    """
+    """The samples first .. first + n - 1 that `rank` of `world` reads, cut into micro-batches. All
+    ranks get the same number of equally large ones, a multiple of `multiple`; shares are filled up
+    with PADDING: share(8, 8, 1, 3, 2) is [[11, 12], [13, -1]]."""
     per_rank = -(-n // world)
     padded = -(-per_rank // (micro_batch_size * multiple)) * micro_batch_size * multiple
     mine = list(range(first + rank * per_rank, first + min(n, (rank + 1) * per_rank)))
@@ -246,17 +237,17 @@ def all_sum(x: torch.Tensor, device) -> torch.Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank; all ranks must ask together."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(float(flag))
-    dist.all_reduce(flags)
-    return flags.item() > 0
+    return any(exchange(flag))
+
+
+def broadcast(value, patient: bool = False):
+    """Rank 0's value (what JSON can hold) on every rank; `patient`: however long a rank takes."""
+    return exchange(value, patient_group if patient else None)[0]
 
 
 def exchange(value, group=None) -> list:
-    """The values (what JSON can hold) of all ranks, in their order; a thread may ask, too, with a
-    group of its own. Raises ConnectionError if one is silent or lost.
-    """
+    """The values (what JSON can hold) of all ranks, in their order; a thread needs a `group` of its
+    own. Raises ConnectionError if a rank is silent or lost."""
     if not dist.is_initialized():
         return [value]
     data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
@@ -271,38 +262,43 @@ def exchange(value, group=None) -> list:
     return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes)]
 
 
-def broadcast(value, patient: bool = False):
-    """Rank 0's value (what JSON can hold) on every rank; `patient`: however long rank 0 takes."""
-    if not dist.is_initialized():
-        return value
-    group = patient_group if patient else None
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-    size = torch.tensor([len(data)])
-    dist.broadcast(size, 0, group=group)
-    if dist.get_rank():
-        data = torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(data, 0, group=group)
-    return json.loads(bytes(data.tolist()))
+def root_of(error: BaseException) -> BaseException:
+    """What went wrong first: the stages of a pipeline wrap it."""
+    while error.__cause__:
+        error = error.__cause__
+    return error
 
 
-def explain(otherwise, ranks: Ranks, store, kind, error, trace) -> None:
-    """Says in one line that other ranks are silent or lost, if that is what ended this process; and
-    nothing if one of them has ended by itself: then its message stands above."""
-    cause = error
-    while cause.__cause__:      # a pipeline's stage wraps what ended it
-        cause = cause.__cause__
-    lost = isinstance(cause, dist.DistError) or 'gloo' in str(cause)    # gloo has no class for it
-    if not lost:
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that another rank is silent or lost; gloo has no class for it."""
+    cause = root_of(error)
+    return isinstance(cause, dist.DistError) or 'gloo' in str(cause)
+
+
+def explain(otherwise, ranks: Ranks, kind, error, trace) -> None:
+    """Say in one line that other ranks are silent or lost, if that is what ended this process; say
+    nothing if one of them has ended by itself, for its message stands above. All other errors go to
+    otherwise(kind, error, trace)."""
+    if not is_loss(error):
         otherwise(kind, error, trace)
         return
-    what = 'heard nothing from' if 'imed out' in str(cause) else 'lost'
-    said = False
+    cause, said = str(root_of(error)).strip(), False
+    what = 'heard nothing from' if 'imed out' in cause else 'lost'
     with contextlib.suppress(RuntimeError):
         said = store.check(['ended'])
     if not said:
         print(f'[rank {ranks.rank}] error: {what} another of {ranks.world} ranks in step '
-              f'{ranks.step + 1} ({str(cause).strip().splitlines()[0]}); so this one ends, and '
-              'the same command resumes the run', file=sys.stderr, flush=True)
+              f'{ranks.step + 1} ({cause.splitlines()[0]}); so this one ends, and the same command '
+              'resumes the run', file=sys.stderr, flush=True)
     # The interpreter would wait for gloo's threads, and those for ranks that are gone. It has
     # waited for other threads, such as one that saves, when this is called.
     atexit.register(os._exit, 2)
+
+
+def stop_alone(message: str) -> NoReturn:
+    """Stop while other ranks wait for this one; gloo's threads are not waited for."""
+    try:
+        stop(message)
+    finally:
+        tell_end()
+        os._exit(2)

@@ -70,8 +70,8 @@ def model_config(settings: SimpleNamespace, n_tokens: int) -> GPTConfig:
 
 
 def first_model(settings: SimpleNamespace, tokenizer, device, ranks, begun: dict):
-    """The model to be trained, or this rank's part of it; the hash of the weights that it begins
-    with ('' if they are random); and of the whole model the parameters and FLOPs per token.
+    """(model to be trained or this rank's part of it, hash of the weights that it begins with or ''
+    if they are random, parameters and FLOPs per token of the whole model).
 
     `begun` is the identity of a run to be resumed: if that began with a model, its architecture is
     taken. Stops if the model in init_from does not know the tokenizer's tokens.
@@ -113,9 +113,8 @@ def known_model(settings: SimpleNamespace, tokenizer):
 
 
 def adapted(settings: SimpleNamespace, config: GPTConfig, n_tokens: int) -> GPTConfig:
-    """The GPTConfig with which a model is trained on: its architecture with the block_size and the
-    dropout of the settings, and a larger vocabulary if there are more tokens. Stops if it has fewer
-    positions."""
+    """The GPTConfig with which a model is trained on: with the block_size and dropout of the
+    settings, and a vocabulary for n_tokens. Stops if it has too few positions."""
     if config.position == 'learned' and settings.block_size > config.block_size:
         stop(f'block_size={settings.block_size}: the model in init_from={settings.init_from} knows '
              f'only {config.block_size} positions')

@@ -1,14 +1,11 @@
 """Checkpoints: out/<run>/step-00001000/, written whole or not at all, verified when read.
 
-A directory holds model.safetensors, optimizer.safetensors (where parameters are sharded, one of
-each per rank that writes), tokenizer.json, state.json, and manifest.json with the size and hash of
-each. What has the name step-... was whole when it got that name; what a disk does to it afterwards
-shows in the hashes. Tensors are stored whole, under their parameter's name: a checkpoint does not
-know how many processes wrote it, and any number of them can read the parts they need.
-docs/formats.md has the details.
+A directory holds model.safetensors, optimizer.safetensors, tokenizer.json, state.json, and
+manifest.json with the size and hash of each. Ranks that share a model write model-00000.safetensors
+and so on. Tensors are stored whole, under their parameter's name, so that any number of processes
+can read the parts they need. docs/formats.md has the details.
 """
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -49,8 +46,7 @@ class Progress:
     grad_norms: list = field(default_factory=list)  # of the last 100 steps, with spike_sigma
 
     def note(self, val_loss: float) -> None:
-        """Take down the loss of an evaluation; the best one is among those of steps that are saved,
-        which step 0 is not."""
+        """Note the loss of an evaluation. The best one is not step 0, which is not saved."""
         self.evaluated, self.val_loss = self.step, val_loss
         best = math.inf if self.best_val_loss is None else self.best_val_loss
         if self.step and math.isfinite(val_loss) and val_loss < best:
@@ -81,10 +77,8 @@ def manifest(files: dict) -> str:
 
 
 def damage(checkpoint: Path, unread=()) -> str:
-    """What is wrong with the files of a checkpoint, '' if each is as its manifest says.
-
-    Of files whose names begin with one of `unread` only the size is looked at.
-    """
+    """What is wrong with the files of a checkpoint, '' if each is as its manifest says; files whose
+    names begin with one of `unread` are not hashed."""
     try:
         text = (checkpoint / MANIFEST).read_text(encoding='utf-8')
         files = json.loads(text)['files']
@@ -106,19 +100,15 @@ def damage(checkpoint: Path, unread=()) -> str:
 
 
 def newest(folder, among: list[int] | None = None, unread=()) -> int:
-    """The newest undamaged step of a run, or of the steps `among`.
-
-    Warns of each damaged one that it passes over; stops if all are damaged.
-    """
+    """The newest undamaged step of a run, or of the steps `among`. Warns of each damaged one that
+    it passes over; stops if all are damaged."""
     for step in reversed(steps(folder) if among is None else among):
         problem = damage(step_folder(folder, step), unread)
         if not problem:
-            break
+            return step
         warn(f'{step_folder(folder, step)} is damaged ({problem}); it is passed over')
-    else:
-        stop(f'{folder}: every checkpoint asked for is damaged; nothing was changed: restore one '
-             'from a backup, or start a new run with another --out_dir')
-    return step
+    return stop(f'{folder}: every checkpoint asked for is damaged; nothing was changed: restore '
+                'one from a backup, or start a new run with another --out_dir')
 
 
 def read_state(folder, step: int) -> dict:
@@ -140,10 +130,8 @@ def read_state(folder, step: int) -> dict:
 
 
 def lock(folder: Path):
-    """Hold the run directory for this process, until it ends or the returned file is closed.
-
-    Stops if another process has it: two trainers in one directory would undo each other's work.
-    """
+    """Hold the run directory for this process, until it ends or the returned file is closed. Stops
+    if another process has it: two trainers in one directory would undo each other's work."""
     try:
         str(folder).encode()    # safetensors could not read what it has written there
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,37 +145,18 @@ def lock(folder: Path):
         stop(f'{e.filename}: {e.strerror}; choose another --out_dir')
 
 
-@dataclass
-class Writers:
-    """This rank among those that write a checkpoint together; by default, the only one."""
-    rank: int = 0
-    index: int = 0          # among the `n` ranks that hold the same layers
-    n: int = 1
-    suffix: str = ''        # of its files' names, where others write, too
-    whole: Callable = lambda tensor: tensor         # the whole of a tensor; all n ask together
-    exchange: Callable = lambda value: [value]      # what JSON can hold, from all ranks
-
-
-def writers(ranks) -> Writers:
-    """What each rank does in saving; where one has everything, rank 0 does all."""
-    if ranks.plain:
-        return Writers()
-    exchange = functools.partial(processes.exchange, group=processes.writing_group)
-    return Writers(ranks.rank, ranks.dp_rank * ranks.tp + ranks.tp_rank, ranks.dp * ranks.tp,
-                   f'-{ranks.rank:05d}', parallel.gathered, exchange)
-
-
 class Saver:
-    """Writes the checkpoints of a run: copies at once, files, flushing and hashing in a thread.
+    """Writes the checkpoints of a run: copies at once; files, flushing and hashing in a thread.
 
-    On rank 0 it holds the lock of the run directory, and `saved` is the newest step if that is
-    complete, else 0.
+    Where the ranks share a model each has a Saver and writes a part, else rank 0 alone. On rank 0
+    it holds the lock of the run directory, and `saved` is the newest step if that is complete,
+    else 0.
     """
 
-    def __init__(self, run: Path, writers: Writers | None = None):
+    def __init__(self, run: Path, ranks=None):
         self.run, self.thread, self.saved = run, None, 0
-        self.writers = writers or Writers()
-        if self.writers.rank == 0:
+        self.ranks = ranks or processes.Ranks()
+        if self.ranks.rank == 0:
             self.lock = lock(run)
             self.clean_up()
 
@@ -205,11 +174,8 @@ class Saver:
 
     def save(self, model, optimizers, tokenizer, state: dict, last: bool = False) -> None:
         """Save a step; once it is complete, all others but the best and the one before it go. The
-        `last` step of a run has one model.safetensors, however many ranks write.
-
-        A full disk or another error of the file system is a warning, and leaves what was there as
-        it was. Stops if a tensor is not finite.
-        """
+        `last` step of a run has one model.safetensors, however many ranks write. An error of the
+        file system is a warning, and leaves what was there. Stops if a tensor is not finite."""
         self.wait()
         self.saved = 0      # until this one is complete
         files = {'model': self.copies(model_tensors(model)),
@@ -218,76 +184,81 @@ class Saver:
         constant = dict(model.named_buffers())      # such as a mask with infinities
         bad = [name for tensors in files.values() for name, tensor in tensors.items()
                if name not in constant and not torch.stack(torch.aminmax(tensor)).isfinite().all()]
-        if bad := sum(self.writers.exchange(bad), []):
-            if self.writers.rank:
+        if bad := sum(self.exchange(bad), []):
+            if self.ranks.rank:
                 raise SystemExit(2)     # rank 0 says why
             stop(f'{bad[0]} is not finite at step {state["step"]}, which is not saved; '
                  f'{self.last_good()}')
-        tmp, error = self.run / f'.tmp-{step_folder(self.run, state["step"]).name}', ''
-        try:
-            if self.writers.rank == 0:
-                tmp.mkdir()
-        except OSError as e:
-            error = str(e)
-        self.thread = threading.Thread(target=self.write, args=(tmp, files, tokenizer, state, last,
-                                                                error))
+        self.thread = threading.Thread(target=self.write, args=(files, tokenizer, state, last))
         self.thread.start()
 
     def copies(self, tensors: dict) -> dict[str, torch.Tensor]:
-        """In main memory, the tensors that this rank is to write: dealt out by size, whole."""
-        load, mine = [0] * self.writers.n, {}
+        """In main memory, whole, the tensors that this rank is to write: the ranks that hold the
+        same layers deal them out by size."""
+        ranks, mine = self.ranks, {}
+        load = [0] * (1 if ranks.plain else ranks.dp * ranks.tp)
+        me = 0 if ranks.plain else ranks.dp_rank * ranks.tp + ranks.tp_rank
         for name in sorted(tensors):
-            tensor = self.writers.whole(tensors[name])
+            tensor = parallel.gathered(tensors[name])
             index = load.index(min(load))
             load[index] += tensor.numel()
-            if index == self.writers.index:
+            if index == me:
                 mine[name] = tensor.to('cpu', copy=True).contiguous()
         return mine
 
-    def write(self, tmp: Path, files: dict, tokenizer, state: dict, last: bool, error: str) -> None:
-        """Write this rank's files, flush and hash them; rank 0 completes what all have written.
+    def exchange(self, value) -> list:
+        """The value of each rank that writes."""
+        return [value] if self.ranks.plain else processes.exchange(value, processes.writing_group)
 
-        `error` is what has gone wrong on this rank before, '' if nothing has.
-        """
-        written = {}
+    def write(self, files: dict, tokenizer, state: dict, last: bool) -> None:
+        """The thread: write and hash this rank's files; rank 0 completes what all have written."""
+        first, step = self.ranks.rank == 0, state['step']
+        tmp = self.run / f'.tmp-{step_folder(self.run, step).name}'
         try:
-            errors = list(filter(None, self.writers.exchange(error)))  # the folder is there, or not
-            if not errors:
-                try:
-                    for kind, tensors in files.items():
-                        if tensors:
-                            name = f'{kind}{self.writers.suffix}.safetensors'
-                            hf.save_file(tensors, tmp / name)
-                            written[name] = None
-                    if self.writers.rank == 0:
-                        tokenizer.save(tmp / 'tokenizer.json')
-                        (tmp / 'state.json').write_text(json.dumps(state, indent=1) + '\n',
-                                                        encoding='utf-8')
-                        written |= {'tokenizer.json': None, 'state.json': None}
-                    for name in sorted(written):
-                        written[name] = flushed(tmp / name)
-                except (OSError, SafetensorError) as e:
-                    error = str(e)
-                answers = self.writers.exchange([error, written])
-                errors = [error for error, _ in answers if error]
-            if self.writers.rank:
-                return
-            if not errors:
-                written = {k: v for _, part in answers for k, v in part.items()}
+            self.together(lambda: tmp.mkdir() if first else None)
+            parts = self.together(lambda: self.write_files(tmp, files, tokenizer, state))
+            if first:
+                written = {name: entry for part in parts for name, entry in part.items()}
                 self.complete(tmp, merged(tmp, written) if last else written, state)
         except OSError as e:
-            errors = [str(e)]
-        if errors and self.writers.rank == 0:
-            self.give_up(state['step'], errors[0])
+            if first:
+                self.clean_up()
+                warn(f'step-{step:08d} could not be written ({e}); the checkpoints before it are '
+                     'as they were, and the run goes on')
+
+    def together(self, work: Callable) -> list:
+        """work() of each rank that writes. Raises OSError on all of them if it fails on one."""
+        error, result = '', None
+        try:
+            result = work()
+        except (OSError, SafetensorError) as e:
+            error = str(e)
+        answers = self.exchange([error, result])
+        if errors := [error for error, _ in answers if error]:
+            raise OSError(errors[0])
+        return [result for _, result in answers]
+
+    def write_files(self, tmp: Path, files: dict, tokenizer, state: dict) -> dict:
+        """Write and flush this rank's files; their lines in the manifest."""
+        suffix, names = '' if self.ranks.plain else f'-{self.ranks.rank:05d}', []
+        for kind, tensors in files.items():
+            if tensors:
+                names.append(f'{kind}{suffix}.safetensors')
+                hf.save_file(tensors, tmp / names[-1])
+        if self.ranks.rank == 0:
+            tokenizer.save(tmp / 'tokenizer.json')
+            text = json.dumps(state, indent=1) + '\n'
+            (tmp / 'state.json').write_text(text, encoding='utf-8')
+            names += ['tokenizer.json', 'state.json']
+        return {name: flushed(tmp / name) for name in sorted(names)}
 
     def complete(self, tmp: Path, files: dict, state: dict) -> None:
         """Write the manifest of `files`, rename; then delete what is no longer needed."""
         step = state['step']
         final = step_folder(self.run, step)
         (tmp / MANIFEST).write_text(manifest(files), encoding='utf-8')
-        flush(tmp / MANIFEST)
-        flush(tmp)
-        flush(self.run / 'log.jsonl')
+        for path in (tmp / MANIFEST, tmp, self.run / 'log.jsonl'):
+            flush(path)
         if final.exists():  # the same step again, or damaged: there until the new one is
             os.rename(final, self.run / f'.old-{final.name}')
         os.rename(tmp, final)
@@ -297,12 +268,6 @@ class Saver:
         before = [old for old in steps(self.run) if old < step][-1:]
         for old in set(steps(self.run)) - {state['best_step'], step, *before}:
             shutil.rmtree(step_folder(self.run, old), ignore_errors=True)
-
-    def give_up(self, step: int, error: str) -> None:
-        """After an error of the file system: put back what was there, and say so."""
-        self.clean_up()
-        warn(f'step-{step:08d} could not be written ({error}); the checkpoints before it are as '
-             'they were, and the run goes on')
 
     def last_good(self) -> str:
         """A phrase that names the newest undamaged checkpoint."""
@@ -320,7 +285,7 @@ class Saver:
     def finish(self, step: int) -> None:
         """Wait for the run's last checkpoint. Stops if it could not be written."""
         self.wait()
-        if self.saved != step and self.writers.rank == 0:
+        if self.saved != step and self.ranks.rank == 0:
             stop(f'the last step, {step}, could not be saved; {self.last_good()}; make room and '
                  'run the same command again')
 
@@ -341,11 +306,9 @@ def flushed(path: Path) -> dict:
 
 
 def merged(tmp: Path, files: dict) -> dict:
-    """Join model-*.safetensors into one model.safetensors; the files that there are then.
-
-    A safetensors file is 8 bytes with the size of a header, the header, and the tensors' bytes at
-    the offsets that it names: headers are joined, bytes copied, and no tensor gets into memory.
-    """
+    """Join model-*.safetensors into one model.safetensors; the manifest's lines after that. Such a
+    file is 8 bytes with the size of a header, the header, and the tensors' bytes at the offsets
+    that it names: headers are joined, bytes copied, and no tensor gets into memory."""
     parts = sorted(name for name in files if name.startswith('model-'))
     if not parts:
         return files
@@ -367,8 +330,7 @@ def merged(tmp: Path, files: dict) -> dict:
             with open(tmp / name, 'rb') as f:
                 f.seek(begin)
                 shutil.copyfileobj(f, whole, 1 << 24)
-    for name in parts:
-        (tmp / name).unlink()
+            (tmp / name).unlink()
     return {name: entry for name, entry in files.items() if name not in parts} | {
         'model.safetensors': flushed(tmp / 'model.safetensors')}
 

@@ -1,4 +1,5 @@
 """Which run a command goes on with: what must be unchanged for a run to be the same run."""
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -31,31 +32,48 @@ def identity(settings: dict, config, tokenizer, **facts) -> dict:
                                   'tokenizer': tokenizer.hash(), **facts}))
 
 
-def find_run(base: Path, identity: dict, insist: bool = False) -> tuple[Saver, dict | None]:
-    """Where a run with this identity goes: (its locked directory, state to resume from or None).
+def open_run(base: Path, identity: dict, ranks, device, insist: bool = False):
+    """(run directory, Saver of a rank that writes, state to resume from or None, device), on all
+    ranks; see find_run. Device and identity get the dtype of a run that is resumed, if none is
+    given."""
+    saver = state = None
+    if ranks.rank == 0:
+        saver, state = find_run(base, identity, ranks, insist)
+    run, state = processes.broadcast(saver and [str(saver.run), state], patient=True)
+    if not ranks.plain:     # all write
+        saver = saver or Saver(Path(run), ranks)
+    kept = state and state['identity'].get('settings', {}).get('dtype')
+    if kept and kept != device.dtype and not identity['settings']['dtype']:
+        device = hardware.with_dtype(device, kept)
+        processes.print0(device.why[1])
+    identity['settings']['dtype'] = device.dtype
+    return Path(run), saver, state, device
+
+
+def find_run(base: Path, identity: dict, ranks, insist: bool) -> tuple[Saver, dict | None]:
+    """(Saver of the directory in which a run with this identity goes on or begins, state to resume
+    from or None).
 
     An unfinished run of the same identity under `base`, `base`-2, ... is resumed; otherwise the
-    first free name begins a new one (state None). Stops if there is none, but one that differs in
-    its source alone. With `insist` (init_from=resume) it is the one in `base`: what has changed is
-    a warning, or a stop where it makes the checkpoint useless.
+    first free name begins a new one. Stops if a run there differs in its source alone. With
+    `insist` (init_from=resume) it is the one in `base`; see check_changes.
     """
     if insist:
-        saver = Saver(base) if base.is_dir() else None
+        saver = Saver(base, ranks) if base.is_dir() else None
         if not saver or not checkpoint.steps(base):
             stop(f'init_from=resume: {base} holds no checkpoint; start it without init_from')
-        return saver, check_changes(base, read_newest(saver), identity)
-    number, why, edited = 0, '', ''
-    stem = base.resolve() if base.name in ('', '..') else base
-    while True:
-        number += 1
+        state = read_newest(saver)
+        check_changes(base, differences(state['identity'], identity))
+        return saver, state
+    stem, why, edited = base.resolve() if base.name in ('', '..') else base, '', ''
+    for number in itertools.count(1):
         folder = base if number == 1 else Path(f'{stem}-{number}')
-        # Nobody else may write while it is looked at; but another run's directory is passed by.
         if is_finished(folder):
             why = why or f'{folder} is finished'
             continue
         if changes := checkpoint.steps(folder) and differences(identity_of(folder), identity):
             source = [change for change in changes if change[0].split('.')[0] == 'source']
-            # a setting that only one of the two knows comes with another source
+            # A setting that only one of the two knows comes with another source.
             if any(None not in change for change in changes if change not in source):
                 why = why or f'{folder} is another run ({told(changes)})'
             else:
@@ -66,43 +84,21 @@ def find_run(base: Path, identity: dict, insist: bool = False) -> tuple[Saver, d
             continue
         if edited and not checkpoint.steps(folder):
             stop(edited)
-        saver = Saver(folder)
-        if is_finished(folder):     # since it was first looked at
-            saver.lock.close()
-            continue
-        if checkpoint.steps(folder):
-            state = read_newest(saver)
-            print(f'resuming {folder} after step {state["step"]}: nothing that matters has changed')
-            return saver, state
-        if number > 1:
-            print(f'{why}, so this one is {folder}')
-        return saver, None
-
-
-def open_run(base: Path, identity: dict, ranks, device, insist: bool = False):
-    """(run directory, Saver of a rank that writes, state to resume from or None, device): what
-    find_run gives rank 0, on all ranks, and the device with the dtype of a run that is resumed, if
-    none is given. The identity gets that dtype.
-    """
-    saver = state = None
-    if ranks.rank == 0:
-        saver, state = find_run(base, identity, insist)
-    run, state = processes.broadcast(saver and [str(saver.run), state], patient=True)
-    if not ranks.plain:     # all write
-        writers = checkpoint.writers(ranks)
-        saver = saver or Saver(Path(run), writers)
-        saver.writers = writers
-    kept = state and state['identity'].get('settings', {}).get('dtype')
-    if kept and kept != device.dtype and not identity['settings']['dtype']:
-        device = hardware.with_dtype(device, kept)
-        processes.print0(device.why[1])
-    identity['settings']['dtype'] = device.dtype
-    return Path(run), saver, state, device
+        saver = Saver(folder, ranks)    # locked from here on, so look again
+        if not is_finished(folder):
+            break
+        saver.lock.close()
+    if checkpoint.steps(folder):
+        state = read_newest(saver)
+        print(f'resuming {folder} after step {state["step"]}: nothing that matters has changed')
+        return saver, state
+    if number > 1:
+        print(f'{why}, so this one is {folder}')
+    return saver, None
 
 
 def out_folder(out_dir: str, name: str, data: str = '') -> Path:
-    """Where a run goes: out_dir or, if that is '', out/<name>, with the dataset if that is another
-    than the config's own."""
+    """Where a run goes: out_dir or, if that is '', out/<name>, with `data` if that is another."""
     return Path(out_dir or f'out/{name}' + f'-{data}' * (data not in ('', name)))
 
 
@@ -121,10 +117,9 @@ def identity_of(folder: Path) -> dict:
     return found[-1] if found else {}
 
 
-def check_changes(base: Path, state: dict, identity: dict) -> dict:
-    """The state, if it can be resumed with another identity: changes are a warning, or a stop where
-    the checkpoint would be of no use. A field that is new comes with a source that was edited."""
-    changes = differences(state['identity'], identity)
+def check_changes(base: Path, changes: list[tuple]) -> None:
+    """Warn of what has changed since a checkpoint; stop where that makes it useless. A field that
+    is new comes with a source that was edited."""
     useless = [change for change in changes if None not in change and (
         change[0].split('.')[0] in ('architecture', 'data', 'tokenizer', 'weights')
         or change[0] == 'settings.optimizer')]
@@ -133,12 +128,11 @@ def check_changes(base: Path, state: dict, identity: dict) -> dict:
              '--out_dir')
     if changes:
         warn(f'{base}: {told(changes)}')
-    return state
 
 
 def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
-    """(name, old, new) of each field in which two identities differ, as 'architecture.n_layer'; a
-    dtype that is not given does not."""
+    """(name such as 'architecture.n_layer', old, new) of each field in which two identities differ,
+    but for a dtype that is not given."""
     found = []
     for key in sorted({*old, *new}):
         was, now = old.get(key), new.get(key)
@@ -150,7 +144,7 @@ def differences(old: dict, new: dict, prefix: str = '') -> list[tuple]:
 
 
 def told(changes: list[tuple]) -> str:
-    """Three of some differences in words; settings first, which may have caused the others."""
+    """The first three differences in words; settings first, which may have caused the others."""
     changes = sorted(changes, key=lambda change: not change[0].startswith('settings.'))
     words = ['the source of an older version is not known' if name == 'source' else
              f'{name[7:]} has changed' if name.startswith('source.') else

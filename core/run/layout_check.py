@@ -1,25 +1,21 @@
 """Does a layout of ranks train the model that one process trains? A small copy of it is tried.
 
-core/ranks/parallel.py cuts and sends what model.py has now. An edit may need more: what a block
-hands to another beside x, for instance, is lost between pipeline stages. So before the first step a
-small model of the same architecture makes two of them in the layout, and in one process.
+core/ranks/parallel.py knows today's model.py. After an edit, what a block hands to another beside x
+may be lost between pipeline stages, for instance. So before training a small model of the same
+architecture makes two steps in the layout, and two in one process.
 """
 import contextlib
 import hashlib
 import json
 import math
-import os
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from core.net import optim
 from core.net.weights import allocate, build_model, copy_weights, named_weights
-from core.ranks import parallel
+from core.ranks import parallel, processes
 from core.ranks.processes import IGNORE, Ranks, broadcast, exchange, print0
 from core.run.learner import Learner, count_targets, to_device
 from core.settings import stop, warn
@@ -32,12 +28,12 @@ def check(ranks, device, config, settings, make_optimizers) -> None:
     """Stop, on all ranks, if a small model of this GPTConfig trains differently in their layout.
 
     make_optimizers(model, device, ranks) gives the optimizers; `settings` are those of train.py.
-    A file in data_dir keeps what has passed, which is not tried again unless check_layout is set.
+    What has passed is noted in a file in data_dir, and tried again only with check_layout.
     """
     memory = Path(settings.data_dir) / '.layouts-checked.json'
-    layout = ', '.join(
-        f'{name}={value}' for name in ('tp', 'pp', 'zero', 'replicas', 'sequence_parallel')
-        if (value := getattr(ranks, name)) is True or value not in (0, 1)) or f'{ranks.dp} x data'
+    names = ('tp', 'pp', 'zero', 'replicas', 'sequence_parallel')
+    layout = ', '.join(f'{name}={getattr(ranks, name)}' for name in names
+                       if getattr(ranks, name) != getattr(Ranks(), name)) or f'{ranks.dp} x data'
     small, passed = small_copy(config, ranks), []
     source = source_hashes(str(Path(__file__).parents[2] / 'train.py'))
     chosen = settings.optimizer, settings.pack_documents, settings.activation_checkpointing
@@ -94,32 +90,37 @@ def difference(ranks, device, config, settings, make_optimizers, layout: str) ->
     except Exception as e:  # whatever an edit may raise
         if ranks.rank == 0:
             warn(f'{layout}: not checked: a small copy of this model fails in one process, too: '
-                 f'{root_of(e)}')
+                 f'{told(e)}')
         return None
-    with ending_all(layout):
+    try:
         model.recompute = settings.activation_checkpointing
         parallel.place(model, ranks)
         allocate(model, device.name, parallel.put)
         copy_weights(alone, model, parallel.put)
         trained, _ = parallel.wrap(model, ranks, device, n * ROWS, ROWS)
         learner = Learner(model, trained, [], optim.LossScale(False), device, ranks)
-        loss, found = step(learner, mine), gradients(model)
+        first, found = step(learner, mine), gradients(model)
         optim.apply_gradients(make_optimizers(model, device, ranks), 1.0, False)
         second = step(learner, mine)
-    (first := loss_alone()).backward()
+    except Exception as e:
+        if ranks.world == 1 or processes.is_loss(e):
+            raise
+        processes.stop_alone(f'{layout}: a small copy of this model fails, but not in one process: '
+                             f'{told(e)}; leave this layout out')
+    (loss := loss_alone()).backward()
     expected = gradients(alone)
     optim.apply_gradients(make_optimizers(alone, device, Ranks()), 1.0, False)
     norms = {name: t.norm().item() for name, t in expected.items()}
     floor = math.hypot(*(norms[name] for name, _ in alone.named_parameters())) / 100
     buffers = dict(alone.named_buffers())
-    differ = {f'the {"value" if name in buffers else "gradient"} of {name} is another one with '
-              f'{layout} than in one process':
-              (t - expected[name]).norm().item() / (norms[name] + floor)
-              for name, t in found.items()}
-    losses = [{f'the loss is {x:.6g} with {layout}, {y:.6g} in one process': abs(x - y) / abs(y)}
-              for x, y in ((loss, first.item()), (second, loss_alone().item()))]
-    differ = losses[0] | differ | losses[1]
-    return next((text for text, size in differ.items() if not size <= TOLERANCE), '')
+    differ = [(f'the {"value" if name in buffers else "gradient"} of {name} is another one with '
+               f'{layout} than in one process',
+               (t - expected[name]).norm().item() / (norms[name] + floor))
+              for name, t in found.items()]
+    losses = [(f'the loss is {x:.6g} with {layout}, {y:.6g} in one process', abs(x - y) / abs(y))
+              for x, y in ((first, loss.item()), (second, loss_alone().item()))]
+    return next((text for text, size in [losses[0], *differ, losses[1]]
+                 if not size <= TOLERANCE), '')
 
 
 def random_batch(config, packed: bool, generator) -> tuple:
@@ -158,37 +159,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
             for name, t in found.items()}
 
 
-def root_of(error: BaseException) -> str:
-    """What went wrong at first, in one line."""
-    while error.__cause__:      # a pipeline's stage wraps it
-        error = error.__cause__
+def told(error: BaseException) -> str:
+    """An error in one line."""
+    error = processes.root_of(error)
     return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[-1]}'
-
-
-@contextlib.contextmanager
-def ending_all(layout: str):
-    """If one rank fails inside, all end with its message: others may wait for it, for ever."""
-    if not dist.is_initialized():
-        yield
-        return
-    store, over = dist.distributed_c10d._get_default_store().clone(), threading.Event()
-
-    def watch():
-        while not over.wait(0.1):
-            if store.check(['layout']):
-                try:
-                    stop(store.get('layout').decode())
-                finally:
-                    time.sleep(2)   # the store may be rank 0's, and others still have to look
-                    os._exit(2)     # the interpreter would wait for threads that wait for ranks
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    except Exception as e:  # whatever an edit may raise
-        store.set('layout', f'{layout}: a small copy of this model fails, but not in one process: '
-                            f'{root_of(e)}; leave this layout out')
-        watcher.join()      # which ends this process
-    over.set()
-    watcher.join()

@@ -1,8 +1,5 @@
-"""What a training step is made of beside its loss: the random numbers of dropout, what the ranks
-exchange and when, and whether the gradient is good enough to be applied.
-
-The loss and its forward and backward pass are the stage's: see train_step in train.py.
-"""
+"""What a training step does beside forward, loss and backward, which are in train_step of each
+stage: random numbers of dropout, exchange between ranks, clipping, skipping, update."""
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -47,19 +44,17 @@ class Learner:
     trial: bool = False         # the step is only tried: nothing is exchanged or changed
 
     def share(self, n_targets: float) -> torch.Tensor:
-        """What this rank divides its sums of losses by, so that the gradients of all ranks together
-        are that of the mean loss over the targets of the whole batch.
-
-        DDP and FSDP divide gradients by the number of data-parallel ranks; fp16 scales the loss.
-        """
+        """What this rank divides its sums of losses by, so that the gradient is that of the mean
+        loss over the n_targets of all ranks. DDP and FSDP divide gradients by the number of
+        data-parallel ranks; fp16 scales the loss."""
         n = torch.tensor(float(n_targets))
         if not self.trial:
             n = processes.all_sum(n, self.device) / (self.ranks.world // self.ranks.dp)
         return n / (self.scaler.scale * self.ranks.dp)
 
     def micro_batches(self, batches, step: int) -> Iterator[tuple]:
-        """The micro-batches of a step on the device. While one is used, dropout has its own random
-        numbers; only the backward pass of the last one exchanges gradients."""
+        """The micro-batches of a step on the device, each with its own random numbers for dropout.
+        Only the backward pass of the last one exchanges gradients."""
         for micro_step, batch in enumerate(batches):
             self.seed_dropout(step, micro_step)
             last = micro_step == len(batches) - 1 and not self.trial
@@ -71,25 +66,20 @@ class Learner:
         return self.device.autocast(cache=self.ranks.zero < 3)
 
     def update(self, sums: list, factor: float, limit=math.inf, request=None) -> Step | None:
-        """Clip the gradient and apply it, at `factor` times the learning rates.
-
-        `sums` has for each micro-batch a tensor: the sum of its losses over `share`, or (k,) with
-        what else is to be reported. If the loss or the gradient is not finite on any rank, or the
-        gradient's norm is above `limit`, weights and optimizer state stay as they are.
-        """
+        """Clip the gradient and apply it, at `factor` times the learning rates; not if loss or
+        gradient is not finite on any rank, or the gradient's norm is above `limit`. `sums` has for
+        each micro-batch its sum of losses over `share`, or (k,) with what else is reported."""
         if self.trial:
             return None
         ranks, device, scaler = self.ranks, self.device, self.scaler
         parallel.complete_gradients(self.model, ranks)
-        # This is the step's only wait for the device. One sum over the ranks carries all that they
-        # must agree on: loss, norm and requests to stop. If a rank skipped a step or stopped alone,
-        # the others would wait for it, or go on with other weights.
+        # The step's only wait for the device: one sum over the ranks carries all that they must
+        # agree on, which is loss, norm and requests to stop.
         asked = torch.tensor([bool(request and request.asked)], device=device.name)
         gradients = parallel.local_gradients(self.model, ranks)
         squared_norm = parallel.squared_norm(gradients, device.sums)
-        total = torch.zeros(1, dtype=device.sums, device=device.name)
-        for one in sums:
-            total = total + one.detach()
+        nothing = torch.zeros(1, dtype=device.sums, device=device.name)
+        total = sum((one.detach() for one in sums), nothing)
         report = torch.cat([total * ranks.owns_loss / ranks.dp, squared_norm[None], asked])
         *means, squared_norm, asked = processes.all_sum(report, device).tolist()
         means = [mean / scaler.scale for mean in means]
@@ -104,8 +94,8 @@ class Learner:
 
     def seed_dropout(self, step: int, micro_step: int) -> None:
         """Seed dropout for a pass. Ranks that have other data, layers or positions get other random
-        numbers; ranks that share matrices get the same, for they must drop the same elements of the
-        residual stream."""
+        numbers. Tensor-parallel ranks get the same: they drop the same elements of the residual
+        stream."""
         if self.seed is None:
             return
         ranks = self.ranks
@@ -115,8 +105,8 @@ class Learner:
         torch.manual_seed(int(key.generate_state(1)[0]))
 
     def tell_sizes(self, n_steps: int, batch_size: int, what: str, n: int) -> dict:
-        """Print how many parameters learn in how many steps from n rows, pairs, ...; for the log
-        the numbers of parameters."""
+        """Print how many parameters learn, in how many steps, from n rows, pairs, ...; returns the
+        numbers of parameters."""
         n_all = count_parameters(self.model)
         n_learnt = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         print0(f'{n_learnt:,} of {n_all:,} parameters learn ({n_learnt / n_all:.2%}); {n_steps:,} '
@@ -125,8 +115,7 @@ class Learner:
 
     def fit_rows(self, step_on, batch_of, rows: int) -> int:
         """`rows`, halved until a GPU has memory for a pass over batch_of(range(rows)) beside the
-        optimizer's state. Where ranks share a model nothing is tried: a rank that runs out of
-        memory would leave the others waiting."""
+        optimizer's state. Not tried where ranks share a model: if one fails, the others wait."""
         while self.device.kind == 'cuda' and self.ranks.plain:
             state, full, self.trial = [], False, True
             try:
@@ -147,12 +136,9 @@ class Learner:
         return rows
 
     def warm_up(self, step_on, batches_of) -> float:
-        """The seconds of a step with a learning rate of 0, after which all is as it was; 0.0 if no
-        such step is needed.
-
-        It compiles the model. It also makes DDP arrange its buckets: without it, the first step of
-        a resumed run would add up gradients in another order than the run that went on.
-        """
+        """Compile the model by a step with a learning rate of 0, after which all is as it was;
+        returns its seconds. DDP also arranges its buckets then: else the first step after resuming
+        would add up gradients in another order."""
         if not self.device.compile and self.ranks.world == 1:
             return 0.0
         began, state = time.perf_counter(), self.scaler.state_dict()
@@ -169,7 +155,7 @@ class Learner:
         return time.perf_counter() - began
 
     def restore(self, run, state: dict) -> None:
-        """Take weights, optimizer state and scale from a run's checkpoint with this state.json."""
+        """Take weights, optimizer state and scale from the checkpoint that `state` is of."""
         models.load_weights(self.model, run, state['step'], parallel.put)
         models.load_optimizers(self.model, self.optimizers, run, state['step'], parallel.put)
         self.scaler.load_state_dict(state['scaler'])

@@ -1,5 +1,6 @@
 """The log of a run: log.jsonl, one JSON object a line, the picture of its losses, and the services
 that get the same numbers."""
+import contextlib
 import json
 import math
 import os
@@ -17,11 +18,9 @@ from core.source import MATHEMATICS
 
 
 class Log:
-    """Appends events to log.jsonl, one JSON object a line; does nothing when `folder` is None.
-
-    The numbers of an event that has a step also go to `others`, functions of (step, numbers). A
-    full disk is a warning: what could not be written is kept, and written with a later event.
-    """
+    """Appends events to log.jsonl in a folder; without one it does nothing. The numbers of an event
+    with a step also go to `others`, functions of (step, numbers). A full disk is a warning: what
+    could not be written is written with a later event."""
 
     def __init__(self, folder: Path | None, others=()):
         self.file, self.others, self.pending = None, others, b''
@@ -29,7 +28,6 @@ class Log:
             self.file = open(folder / 'log.jsonl', 'ab', buffering=0)
 
     def write(self, event: str, **fields) -> None:
-        """Append one event."""
         if not self.file:
             return
         fields = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x
@@ -49,14 +47,10 @@ class Log:
 def events(folder) -> list[dict]:
     """All events in a run's log, in order; a line cut off by a kill is passed over."""
     path, found = Path(folder) / 'log.jsonl', []
-    if not path.exists():
-        return found
-    with open(path, encoding='utf-8', errors='replace') as f:
-        for line in f:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
+    text = path.read_bytes().decode(errors='replace') if path.exists() else ''
+    for line in text.split('\n'):
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
             if isinstance(event, dict) and 'event' in event:
                 found.append(event)
     return found
@@ -68,10 +62,8 @@ def read_log(folder, event: str) -> list[dict]:
 
 
 def cut_log(folder: Path, step: int, evaluated: int) -> None:
-    """Take out of the log what a run resumed after `step` does again.
-
-    `evaluated` is the last step whose evaluation and sample its checkpoint knows to be done.
-    """
+    """Take out of the log what a run resumed after `step` does again; its evaluations and samples
+    up to the step `evaluated` are done."""
     last = {'eval': evaluated, 'sample': evaluated, 'answer': evaluated, 'end': -1}
     kept = [json.dumps(e) + '\n' for e in events(folder)
             if e.get('step', 0) <= last.get(e['event'], step)]
@@ -81,26 +73,25 @@ def cut_log(folder: Path, step: int, evaluated: int) -> None:
     os.replace(tmp, folder / 'log.jsonl')
 
 
-def start_log(run: Path, state: dict | None, settings: dict, script: str, others, **facts) -> Log:
-    """The log of a run that begins (state None), with copies of `script` and of the model's
-    mathematics, or goes on.
-
-    Stops if the directory cannot be written.
-    """
+def start_log(run: Path, state: dict | None, settings: dict, script: str, **facts) -> Log:
+    """The log of a run that goes on, or begins (state None): then with copies of `script` and of
+    the model's mathematics. Stops if the directory cannot be written."""
+    others = service_loggers(run, settings)
     try:
         if state:
             cut_log(run, state['step'], state['evaluated'])
-            log = Log(run, others)
-            log.write('resume', step=state['step'], settings=settings, **facts)
-            return log
-        (run / 'log.jsonl').unlink(missing_ok=True)  # of a run that never came to a checkpoint
-        for source in (script, *MATHEMATICS):
-            shutil.copy(Path(script).parent / source, run)
+        else:
+            (run / 'log.jsonl').unlink(missing_ok=True)  # of a run that had no checkpoint yet
+            for source in (script, *MATHEMATICS):
+                shutil.copy(Path(script).parent / source, run)
         log = Log(run, others)
     except OSError as e:
         stop(f'{e.filename or run}: {e.strerror}; make room, or choose another --out_dir')
-    log.write('start', settings=settings, git=git_hash(), **facts,
-              versions={'python': platform.python_version(), 'torch': torch.__version__})
+    if state:
+        log.write('resume', step=state['step'], settings=settings, **facts)
+    else:
+        log.write('start', settings=settings, git=git_hash(), **facts,
+                  versions={'python': platform.python_version(), 'torch': torch.__version__})
     return log
 
 
@@ -134,8 +125,8 @@ def plot_losses(run: Path) -> bool:
 
 
 def draw(path: Path, fill, **options) -> bool:
-    """Write the picture that fill(figure) draws. A failure, whatever it is, is a warning: the
-    numbers are more important than their picture. Returns whether it was drawn."""
+    """Write the picture that fill(figure) draws; returns whether it was drawn. Any failure is a
+    warning, for the numbers matter more."""
     try:
         if '~' in os.path.expanduser('~'):  # a user without a home, as in a container
             os.environ.setdefault('MPLCONFIGDIR', f'{tempfile.gettempdir()}/mpl-{os.getuid()}')
@@ -151,10 +142,9 @@ def draw(path: Path, fill, **options) -> bool:
 
 def git_hash() -> str:
     """The commit of the source that runs, with a + if it was edited; '' outside a repository."""
+    words = ['git', 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty=+']
     try:
-        here = Path(__file__).parent
-        git = lambda *words: subprocess.run(['git', *words], cwd=here, check=True, text=True,
-                                            capture_output=True).stdout.strip()
-        return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+        return subprocess.run(words, cwd=Path(__file__).parent, check=True, text=True,
+                              capture_output=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ''

@@ -14,10 +14,8 @@ T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646)     # degrees of
 
 @torch.no_grad()
 def sequence_losses(model, data, rows: int, device, ranks, asked=lambda: False):
-    """(n, 2): for each sequence of Rows its loss in nats and the number of its targets.
-
-    `rows` at a time, shared by the ranks; all get all. None if asked() says to stop.
-    """
+    """(n, 2): for each sequence of Rows its loss in nats and the number of its targets; `rows` at a
+    time, shared by the ranks, of which each gets all. None if asked() says to stop."""
     def losses(batch):
         x, y, doc, _ = batch
         return torch.stack([model(x, y, doc=doc, reduction='none').float(), y != IGNORE], dim=-1)
@@ -56,14 +54,13 @@ def t95(df: int) -> float:
 
 
 def mean_interval(losses: np.ndarray) -> tuple[float, float]:
-    """Loss per target of sequence_losses (n, 2), and half of its 95% interval.
+    """Loss per target of sequence_losses (n, 2), and half of its 95% interval; NaN of one record.
 
-    A ratio of two sums over records that are independent while tokens of one are not. Its standard
-    error is that of the jackknife (Cochran 1977, "Sampling Techniques", section 6.17): sqrt((n - 1)
+    Records are independent, tokens of a record are not. The standard error of this ratio of two
+    sums is that of the jackknife (Cochran 1977, "Sampling Techniques", section 6.17): sqrt((n - 1)
     / n) times the root of the sum of squared differences that leaving out one record makes. Records
     of unequal length are worth (sum targets)^2 / sum targets^2 equal ones (Kish 1965, "Survey
-    Sampling", section 11.7), and Student's t has one degree of freedom less than that. If all are
-    equally long this is the usual interval of a mean. Of a single record nothing is known: NaN.
+    Sampling", section 11.7), and Student's t has one degree of freedom less than that.
     """
     (nats, targets), n = losses.T, len(losses)
     mean = nats.sum() / targets.sum()

@@ -78,27 +78,18 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
     of that step, or it is a classifier where none is asked for, or the other way round.
     """
     folder = find_model(run_dir, data_dir)
-    found, unread = steps(folder), ('optimizer', 'adapters')
-    if not found:
+    if not steps(folder):
         if step:
             stop(f'step={step}: {folder} is a Hugging Face model, which has no steps')
         if classifier:
             stop(f'run_dir={run_dir}: is no classifier; make one with classify.py')
         model, tokenizer = hf.load(folder, device)
-        task = 'chat' if hf.is_chat(folder, tokenizer) else ''
         return model, tokenizer, {'step': 0, 'config': asdict(model.config), 'identity': {},
-                                  'task': task}
-    if step and step not in found:
-        stop(f'step={step}: {folder} has checkpoints of steps {", ".join(map(str, found))} only')
-    if step:
-        step = newest(folder, [step], unread)
-    else:
-        last = newest(folder, unread=unread)
-        best = read_state(folder, last)['best_step']
-        step = newest(folder, [last, best], unread) if best in found and best != last else last
-    state = read_state(folder, step)
-    tokenizer = tokenizers.load(step_folder(folder, step) / 'tokenizer.json')
-    config = read_config(state['config'], step_folder(folder, step))
+                                  'task': 'chat' if hf.is_chat(folder, tokenizer) else ''}
+    step = chosen_step(folder, step)
+    state, checkpoint = read_state(folder, step), step_folder(folder, step)
+    tokenizer = tokenizers.load(checkpoint / 'tokenizer.json')
+    config = read_config(state['config'], checkpoint)
     if bool(config.n_classes) != classifier:
         stop(f'{folder}: ' + ('is no classifier; make one with classify.py'
              if classifier else f'is a classifier of {config.n_classes} classes, not a language '
@@ -116,17 +107,27 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
     return model.eval(), tokenizer, state
 
 
+def chosen_step(folder: Path, step: int) -> int:
+    """`step`, or if that is 0 the best undamaged step of a run, as its newest checkpoint says."""
+    found, unread = steps(folder), ('optimizer', 'adapters')
+    if step and step not in found:
+        stop(f'step={step}: {folder} has checkpoints of steps {", ".join(map(str, found))} only')
+    if step:
+        return newest(folder, [step], unread)
+    last = newest(folder, unread=unread)
+    best = read_state(folder, last)['best_step']
+    return newest(folder, [last, best], unread) if best in found and best != last else last
+
+
 def load_base(run_dir: str, step: int, data_dir: str, block_size: int, ranks,
               classifier: bool = False):
-    """The model that a stage goes on with, as load_run gives it, and how many tokens a row has:
+    """The model that a stage goes on with, as load_run gives it, and the tokens of a row:
     block_size, or if that is 0 as many as the stage before had, or as the model knows, at most
-    2,048. Stops if it knows fewer.
-    """
+    2,048. Stops if it knows fewer."""
     if ranks.rank == 0:     # downloaded before all ranks ask for it
         find_model(run_dir, data_dir)
     processes.broadcast(None, patient=True)
-    model, tokenizer, state = load_run(run_dir, step, data_dir=data_dir,
-                                                  classifier=classifier)
+    model, tokenizer, state = load_run(run_dir, step, data_dir=data_dir, classifier=classifier)
     known = model.config.block_size
     if block_size > known:
         stop(f'block_size={block_size}: the model knows only {known} positions')
@@ -155,10 +156,9 @@ def weights_hash(model) -> str:
 
 
 def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """(file, name, tensor) of all tensors in a checkpoint's <kind>.safetensors or <kind>-*, of
-    which there is none if there was nothing to write: no optimizer has a state before its first
-    good step. Stops if one that the manifest names is not there, or is not a safetensors file.
-    """
+    """(file, name, tensor) of all tensors in a checkpoint's <kind>.safetensors or <kind>-*, if it
+    has any: an optimizer has no state before its first good step. Stops if a file that the manifest
+    names is not there, or is not a safetensors file."""
     path = checkpoint / MANIFEST
     names = sorted(json.loads(path.read_text())['files']) if path.exists() else [MANIFEST]
     if lost := [name for name in names if not (checkpoint / name).exists()]:
@@ -177,13 +177,11 @@ def read_tensors(checkpoint: Path, kind: str) -> Iterator[tuple[Path, str, torch
 
 def load_weights(model, folder, step: int, put=torch.Tensor.copy_) -> None:
     """Fill the model's parameters from a checkpoint; put(p, values) fills one of which this process
-    may hold a part. Of a model with adapters only these: into what it has they are not merged.
-    Stops if names or shapes differ.
-    """
-    params, known = named_weights(model), all_names(model)
-    kind = 'model'
+    may hold a part. Of a model with adapters only these are filled, from their own file. Stops if
+    names or shapes differ."""
+    params, known, kind = named_weights(model), all_names(model), 'model'
     if own := lora.learnt(model):
-        kind, params, known = 'adapters', {name: params[name] for name in own}, set(own)
+        params, known, kind = {name: params[name] for name in own}, set(own), 'adapters'
     missing = set(params)
     for path, name, tensor in read_tensors(step_folder(folder, step), kind):
         if name not in known:
@@ -195,16 +193,9 @@ def load_weights(model, folder, step: int, put=torch.Tensor.copy_) -> None:
         stop(f'{step_folder(folder, step)}: {min(missing)} is missing in {kind}*.safetensors')
 
 
-def all_names(model) -> set[str]:
-    """Names of the parameters of the whole model of which this may be a pipeline stage."""
-    return {*named_weights(build_model(model.config, None, 'meta')), *lora.learnt(model)}
-
-
 def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_) -> None:
-    """Fill the state of the optimizers from a checkpoint. Stops if it is that of others.
-
-    Parameters that have had no gradient yet have no state: they begin with an empty one.
-    """
+    """Fill the state of the optimizers from a checkpoint. Stops if it is that of others. Parameters
+    that have had no gradient yet have no state: they begin with an empty one."""
     params, known = named_weights(model), all_names(model)
     owner = {p: o for o in optimizers for group in o.param_groups for p in group['params']}
     for path, name, tensor in read_tensors(step_folder(folder, step), 'optimizer'):
@@ -218,6 +209,11 @@ def load_optimizers(model, optimizers, folder, step: int, put=torch.Tensor.copy_
         state = torch.zeros((), device=p.device) if scalar else torch.empty_like(p.detach())
         fill(state, tensor, f'{path}: {name}', torch.Tensor.copy_ if scalar else put)
         owner[p].state[p][key] = state
+
+
+def all_names(model) -> set[str]:
+    """Names of the parameters of the whole model of which this may be a pipeline stage."""
+    return {*named_weights(build_model(model.config, None, 'meta')), *lora.learnt(model)}
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from core.ranks.processes import print0
 from core.run import models
 from core.run.checkpoint import Progress
 from core.run.identity import open_run
-from core.run.log import Log, plot_losses, service_loggers, start_log
+from core.run.log import Log, plot_losses, start_log
 from core.settings import stop
 
 
@@ -48,11 +47,10 @@ class Run:
 
     def begin(self, learner, tokenizer, *, max_steps: int, settings: dict, script: str,
               kept: dict, first: int = 0, max_minutes: float = 0.0, **facts) -> None:
-        """Begin at step 0, or go on from the checkpoint.
+        """Begin at step 0, or go on from the checkpoint; stops if that is beyond max_steps.
 
         With max_minutes the run ends after that time of training. `first` is the first step that is
-        evaluated, 0 or 1; `kept` goes into every checkpoint; `kept` and `facts` go into the log.
-        Stops if the run has done more steps than it is to do now.
+        evaluated, 0 or 1; `kept` goes into every checkpoint, `kept` and `facts` go into the log.
         """
         self.learner, self.tokenizer, self.max_minutes = learner, tokenizer, max_minutes
         self.kept, self.at.evaluated = kept | {'identity': self.identity}, first - 1
@@ -63,10 +61,9 @@ class Run:
             learner.restore(self.folder, self.state)
         self.at.max_steps = max_steps
         if self.ranks.rank == 0:
-            others = service_loggers(self.folder, settings)
-            self.log = start_log(self.folder, self.state, settings, script, others,
-                                 world=self.ranks.world, device=learner.device.why,
-                                 max_steps=max_steps, **self.kept, **facts)
+            self.log = start_log(self.folder, self.state, settings, script, world=self.ranks.world,
+                                 device=learner.device.why, max_steps=max_steps, **self.kept,
+                                 **facts)
 
     def __enter__(self):
         self.request = StopRequest().__enter__()
@@ -83,13 +80,9 @@ class Run:
             self.ranks.step = self.at.step      # for the message of a rank that has lost others
             yield self.at.step
 
-    # -----------------------------------------------------------------------------------------
-    # How far it has come
-
     @property
     def place(self) -> float:
-        """Where the run is on its schedule, 0 to max_steps: its step or, with max_minutes, the
-        share of the time that it has used."""
+        """Where the run is on its schedule, 0 to max_steps: with max_minutes by its time."""
         if not self.max_minutes:
             return self.at.step
         return min(1.0, self.at.seconds / (60 * self.max_minutes)) * self.at.max_steps
@@ -111,17 +104,14 @@ class Run:
         """Whether a signal has asked any rank to end. All ranks must ask together."""
         return processes.any_rank(bool(self.request.asked))
 
-    # -----------------------------------------------------------------------------------------
-    # Between two steps
-
     def due(self, interval: int) -> bool:
         """Whether what is done every `interval` steps (0: never) and at the end is still due."""
         return bool(interval and not self.stopping and self.at.evaluated < self.at.step
                     and (self.ends or self.at.step % interval == 0))
 
     def finished(self, made) -> bool:
-        """Whether what was made between two steps is whole. It is not if it is None, or if a signal
-        has come: then the run stops, and makes it again when it goes on."""
+        """Whether what was made between two steps is complete: not if it is None, or if a signal
+        has come. Then the run stops, and makes it again when it is resumed."""
         self.stopping = self.stopping or made is None or self.asked()
         return not self.stopping
 
@@ -132,8 +122,8 @@ class Run:
             tqdm.write(shown)
 
     def score(self, scores: dict | None, shown, **fields) -> bool:
-        """Log an evaluation, of which shown(scores) is the line to print; returns whether it is
-        whole (see finished). The scores have val_loss, and for the log whatever else."""
+        """Log an evaluation (scores have at least val_loss) and print shown(scores); returns
+        whether it is `finished`."""
         if not self.finished(scores):
             return False
         scores = {name: x for name, x in scores.items() if name != 'losses'}
@@ -155,14 +145,9 @@ class Run:
                             last=self.ends)
             self.saved = replace(at)
 
-    # -----------------------------------------------------------------------------------------
-    # A step
-
     def count(self, done, seconds: float, log_interval: int, **facts) -> bool:
-        """Count a step (see learner.Step). Returns whether it is to be logged.
-
-        A step that was skipped is logged here, with `facts`; the tenth in a row ends the run.
-        """
+        """Count a step (see learner.Step); returns whether it is to be logged. A skipped one is
+        logged here, with `facts`; the tenth in a row ends the run."""
         at, self.stopping = self.at, done.asked
         at.step, at.seconds = at.step + 1, at.seconds + seconds
         if self.max_minutes:    # all ranks go by the clock of rank 0, or their rates would differ
@@ -179,7 +164,13 @@ class Run:
         at.skipped_in_a_row += math.isfinite(done.norm) or self.learner.scaler.scale <= 1
         if at.skipped_in_a_row >= 10:
             self.bar.close()
-            self.give_up(done.skipped)
+            left = processes.broadcast(self.saver.last_good() if self.ranks.rank == 0 else None,
+                                       patient=True)
+            if self.ranks.rank:
+                raise SystemExit(2)     # rank 0 says why
+            stop(f'10 steps in a row were skipped, the last one for {done.skipped}; {left}; start '
+                 'a new run with a lower learning rate, or look at the samples that log.jsonl '
+                 'names')
         return False
 
     def log_step(self, done, learning_rate: float, shown: str = '', **fields) -> None:
@@ -191,18 +182,6 @@ class Run:
                                  + minutes * bool(self.max_minutes))
         self.times = []
 
-    # -----------------------------------------------------------------------------------------
-    # The end
-
-    def give_up(self, why: str) -> NoReturn:
-        """End a run in which no step is good. Rank 0 says why, and what is left."""
-        left = processes.broadcast(self.saver.last_good() if self.ranks.rank == 0 else None,
-                                   patient=True)
-        if self.ranks.rank:
-            raise SystemExit(2)
-        stop(f'10 steps in a row were skipped, the last one for {why}; {left}; start a new run '
-             'with a lower learning rate, or look at the samples that log.jsonl names')
-
     def finish(self) -> None:
         """Wait for the last checkpoint, on all ranks."""
         self.bar.close()
@@ -211,14 +190,14 @@ class Run:
         processes.broadcast(None, patient=True)     # rank 0 may have large files to join
 
     def save_adapters(self, base: str, dropout: float) -> None:
-        """Write the best step's adapters alone, as PEFT has them."""
+        """Write the adapters of the best step in PEFT's format."""
         if self.ranks.rank == 0 and not self.stopping:
             models.load_weights(self.learner.model, self.folder, self.at.best_step)
             peft.save(self.learner.model, self.folder / 'adapter', base, dropout)
 
     def end(self, commands: str, **fields) -> dict:
-        """Log the end with `fields`, or print that the run was stopped; print the `commands` that
-        may follow. Leaves the process group. Returns what main returns."""
+        """Log the end with `fields` and print the `commands` that may follow, or that the run was
+        stopped. Leaves the process group. Returns what main returns."""
         at = self.at
         if self.stopping:
             print0(f'stopped after step {at.step}, which is saved in {self.folder}; the same '
@@ -243,12 +222,9 @@ class Run:
 
 
 class StopRequest:
-    """Notes that SIGTERM, SIGUSR1 or Ctrl-C asks this process to end; a second one ends it at once.
-
-    A context; `asked` is the signal's name, '' before one comes. A second one so soon after it that
-    no person can have sent it is the same one again: Slurm signals every process of a job, and
-    torchrun hands its own signal on to those that have had it already.
-    """
+    """A context in which SIGTERM, SIGUSR1 or Ctrl-C is noted in `asked`, by name; a second one ends
+    the process at once. One within half a second is the first again: Slurm signals every process of
+    a job, and torchrun passes its own signal on to them."""
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __enter__(self):
@@ -257,7 +233,6 @@ class StopRequest:
         return self
 
     def receive(self, number, frame) -> None:
-        """The handler: note the first signal, end at the second."""
         if self.asked and time.monotonic() - self.since > 0.5:
             os._exit(128 + number)
         if self.asked:

@@ -297,7 +297,7 @@ def save(ranks: Ranks, case: Case, folder: str, steps: int, last: bool) -> None:
         trainer.step(i)
     state = {'step': steps, 'best_step': 0, 'config': {}, 'identity': {}}
     if ranks.rank == 0 or not ranks.plain:
-        saver = checkpoint.Saver(Path(folder), parallel.writers(ranks))
+        saver = checkpoint.Saver(Path(folder), ranks)
         saver.save(trainer.model, trainer.optimizers, NoTokenizer(), state, last)
         saver.finish(steps)
 
@@ -405,7 +405,7 @@ def work(rank: int, world: int, port: int, questions, answers) -> None:
     torch.use_deterministic_algorithms(True)
     ranks = processes.find_ranks()
     processes.arrange(ranks)
-    processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 10.0, None)
+    processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 10.0)
     while True:
         asked, what, arguments = questions.get()
         try:

@@ -18,7 +18,6 @@ import train
 from core.net.weights import build_model, named_weights
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
-from core.run.checkpoint import Progress
 from model import GPTConfig
 
 ROOT = Path(train.__file__).parent
@@ -103,10 +102,10 @@ def test_what_a_rank_says_that_has_lost_another(capsys, monkeypatch, ended, erro
     """Nothing, if that one has ended by itself and said why; its own faults are shown always."""
     monkeypatch.setattr(processes.atexit, 'register', lambda *words: None)
     store, shown = dist.HashStore(), []
+    monkeypatch.setattr(processes, 'store', store)
     if ended:
-        processes.tell_end(store)
-    explain = partial(processes.explain, lambda *words: shown.append(words), Ranks(1, 2),
-                      Progress(step=6), store)
+        processes.tell_end()
+    explain = partial(processes.explain, lambda *words: shown.append(words), Ranks(1, 2))
     explain(RuntimeError, RuntimeError(error), None)
     err = capsys.readouterr().err
     assert err == '' if ended else err.startswith('[rank 1] error: lost another of 2 ranks in step')

@@ -142,11 +142,11 @@ def test_check_of_a_layout(layout, edit, words):
 TRY = """import os, sys
 sys.path += [{root!r}, {root!r} + '/tests', {root!r} + '/tests/parallel']
 import layouts, torch
-from core import processes
+from core.ranks import processes
 from core.device import Device
 ranks = processes.find_ranks()
 processes.arrange(ranks, pp=2)
-processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 10.0, None)
+processes.start(ranks, Device('cpu', 'cpu', 'float32', False, 1.0, []), 10.0)
 layouts.meshes[2, 1, 1] = ranks.mesh, processes.tied_group
 layouts.layout_checked(ranks, layouts.Case(dict(pp=2), edit='residual argument'))
 """
@@ -154,19 +154,18 @@ layouts.layout_checked(ranks, layouts.Case(dict(pp=2), edit='residual argument')
 
 @pytest.mark.slow
 def test_error_in_one_stage_ends_all(tmp_path):
-    """The other stage waits for what never comes; it ends, too, and both say why in one line."""
+    """The other stage waits for what never comes; it ends, too, and one line says why."""
     root = str(Path(train.__file__).parent)
     env = {**os.environ, 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
            'MASTER_PORT': str(28000 + os.getpid() % 900)}
     ranks = [subprocess.Popen([sys.executable, '-c', TRY.format(root=root)], stderr=subprocess.PIPE,
                               env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, text=True)
              for i in range(2)]
-    for rank, process in enumerate(ranks):
-        lines = process.communicate(timeout=120)[1].splitlines()
-        said = [line for line in lines if 'error' in line]
-        assert process.returncode == 2 and len(said) == 1, lines
-        assert said[0].startswith('[rank 1] ' * rank + 'error: pp=2: a small copy of this model '
-                                  "fails, but not in one process: AttributeError: 'PassesOn'")
+    lines = [line for process in ranks for line in process.communicate(timeout=120)[1].splitlines()]
+    said = [line for line in lines if 'error' in line]
+    assert [process.returncode for process in ranks] == [2, 2] and len(said) == 1, lines
+    assert said[0].startswith('[rank 1] error: pp=2: a small copy of this model fails, but not in '
+                              "one process: AttributeError: 'PassesOn'")
 
 
 @pytest.mark.parametrize('world, case', named(
