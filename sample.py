@@ -112,25 +112,20 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
     ends = tokenizer.turn_ends() if chatting else {tokenizer.eos}
     stops = StopStrings([tokenizer.as_corpus(s.replace('\\n', '\n'))
                          for s in stop_strings.split(',') if s])
-    to_text, written, n = tokenizer.stream(), [], 0
-
-    def write(text):
-        written.append(text)
-        print(text, end='', flush=True)
-
+    to_text, written, n = tokenizer.stream(), '', 0
     with dev.autocast():
         for new, in generate(model, [ids], max_new_tokens, temperature=temperature, top_k=top_k,
                              top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
                              seed=sample_seed, stop_tokens=ends, n_tokens=len(tokenizer),
                              compiled=dev.compile):
             n += 1
-            if new not in ends:
-                write(stops.feed(to_text(new)))
+            text = '' if new in ends else stops.feed(to_text(new))
+            print(text, end='', flush=True)
+            written += text
             if stops.found:
                 break
-    write(stops.rest())
-    print(flush=True)
-    return ''.join(written), n
+    print(stops.rest(), flush=True)
+    return written + stops.rest(), n
 
 
 def write_samples(model, tokenizer, text: str, dev) -> list[str]:
@@ -164,9 +159,9 @@ class Chat:
     def __init__(self, model, tokenizer, dev):
         self.model, self.tokenizer, self.dev = model, tokenizer, dev
         self.n_turns = 0
-        self.reset(system)
+        self.begin(system)
 
-    def reset(self, text: str) -> None:
+    def begin(self, text: str) -> None:
         """Begin a conversation, with a system message if text is not empty."""
         self.messages = [{'role': 'system', 'content': text}] if text else []
 
@@ -175,16 +170,15 @@ class Chat:
         answer of a quarter of the window."""
         size = self.model.config.block_size
         room = size - min(max_new_tokens, size // 4)
-        seen, n_dropped = list(self.messages), 0
-        ids = self.tokenizer.encode_chat(seen, reply=True)
+        seen = list(self.messages)
         first = int(seen[0]['role'] == 'system')
-        while len(ids) > room and len(seen) > first + 2:
+        while len(ids := self.tokenizer.encode_chat(seen, reply=True)) > room and \
+                len(seen) > first + 2:
             del seen[first:first + 2]
-            n_dropped += 1
-            ids = self.tokenizer.encode_chat(seen, reply=True)
-        if n_dropped:
+        if len(seen) < len(self.messages):
             warn(f'the conversation is longer than the window of {size} tokens: the model does not '
-                 f'see the first {n_dropped} questions with their answers any more')
+                 f'see the first {(len(self.messages) - len(seen)) // 2} questions with their '
+                 'answers any more')
         if len(ids) > room:
             warn(f'what is left has {len(ids):,} tokens: the model sees the last {room:,}')
             ids = ids[-room:]
@@ -197,7 +191,7 @@ class Chat:
             out, _ = write_one(self.model, self.tokenizer, self.fitted(), seed + self.n_turns,
                                self.dev, chatting=True)
         except (Stop, KeyboardInterrupt):
-            self.messages.pop()     # not said
+            self.messages.pop()     # it got no answer
             raise
         self.n_turns += 1
         self.messages.append({'role': 'assistant', 'content': out})
@@ -208,10 +202,9 @@ class Chat:
         word, _, rest = line.partition(' ')
         rest = rest.strip()
         if word == '/reset' and not rest:
-            kept = self.messages[:1]
-            self.reset(kept[0]['content'] if kept and kept[0]['role'] == 'system' else '')
+            self.messages = [m for m in self.messages[:1] if m['role'] == 'system']
         elif word == '/system':
-            self.reset(rest)
+            self.begin(rest)
         elif word == '/save' and rest and len(self.messages) < 2:
             warn('there is nothing to save yet')
         elif word == '/save' and rest:
@@ -224,16 +217,12 @@ class Chat:
         else:
             print(self.HELP, file=sys.stderr)
 
-    def run(self) -> None:
-        """Until the input ends."""
-        print(self.HELP, file=sys.stderr)
-        while True:
-            line = input('> ')
-            with contextlib.suppress(Stop):     # a character it does not know: that has been said
-                if line.startswith('/'):
-                    self.command(line)
-                elif line.strip():
-                    self.say(line)
+    def answer(self, line: str) -> None:
+        """Act on a line from the keyboard."""
+        if line.startswith('/'):
+            self.command(line)
+        elif line.strip():
+            self.say(line)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,17 +286,16 @@ def main() -> dict:
         check_flags(chats, asked)
         if asked:
             return {'classes': write_classes(model, tokenizer, state, dev)}
-        if chats:
-            talk = Chat(model, tokenizer, dev)
-            if text is not None:
-                return {'texts': [talk.say(text.strip('\n'))]}
-            talk.run()
+        talk = Chat(model, tokenizer, dev)
         if text is not None:
-            return {'texts': write_samples(model, tokenizer, text, dev)}
-        print('type a prompt; an empty one starts from nothing; Ctrl-D ends', file=sys.stderr)
+            return {'texts': [talk.say(text.strip('\n'))] if chats else
+                    write_samples(model, tokenizer, text, dev)}
+        print(Chat.HELP if chats else
+              'type a prompt; an empty one starts from nothing; Ctrl-D ends', file=sys.stderr)
         while True:
-            with contextlib.suppress(Stop):  # a character it does not know: that has been said
-                write_samples(model, tokenizer, input('> '), dev)
+            line = input('> ')
+            with contextlib.suppress(Stop):     # a message about an unknown character was printed
+                talk.answer(line) if chats else write_samples(model, tokenizer, line, dev)
     except UnicodeError as e:   # of standard input, or of a flag that holds other bytes
         stop(f'the text given is not valid {e.encoding.upper()} ({e.reason} at {e.start})')
     except (KeyboardInterrupt, EOFError):

@@ -674,7 +674,7 @@ def test_two_at_once(hub, tokenizer, tmp_path):
     """Processes that want the same model wait for one another."""
     (tmp_path / 'hub' / 'org').mkdir(parents=True)
     hf.save(our_model('qwen3'), tokenizer, tmp_path / 'hub' / 'org' / 'small', shard_bytes=50_000)
-    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from core.run import checkpoint; ' \
+    code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from core.run import models; ' \
         'models.load_run("org/small")'
     processes = [subprocess.Popen([sys.executable, '-c', code], cwd=tmp_path) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]

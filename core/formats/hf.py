@@ -251,10 +251,8 @@ def hf_name(name: str, kind: str) -> str:
 
 def third(name: str, kind: str) -> int | None:
     """Which third of GPT-2's c_attn our parameter is; None if it is a tensor of its own."""
-    projection = name.split('.')[-2]
-    if kind != 'gpt2' or projection not in ('q_proj', 'k_proj', 'v_proj'):
-        return None
-    return 'qkv'.index(projection[0])
+    names = ['q_proj', 'k_proj', 'v_proj'] if kind == 'gpt2' else []
+    return names.index(name.split('.')[-2]) if name.split('.')[-2] in names else None
 
 
 def is_transposed(name: str, kind: str) -> bool:
@@ -331,18 +329,17 @@ def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
     for name, p in build_model(config, None, 'meta').named_parameters():
         key = found[name] = hf_name(name, kind).removeprefix(prefix)
         if key not in files:
-            known = PARAMETERS.fullmatch(name)
-            stop(f'{folder}: its weights lack {key}, which '
-                 f'{"config.json asks for" if known else "an edit of model.py has added"}')
+            why = 'config.json asks for' if PARAMETERS.fullmatch(name) else \
+                'an edit of model.py has added'
+            stop(f'{folder}: its weights lack {key}, which {why}')
         stored = files[key].get_slice(key)
         if stored.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
             stop(f'{folder}: {key} has dtype {stored.get_dtype()}; quantized weights are not '
                  'supported, only floating point of 16 bits and more')
-        shape = list(stored.get_shape())
         expected = list(p.T.shape if is_transposed(name, kind) else p.shape)
         if third(name, kind) is not None:
             expected[-1] *= 3
-        if shape != expected:
+        if (shape := list(stored.get_shape())) != expected:
             stop(f'{folder}: {key} has shape {shape}, config.json asks for {expected}')
     unknown = [key for key in sorted(set(files) - set(found.values()))
                if not BUFFERS.fullmatch(key) and not (config.tied and key == 'lm_head.weight')]
@@ -374,8 +371,8 @@ def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer]:
 
 
 def save_file(tensors: dict, path: Path, metadata: dict | None = None) -> None:
-    """Write a safetensors file that others may read, too, as the umask and the folder say; the
-    library's own function makes it for its owner only."""
+    """Write a safetensors file with the mode that the umask and the folder give; the library's own
+    function lets only the owner read it."""
     path.touch()
     mode = path.stat().st_mode
     save_private(tensors, path, metadata=metadata)
@@ -414,13 +411,12 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
         room -= p.nbytes
     folder.mkdir(parents=True)
     index = {}
-    for i, group in enumerate(groups):
-        file = WEIGHTS if len(groups) == 1 else \
-            f'model-{i + 1:05d}-of-{len(groups):05d}.safetensors'
+    for i, group in enumerate(groups, 1):
+        file = WEIGHTS if len(groups) == 1 else f'model-{i:05d}-of-{len(groups):05d}.safetensors'
         save_file(group, folder / file, metadata={'format': 'pt'})
         index |= dict.fromkeys(group, file)
     eos, bos = tokenizer.eos, tokenizer.bos
-    ends = [tokenizer.special[name] for name in ('<|end|>',) if name in tokenizer.special]
+    ends = [i for name, i in tokenizer.special.items() if name == '<|end|>']
     names = {i: name for name, i in tokenizer.special.items()}
     files = {
         'config.json': config_json(config, tokenizer, dtype),

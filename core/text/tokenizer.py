@@ -9,8 +9,8 @@ Every tokenizer has
     bos, eos                ids that begin (None: nothing does) and end a text
     save(path)              one JSON file; `load(path)` reads any kind
 
-A model may have more ids than its tokenizer has tokens (vocabularies are padded for speed): whoever
-samples must mask ids from `len(tokenizer)` on.
+A model may have more ids than its tokenizer has tokens, because vocabularies are padded for speed:
+sampling must mask ids from `len(tokenizer)` on.
 """
 import codecs
 import hashlib
@@ -66,7 +66,7 @@ class Tokenizer:
         taken = set(self.special.values())
         if len(taken) < len(self.special) or taken & {*range(first, end)} or min(taken) < 0:
             raise ValueError('two tokens with one id, or an id below 0')
-        if max(*taken, first) > len(ordinary) + 100_000:
+        if max(*taken, first) > len(ordinary) + 100_000:    # which would need as much memory
             raise ValueError(f'token id {max(*taken, first)} is far beyond the others')
         self.tokens = [b''] * (max(*taken, end - 1) + 1)
         self.tokens[first:end] = ordinary
@@ -80,7 +80,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def as_corpus(self, text: str) -> str:
-        """A text that a user gives, made as prepare.py made the one that was learnt from."""
+        """A text from a user, normalized as prepare.py normalized the training text."""
         return normalize(text, self.corpus_normalize)
 
     def blocks(self, text: str) -> list[str]:
@@ -96,8 +96,8 @@ class Tokenizer:
         return b''.join(self.tokens[i] for i in ids).decode('utf-8', errors='replace')
 
     def stream(self):
-        """A function id -> text for tokens that come one at a time; it keeps the bytes of an
-        unfinished character back until the rest has come."""
+        """A function id -> text for tokens that come one at a time; the bytes of an unfinished
+        character wait for the rest of it."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         return lambda i: decoder.decode(self.tokens[i])
 
@@ -140,9 +140,8 @@ class Tokenizer:
         """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML); bos before
         them where the model is used to it. With `reply` they end where the assistant begins.
 
-        messages are {'role': 'system', 'user' or 'assistant', 'content': text}; a special token in
-        a content stays text, so nobody can write himself another role. Raises ValueError for
-        another role.
+        messages are {'role': 'system', 'user' or 'assistant', 'content': text}; raises ValueError
+        for another role. A special token in a content stays text, so it cannot change the role.
         """
         turns = [ids for ids, _ in self.encode_turns(messages)]
         return sum(turns, []) + [self.special['<|assistant|>']] * reply
@@ -227,10 +226,9 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019, section 2.2).
 
-    A text is split into pieces by `pattern`; within a piece, the adjacent pair of tokens whose
-    union has the lowest id is merged, until none has one: ids are ranks. tiktoken does the work.
-    `bos` and `eos` are names of special tokens ('': there is none), `written` the names of those
-    that text may spell, as <think> in Qwen3.
+    `pattern` splits a text into pieces; within a piece, the adjacent pair of tokens whose union has
+    the lowest id is merged, until no union has an id. tiktoken does the work. `bos` and `eos` are
+    names of special tokens ('': none), `written` those that text may spell, as <think> in Qwen3.
     """
     kind = 'bpe'
 
