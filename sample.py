@@ -52,10 +52,8 @@ threads = 0                 # CPU threads; 0: torch's choice
 
 
 class StopStrings:
-    """Lets text through piece by piece, up to the first stop string (which is left out).
-
-    Text that may turn out to be the beginning of a stop string is kept back until that is decided.
-    """
+    """Passes text on piece by piece, up to the first stop string (which is left out). Text that may
+    be the beginning of a stop string is kept back until that is decided."""
 
     def __init__(self, stops: list[str]):
         self.stops, self.pending, self.found = stops, '', False
@@ -84,8 +82,7 @@ def read_prompt() -> str | None:
         stop('prompt and prompt_file: both are given; leave one of them out')
     if prompt_file and prompt_file != '-':
         try:
-            with open(prompt_file, encoding='utf-8') as f:
-                return f.read()
+            return Path(prompt_file).read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as e:
             stop(f'prompt_file={prompt_file}: {e.strerror if isinstance(e, OSError) else e}')
     if prompt or sys.stdin is None:
@@ -94,16 +91,19 @@ def read_prompt() -> str | None:
 
 
 def check_flags(chats: bool, asked: bool) -> None:
-    """Stop at a flag that does nothing in what is done: classes, a chat, or text that goes on."""
-    idle = ('prompt', 'prompt_file', 'num_samples', 'system', 'chat') if asked else \
-        ('num_samples',) if chats else ('system', 'chat' if chat else '')
+    """Stop at a flag that has no effect: with a classifier, in a chat, or in continuing text."""
+    if asked:
+        idle = ('prompt', 'prompt_file', 'num_samples', 'system', 'chat')
+        why = 'with a classifier; leave it out'
+    elif chats:
+        idle, why = ('num_samples',), 'in a chat; add --chat=False'
+    else:
+        idle = ('system', 'chat') if chat else ('system',)
+        why = f'here: {run_dir} continues text; leave it out, or give a chat model (see ' \
+            'finetune.py) and no --chat=False'
     for name in idle:
         if name in FLAGS:
-            stop(f'{name}={globals()[name]}: does nothing ' + (
-                'with a classifier; leave it out' if asked else
-                'in a chat; add --chat=False' if chats else
-                f'here: {run_dir} continues text; leave it out, or give a chat model (see '
-                'finetune.py) and no --chat=False'))
+            stop(f'{name}={globals()[name]}: does nothing {why}')
 
 
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
@@ -136,9 +136,7 @@ def write_samples(model, tokenizer, text: str, dev) -> list[str]:
              f'{model.config.block_size:,} of them')
     texts = []
     for i in range(num_samples):
-        if num_samples > 1:
-            print(f'--- sample {i + 1}', flush=True)
-        print(text, end='', flush=True)
+        print(f'--- sample {i + 1}\n' * (num_samples > 1) + text, end='', flush=True)
         began = time.perf_counter()
         out, n = write_one(model, tokenizer, ids, seed + i, dev)
         took = time.perf_counter() - began
@@ -197,11 +195,14 @@ class Chat:
         self.messages.append({'role': 'assistant', 'content': out})
         return out
 
-    def command(self, line: str) -> None:
-        """Do what a line that begins with a slash asks for."""
+    def answer(self, line: str) -> None:
+        """Act on a line from the keyboard: a command if it begins with a slash."""
         word, _, rest = line.partition(' ')
         rest = rest.strip()
-        if word == '/reset' and not rest:
+        if not line.startswith('/'):
+            if line.strip():
+                self.say(line)
+        elif word == '/reset' and not rest:
             self.messages = [m for m in self.messages[:1] if m['role'] == 'system']
         elif word == '/system':
             self.begin(rest)
@@ -216,13 +217,6 @@ class Chat:
                 warn(f'{rest}: {e.strerror}; not saved')
         else:
             print(self.HELP, file=sys.stderr)
-
-    def answer(self, line: str) -> None:
-        """Act on a line from the keyboard."""
-        if line.startswith('/'):
-            self.command(line)
-        elif line.strip():
-            self.say(line)
 
 
 # ---------------------------------------------------------------------------------------------

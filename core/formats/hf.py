@@ -262,20 +262,19 @@ def is_transposed(name: str, kind: str) -> bool:
 
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
     """The model's parameters under Hugging Face's names; GPT-2 without biases gets zero ones."""
-    config, kind = model.config, architecture(model.config)
+    kind = architecture(model.config)
     found = {name: p.detach() for name, p in model.named_parameters()}
     for name in (*found, *dict(model.named_buffers())):
         if not PARAMETERS.fullmatch(name):
             stop(f'{name}: {kind} has nothing like it, so this edited model has no form in Hugging '
                  "Face's format; nothing was exported")
-    if kind == 'gpt2' and not config.bias:
+    if kind == 'gpt2' and not model.config.bias:
         for name, p in list(found.items()):
             if name.endswith(('_proj.weight', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
                 found[name.removesuffix('weight') + 'bias'] = p.new_zeros(p.size(0))
     tensors = {}
-    for name, p in found.items():
+    for name, p in found.items():   # q, k and v come in this order
         p, key = p.T if is_transposed(name, kind) else p, hf_name(name, kind)
-        # q, k and v come in this order
         tensors[key] = p if key not in tensors else torch.cat([tensors[key], p], dim=-1)
     return {key: p.contiguous() for key, p in tensors.items()}
 
@@ -298,12 +297,11 @@ def open_weights(folder: Path) -> dict:
     for file in shards(folder):
         path = folder / file
         if not path.is_file():
-            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-            stop(f'{path}: missing' + (
-                f'; {pickles[0]} is a pickle, which could run anything, and is never loaded: '
-                'convert it where you trust it, with transformers: '
-                f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)'
-                if pickles else '; download it again'))
+            for pickle in sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
+                stop(f'{path}: missing; {pickle} is a pickle, which could run anything, and is '
+                     'never loaded: convert it where you trust it, with transformers: '
+                     f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)')
+            stop(f'{path}: missing; download it again')
         try:
             file = safe_open(path, 'pt')
             found |= dict.fromkeys(file.keys(), file)
@@ -386,10 +384,10 @@ def template_of(tokenizer: Tokenizer) -> str:
 
 def is_chat(folder: Path, tokenizer: Tokenizer) -> bool:
     """Whether a folder holds a chat model of ours. Warns if it has another chat template."""
-    path = folder / 'tokenizer_config.json'
+    path, jinja = folder / 'tokenizer_config.json', folder / 'chat_template.jinja'
     found = read_json(path).get('chat_template') if path.is_file() else None
-    if (folder / 'chat_template.jinja').is_file():      # transformers 5 writes it there
-        found = (folder / 'chat_template.jinja').read_text(encoding='utf-8', errors='replace')
+    if jinja.is_file():     # where transformers 5 writes it
+        found = jinja.read_text(encoding='utf-8', errors='replace')
     ours = found == template_of(tokenizer) and tokenizer.knows_chat()
     if found and not ours:
         warn(f'{folder}: has a chat template that is not ours and is not used: it continues text')
@@ -416,12 +414,11 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
         save_file(group, folder / file, metadata={'format': 'pt'})
         index |= dict.fromkeys(group, file)
     eos, bos = tokenizer.eos, tokenizer.bos
-    ends = [i for name, i in tokenizer.special.items() if name == '<|end|>']
     names = {i: name for name, i in tokenizer.special.items()}
+    ends = [eos, *(i for i, name in names.items() if name == '<|end|>')]
     files = {
         'config.json': config_json(config, tokenizer, dtype),
-        'generation_config.json': {'bos_token_id': bos, 'eos_token_id': [eos, *ends],
-                                   'pad_token_id': eos},
+        'generation_config.json': {'bos_token_id': bos, 'eos_token_id': ends, 'pad_token_id': eos},
         'tokenizer.json': tokenizer_json(tokenizer),
         'tokenizer_config.json': {
             'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': names.get(bos),

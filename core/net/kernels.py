@@ -223,13 +223,8 @@ def lm_loss(lm_head, x, targets, reduction: str) -> torch.Tensor:
 def token_losses(x, targets, lm_head) -> torch.Tensor:
     """(N,) cross-entropies of hidden states x (N, C), 0 where the target is -100; at least fp32."""
     logits = lm_head(x)
-    return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, ignore_index=-100,
-                           reduction='none')
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """What logits of this dtype become before a softmax."""
-    return torch.promote_types(dtype, torch.float32)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction='none')
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -247,7 +242,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         model is compiled, so that this should be."""
         dx = torch.empty_like(x)
         learns = ctx.needs_input_grad[1]    # with adapters it does not
-        dweight = torch.zeros_like(weight, dtype=at_least_float32(weight.dtype)) if learns else None
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        dweight = torch.zeros_like(weight, dtype=precision) if learns else None
         total, by_logits = 0.0, compiled(loss_by_logits) if in_graph else loss_by_logits
         for i in range(0, len(x), chunk):
             rows = x[i:i + chunk]
@@ -268,7 +264,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def loss_by_logits(raw, target):
     """Sum of the cross-entropies of logits raw (N, V), which it may change, and its gradient."""
-    grad = raw.to(at_least_float32(raw.dtype))      # logits, which become the gradient
+    grad = raw.to(torch.promote_types(raw.dtype, torch.float32))    # logits, then the gradient
     counts, at = (target != -100).to(grad.dtype)[:, None], target.clamp(min=0)[:, None]
     highest = grad.amax(dim=-1, keepdim=True)
     right = grad.gather(1, at) - highest

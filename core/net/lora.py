@@ -81,18 +81,20 @@ def add(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float,
 
 @contextlib.contextmanager
 def off(model: nn.Module):
-    """The context in which a model is what it was before it had adapters."""
-    for layer in adapters(model).values():
+    """Within this context, a model computes as it did before it had adapters."""
+    layers = adapters(model).values()
+    for layer in layers:
         layer.on = False
     try:
         yield
     finally:
-        for layer in adapters(model).values():
+        for layer in layers:
             layer.on = True
 
 
 def learnt(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of a model with adapters what is not frozen, by name: these, and a new head. Else nothing."""
+    """The weights that learn in a model with adapters, by name: these, and a new head. Without
+    adapters none."""
     return {name: p.detach() for name, p in named_weights(model).items()
             if p.requires_grad} if adapters(model) else {}
 
@@ -107,8 +109,8 @@ def merged(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def freeze(model, layers: str) -> None:
-    """Let only a part of the model learn: 'all'; 'head'; or the last so many blocks, with the final
-    norm and the head. Stops if there are not so many."""
+    """Let only a part of the model learn: 'all'; 'head', with the final norm; or, as a number, the
+    last blocks with both. Stops if there are fewer blocks."""
     if layers == 'all':
         return
     n_layer, last = model.config.n_layer, 0 if layers == 'head' else int(layers)

@@ -118,6 +118,7 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
         apart |= {id(p) for p in hidden}
     rest = [p for p in named.values() if id(p) not in apart]
     decays = lambda p: sum(n > 1 for n in p.shape) > 1      # not gains of (1, H, 1, 1)
+    mesh_of = lambda p: getattr(p, 'device_mesh', None)     # of ranks; None: all of p is here
     groups = [{'params': [p for p in rest if decays(p)], 'weight_decay': weight_decay},
               {'params': [p for p in rest if not decays(p)], 'weight_decay': 0.0}]
     if embed_learning_rate:
@@ -133,17 +134,6 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
     for group in (group for o in optimizers for group in o.param_groups):
         group['base_lr'] = group['lr']
     return optimizers
-
-
-def mesh_of(p: torch.Tensor):
-    """The mesh of ranks that a tensor lies on; None if all of it is here."""
-    return getattr(p, 'device_mesh', None)
-
-
-def set_learning_rate(optimizers, factor: float) -> None:
-    """Set every group's rate to `factor` times its peak."""
-    for group in (group for o in optimizers for group in o.param_groups):
-        group['lr'] = group['base_lr'] * factor
 
 
 # ---------------------------------------------------------------------------------------------
@@ -209,8 +199,9 @@ def problem(loss: float, grad_norm: float, limit: float) -> str:
 def apply_gradients(optimizers, factor: float, skip: bool) -> None:
     """Step all optimizers at `factor` times their peak rates, or none, and drop the gradients.
     Skipping is a branch: a NaN times 0 is a NaN, and a step with zero gradients moves AdamW."""
-    set_learning_rate(optimizers, factor)
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = group['base_lr'] * factor
         if not skip:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

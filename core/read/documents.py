@@ -110,26 +110,26 @@ def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterato
     """The records of a file in order. `encoding` '' is detected, and printed if it is not UTF-8;
     `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet, or a tuple as
     read_table takes it: then tables give whole rows. Raises Bad."""
-    kind, where, told = suffix(path), path, encoding
+    where, told = path, encoding
     if encoding and not is_encoding(encoding):
         raise Bad(f'{path}: encoding={encoding} is none that Python knows for text; correct it')
     reader = {'.html': read_html, '.htm': read_html, '.json': tables.read_array,
               '.ipynb': read_notebook, '.parquet': read_parquet,
               **dict.fromkeys(JSON_LINES, tables.read_lines),
-              **dict.fromkeys(TABLES, tables.read_table)}.get(kind, read_text)
+              **dict.fromkeys(TABLES, tables.read_table)}.get(suffix(path), read_text)
     try:
         with open(path, 'rb') as raw:
             f = gzip.open(raw) if path.suffix.lower() == '.gz' else raw
-            refuse(path, kind, f)
+            refuse(path, f)
             for record in reader(path, f, encoding, errors, column):
                 if not told and record.encoding not in ('utf-8', 'utf-8-sig'):
                     told = record.encoding
                     if os.environ.get('RANK', '0') == '0':
                         tqdm.write(f'{path}: not UTF-8, read as {told}', file=sys.stderr)
-                where, kind, data = record.where, record.kind, record.data
-                if kind == 'row' and isinstance(column, str):
-                    kind, data = 'text', data[column.strip().lower()]
-                yield record._replace(kind=kind, data=data, end=record.end or raw.tell())
+                where = record.where
+                if record.kind == 'row' and isinstance(column, str):
+                    record = record._replace(kind='text', data=record.data[column.strip().lower()])
+                yield record._replace(end=record.end or raw.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise Bad(f'{path}: a damaged or truncated gzip file, after {where} ({e}); get it '
                   'again') from e
@@ -140,9 +140,9 @@ def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterato
                   'to read it') from e
 
 
-def refuse(path, kind: str, f) -> None:
+def refuse(path, f) -> None:
     """Raise Bad for a file that would give its syntax instead of its text."""
-    head, what = f.read(8), f'a {kind} file' if kind in REFUSED else ''
+    head, what = f.read(8), f'a {suffix(path)} file' if suffix(path) in REFUSED else ''
     f.seek(0)
     for mark, name in SIGNATURES.items():
         what = name if head.startswith(mark) else what
@@ -194,7 +194,7 @@ def read_html(path, f, encoding, errors, column) -> Iterator[Record]:
     page = f.read(LONGEST_PAGE + 1)
     if len(page) > LONGEST_PAGE:
         raise Bad(f'{path}: a web page of more than {LONGEST_PAGE >> 20} MiB; give its text')
-    # a page states its encoding itself
+    # without `encoding` the parser finds the one that the page states
     yield Record(str(path), page.decode(encoding, errors) if encoding else page, 'html')
 
 

@@ -122,7 +122,7 @@ class Tokenizer:
         return {self.eos, *(self.special[name] for name in CHAT)}
 
     def unknown(self, text: str) -> str:
-        """What of a text cannot be encoded, and what to do; '' if all can."""
+        """What of a text cannot be encoded, and the remedy; '' if all can."""
         return ''
 
     def knows_chat(self) -> bool:
@@ -148,19 +148,19 @@ class Tokenizer:
 
     def encode_turns(self, messages: list[dict]) -> Iterator[tuple[list[int], list[bool]]]:
         """For each message its ids in a conversation, and which of them the assistant says: its
-        content and the end token, not that of its role."""
+        content and the end token, not the token of its role."""
         self.check_chat()
-        start = [self.bos] if self.add_bos else []
-        for message in messages:
-            if message['role'] not in ROLES:
-                raise ValueError(f'role {message["role"]!r}: must be one of {", ".join(ROLES)}')
-            ids = [*self.encode(self.as_corpus(message['content'])), self.special['<|end|>']]
-            before = [*start, self.special[f'<|{message["role"]}|>']]
-            said, start = message['role'] == 'assistant', []
-            yield before + ids, [False] * len(before) + [said] * len(ids)
+        before = [self.bos] if self.add_bos else []
+        for role, content in ((message['role'], message['content']) for message in messages):
+            if role not in ROLES:
+                raise ValueError(f'role {role!r}: must be one of {", ".join(ROLES)}')
+            ids = [*self.encode(self.as_corpus(content)), self.special['<|end|>']]
+            before.append(self.special[f'<|{role}|>'])
+            yield before + ids, [False] * len(before) + [role == 'assistant'] * len(ids)
+            before = []
 
     def state(self) -> dict:
-        """What the kind needs beyond its name to be rebuilt, as JSON."""
+        """The arguments by which the constructor of its kind makes it again, but for `special`."""
         return {}
 
     def to_json(self, **more) -> str:
@@ -197,11 +197,12 @@ class CharTokenizer(Tokenizer):
             stop(self.unknown(text))
 
     def unknown(self, text: str) -> str:
-        at = next((i for i, c in enumerate(text) if c not in self._id), None)
-        return '' if at is None else (
-            f'character {text[at]!r} (U+{ord(text[at]):04X}) at offset {at} is not among the '
-            f"{len(self.chars)} characters that the tokenizer knows; remove it, or use tokenizer "
-            "'byte', which knows all text")
+        for at, c in enumerate(text):
+            if c not in self._id:
+                return (f'character {c!r} (U+{ord(c):04X}) at offset {at} is not among the '
+                        f'{len(self.chars)} characters that the tokenizer knows; remove it, or use '
+                        "tokenizer 'byte', which knows all text")
+        return ''
 
     def state(self) -> dict:
         return {'chars': self.chars}
@@ -302,8 +303,8 @@ class BPETokenizer(Tokenizer):
 
 # Bytes as printable characters, GPT-2's way: most stand for themselves, the others from U+0100 on.
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_TO_CHAR = {**{b: chr(b) for b in PLAIN},
-                **{b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}}
+OTHERS = sorted({*range(256)} - {*PLAIN})
+BYTE_TO_CHAR = {b: chr(b) for b in PLAIN} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
@@ -318,8 +319,8 @@ def unprintable(text: str) -> bytes:
 
 
 def gpt2(downloads) -> BPETokenizer:
-    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all. The ids
-    are in the order of the merges, so OpenAI's vocab.bpe, which lists these, is not needed."""
+    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all. OpenAI's
+    vocab.bpe is not needed: it lists the merges, and the ids are in their order."""
     path = fetch('gpt2/encoder.json', 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/'
                  'main/encoder.json', downloads, size=1_042_301,
                  sha256='196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')
