@@ -29,7 +29,7 @@ export_dir = ''         # where to; '': <run_dir>-hf
 dtype = 'float32'       # of the weights: float32, bfloat16 or float16
 shard_gb = 5.0          # most gigabytes of weights in one file
 
-# What must come through the tokenizer unchanged: spaces, digits, contractions, scripts, emoji.
+# Texts that both tokenizers must encode alike: spaces, digits, contractions, scripts, emoji.
 PROBES = ("It's 12,345 words: DON'T\n\n\t  stop…\r\n", 'naïve façade Ωμέγα 漢字かな हिन्दी',
           '👩‍🚀 x_y(); ', '  lead and trail  ', '\x00\x7f\u2028\u3000')
 
@@ -37,55 +37,49 @@ PROBES = ("It's 12,345 words: DON'T\n\n\t  stop…\r\n", 'naïve façade Ωμέ�
 def export_hf(model, tokenizer, folder: Path, chat: bool) -> dict:
     """Write, read back, compare; returns the largest differences of logits that were found."""
     hf.save(model, tokenizer, folder, dtype, int(shard_gb * 1e9), chat)
-    for p in model.parameters():    # what the file can hold of the weights
+    for p in model.parameters():    # the file holds the weights rounded to dtype
         p.data = p.data.to(getattr(torch, dtype)).float()
-    generator = torch.Generator().manual_seed(0)
-    n = min(64, model.config.block_size)
-    ids = torch.randint(len(tokenizer), (2, n), generator=generator)
+    ids = torch.randint(len(tokenizer), (2, min(64, model.config.block_size)),
+                        generator=torch.Generator().manual_seed(0))
     found, again = hf.load(folder)
     known = dict(found.named_parameters())
     for name, p in model.named_parameters():
         if not torch.equal(known[name], p):
             stop(f'{folder}: {name} is not what was written; nothing was exported')
-    differences = {'read back': largest_difference(model(ids), found(ids))}
-    for text in probes(tokenizer):
-        if again.encode(text) != tokenizer.encode(text):
-            stop(f'{folder}: the tokenizer that was written gives other ids for {text!r}; nothing '
-                 'was exported')
+    logits = model(ids)
+    differences = {'read back': (logits - found(ids)).abs().max().item()}
+    check_ids(tokenizer, again.encode, f'{folder}: the tokenizer that was written')
     if importlib.util.find_spec('transformers'):
-        differences['in transformers'] = compare_with_transformers(model, tokenizer, folder, ids)
+        theirs = logits_of_transformers(tokenizer, folder, ids)
+        differences['in transformers'] = (logits - theirs).abs().max().item()
     for where, difference in differences.items():
         if not difference <= 1e-3:
             stop(f'{folder}: {where}, logits differ by {difference:g}; nothing was exported')
     return differences
 
 
-def probes(tokenizer) -> list[str]:
-    """Texts to compare tokenizers on: PROBES, without the characters that the tokenizer lacks."""
+def check_ids(tokenizer, encode, where: str) -> None:
+    """Stop if the function `encode` gives other ids than the tokenizer for one of PROBES, without
+    the characters that the tokenizer lacks."""
     texts, form = PROBES, tokenizer.corpus_normalize
     if tokenizer.kind == 'char':
         texts = [''.join(c for c in text if c in tokenizer.chars)
                  for text in (*PROBES, tokenizer.chars)]
-    texts = [unicodedata.normalize(form, text) if form else text for text in texts]
-    return [text for text in texts if not tokenizer.unknown(text)]
+    for text in texts:
+        text = unicodedata.normalize(form, text) if form else text
+        if not tokenizer.unknown(text) and encode(text) != tokenizer.encode(text):
+            stop(f'{where} gives other ids for {text!r}; nothing was exported')
 
 
-def largest_difference(a, b) -> float:
-    return (a - b).abs().max().item()
-
-
-def compare_with_transformers(model, tokenizer, folder: Path, ids) -> float:
-    """The largest difference of logits from those of transformers. Stops if its ids differ."""
+def logits_of_transformers(tokenizer, folder: Path, ids):
+    """The logits that transformers computes from a folder. Stops if its tokenizer differs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
     logging.disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     again = AutoTokenizer.from_pretrained(folder)
-    for text in probes(tokenizer):
-        if again(text, add_special_tokens=False).input_ids != tokenizer.encode(text):
-            stop(f'{folder}: in transformers the tokenizer gives other ids for {text!r}; nothing '
-                 'was exported')
-    return largest_difference(model(ids), theirs(ids).logits)
+    check_ids(tokenizer, lambda text: again(text, add_special_tokens=False).input_ids,
+              f'{folder}: in transformers the tokenizer')
+    return AutoModelForCausalLM.from_pretrained(folder).float().eval()(ids).logits
 
 
 @torch.no_grad()

@@ -52,10 +52,8 @@ threads = 0                 # CPU threads; 0: torch's choice
 
 
 class StopStrings:
-    """Lets text through piece by piece, up to the first stop string (which is left out).
-
-    Text that may turn out to be the beginning of a stop string is kept back until that is decided.
-    """
+    """Passes text on piece by piece, up to the first stop string (which is left out). Text that may
+    be the beginning of a stop string is kept back until that is decided."""
 
     def __init__(self, stops: list[str]):
         self.stops, self.pending, self.found = stops, '', False
@@ -84,8 +82,7 @@ def read_prompt() -> str | None:
         stop('prompt and prompt_file: both are given; leave one of them out')
     if prompt_file and prompt_file != '-':
         try:
-            with open(prompt_file, encoding='utf-8') as f:
-                return f.read()
+            return Path(prompt_file).read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as e:
             stop(f'prompt_file={prompt_file}: {e.strerror if isinstance(e, OSError) else e}')
     if prompt or sys.stdin is None:
@@ -94,16 +91,19 @@ def read_prompt() -> str | None:
 
 
 def check_flags(chats: bool, asked: bool) -> None:
-    """Stop at a flag that does nothing in what is done: classes, a chat, or text that goes on."""
-    idle = ('prompt', 'prompt_file', 'num_samples', 'system', 'chat') if asked else \
-        ('num_samples',) if chats else ('system', 'chat' if chat else '')
+    """Stop at a flag that has no effect: with a classifier, in a chat, or in continuing text."""
+    if asked:
+        idle = ('prompt', 'prompt_file', 'num_samples', 'system', 'chat')
+        why = 'with a classifier; leave it out'
+    elif chats:
+        idle, why = ('num_samples',), 'in a chat; add --chat=False'
+    else:
+        idle = ('system', 'chat') if chat else ('system',)
+        why = f'here: {run_dir} continues text; leave it out, or give a chat model (see ' \
+            'finetune.py) and no --chat=False'
     for name in idle:
         if name in FLAGS:
-            stop(f'{name}={globals()[name]}: does nothing ' + (
-                'with a classifier; leave it out' if asked else
-                'in a chat; add --chat=False' if chats else
-                f'here: {run_dir} continues text; leave it out, or give a chat model (see '
-                'finetune.py) and no --chat=False'))
+            stop(f'{name}={globals()[name]}: does nothing {why}')
 
 
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
@@ -112,25 +112,20 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
     ends = tokenizer.turn_ends() if chatting else {tokenizer.eos}
     stops = StopStrings([tokenizer.as_corpus(s.replace('\\n', '\n'))
                          for s in stop_strings.split(',') if s])
-    to_text, written, n = tokenizer.stream(), [], 0
-
-    def write(text):
-        written.append(text)
-        print(text, end='', flush=True)
-
+    to_text, written, n = tokenizer.stream(), '', 0
     with dev.autocast():
         for new, in generate(model, [ids], max_new_tokens, temperature=temperature, top_k=top_k,
                              top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
                              seed=sample_seed, stop_tokens=ends, n_tokens=len(tokenizer),
                              compiled=dev.compile):
             n += 1
-            if new not in ends:
-                write(stops.feed(to_text(new)))
+            text = '' if new in ends else stops.feed(to_text(new))
+            print(text, end='', flush=True)
+            written += text
             if stops.found:
                 break
-    write(stops.rest())
-    print(flush=True)
-    return ''.join(written), n
+    print(stops.rest(), flush=True)
+    return written + stops.rest(), n
 
 
 def write_samples(model, tokenizer, text: str, dev) -> list[str]:
@@ -141,9 +136,7 @@ def write_samples(model, tokenizer, text: str, dev) -> list[str]:
              f'{model.config.block_size:,} of them')
     texts = []
     for i in range(num_samples):
-        if num_samples > 1:
-            print(f'--- sample {i + 1}', flush=True)
-        print(text, end='', flush=True)
+        print(f'--- sample {i + 1}\n' * (num_samples > 1) + text, end='', flush=True)
         began = time.perf_counter()
         out, n = write_one(model, tokenizer, ids, seed + i, dev)
         took = time.perf_counter() - began
@@ -164,9 +157,9 @@ class Chat:
     def __init__(self, model, tokenizer, dev):
         self.model, self.tokenizer, self.dev = model, tokenizer, dev
         self.n_turns = 0
-        self.reset(system)
+        self.begin(system)
 
-    def reset(self, text: str) -> None:
+    def begin(self, text: str) -> None:
         """Begin a conversation, with a system message if text is not empty."""
         self.messages = [{'role': 'system', 'content': text}] if text else []
 
@@ -175,16 +168,15 @@ class Chat:
         answer of a quarter of the window."""
         size = self.model.config.block_size
         room = size - min(max_new_tokens, size // 4)
-        seen, n_dropped = list(self.messages), 0
-        ids = self.tokenizer.encode_chat(seen, reply=True)
+        seen = list(self.messages)
         first = int(seen[0]['role'] == 'system')
-        while len(ids) > room and len(seen) > first + 2:
+        while len(ids := self.tokenizer.encode_chat(seen, reply=True)) > room and \
+                len(seen) > first + 2:
             del seen[first:first + 2]
-            n_dropped += 1
-            ids = self.tokenizer.encode_chat(seen, reply=True)
-        if n_dropped:
+        if len(seen) < len(self.messages):
             warn(f'the conversation is longer than the window of {size} tokens: the model does not '
-                 f'see the first {n_dropped} questions with their answers any more')
+                 f'see the first {(len(self.messages) - len(seen)) // 2} questions with their '
+                 'answers any more')
         if len(ids) > room:
             warn(f'what is left has {len(ids):,} tokens: the model sees the last {room:,}')
             ids = ids[-room:]
@@ -197,21 +189,23 @@ class Chat:
             out, _ = write_one(self.model, self.tokenizer, self.fitted(), seed + self.n_turns,
                                self.dev, chatting=True)
         except (Stop, KeyboardInterrupt):
-            self.messages.pop()     # not said
+            self.messages.pop()     # it got no answer
             raise
         self.n_turns += 1
         self.messages.append({'role': 'assistant', 'content': out})
         return out
 
-    def command(self, line: str) -> None:
-        """Do what a line that begins with a slash asks for."""
+    def answer(self, line: str) -> None:
+        """Act on a line from the keyboard: a command if it begins with a slash."""
         word, _, rest = line.partition(' ')
         rest = rest.strip()
-        if word == '/reset' and not rest:
-            kept = self.messages[:1]
-            self.reset(kept[0]['content'] if kept and kept[0]['role'] == 'system' else '')
+        if not line.startswith('/'):
+            if line.strip():
+                self.say(line)
+        elif word == '/reset' and not rest:
+            self.messages = [m for m in self.messages[:1] if m['role'] == 'system']
         elif word == '/system':
-            self.reset(rest)
+            self.begin(rest)
         elif word == '/save' and rest and len(self.messages) < 2:
             warn('there is nothing to save yet')
         elif word == '/save' and rest:
@@ -223,17 +217,6 @@ class Chat:
                 warn(f'{rest}: {e.strerror}; not saved')
         else:
             print(self.HELP, file=sys.stderr)
-
-    def run(self) -> None:
-        """Until the input ends."""
-        print(self.HELP, file=sys.stderr)
-        while True:
-            line = input('> ')
-            with contextlib.suppress(Stop):     # a character it does not know: that has been said
-                if line.startswith('/'):
-                    self.command(line)
-                elif line.strip():
-                    self.say(line)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -297,17 +280,16 @@ def main() -> dict:
         check_flags(chats, asked)
         if asked:
             return {'classes': write_classes(model, tokenizer, state, dev)}
-        if chats:
-            talk = Chat(model, tokenizer, dev)
-            if text is not None:
-                return {'texts': [talk.say(text.strip('\n'))]}
-            talk.run()
+        talk = Chat(model, tokenizer, dev)
         if text is not None:
-            return {'texts': write_samples(model, tokenizer, text, dev)}
-        print('type a prompt; an empty one starts from nothing; Ctrl-D ends', file=sys.stderr)
+            return {'texts': [talk.say(text.strip('\n'))] if chats else
+                    write_samples(model, tokenizer, text, dev)}
+        print(Chat.HELP if chats else
+              'type a prompt; an empty one starts from nothing; Ctrl-D ends', file=sys.stderr)
         while True:
-            with contextlib.suppress(Stop):  # a character it does not know: that has been said
-                write_samples(model, tokenizer, input('> '), dev)
+            line = input('> ')
+            with contextlib.suppress(Stop):     # a message about an unknown character was printed
+                talk.answer(line) if chats else write_samples(model, tokenizer, line, dev)
     except UnicodeError as e:   # of standard input, or of a flag that holds other bytes
         stop(f'the text given is not valid {e.encoding.upper()} ({e.reason} at {e.start})')
     except (KeyboardInterrupt, EOFError):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from core.net import optim
-from core.net.optim import Muon, make_optimizers, newton_schulz, schedule, set_learning_rate
+from core.net.optim import Muon, apply_gradients, make_optimizers, newton_schulz, schedule
 from core.net.weights import build_model
 from model import GPTConfig
 
@@ -192,10 +192,10 @@ def test_settings_reach_the_optimizers():
     assert (muon.param_groups[0]['momentum'], muon.param_groups[0]['ns_steps']) == (0.7, 3)
 
 
-def test_set_learning_rate():
+def test_learning_rates():
     optimizers = make_optimizers(small(), 'muon', 0.01, 0.1, embed_learning_rate=0.3)
     for factor in (0.5, 0.25, 1.0, 0.0, 0.5):       # always of the peak, never of the last
-        set_learning_rate(optimizers, factor)
+        apply_gradients(optimizers, factor, skip=True)
         rates = [group['lr'] for o in optimizers for group in o.param_groups]
         assert rates == pytest.approx([factor * x for x in (0.01, 0.3, 0.02)])
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_private
 
 from core.net.weights import build_model
-from core.read.download import fetch, locked
+from core.read.download import fetch
 from core.settings import stop, warn
 from core.text.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
 from core.text.tokenizer import CHAT_TEMPLATE, Tokenizer
@@ -44,23 +44,21 @@ def find(name: str, downloads='data/downloads', weights: bool = True) -> Path | 
     it, HF_TOKEN for what needs a login), without `weights` only the JSON. None if `name` cannot be
     a model's; stops if the hub has no such model, raises NoNetwork if it cannot be reached.
     """
-    mirror, full = os.environ.get('DATA_MIRROR'), name
-    if name in GPT2_SIZES:
-        full = f'openai-community/{name}'
-    for known in (Path(name), *([Path(mirror) / name, Path(mirror) / full] if mirror else [])):
-        if is_folder(known):
-            return known
+    full = f'openai-community/{name}' if name in GPT2_SIZES else name
+    places = [Path(name)]
+    if mirror := os.environ.get('DATA_MIRROR'):
+        places += [Path(mirror) / name, Path(mirror) / full]
+    for place in places:
+        if is_folder(place):
+            return place
     organization = re.fullmatch(r'([\w-][\w.-]*)/[\w-][\w.-]*', full)
-    # out/shakespear is a slip of the pen, and so is any path whose first part is there
+    # a misspelt path, such as out/shakespear, is not asked for on the hub
     if not organization or organization[1] == 'out' or Path(organization[1]).exists():
         return None
     folder = Path(downloads) / full
-    is_here = lambda: (folder / COMPLETE).is_file() or \
-        not weights and (folder / 'tokenizer_config.json').is_file()    # which comes last
-    if not is_here():       # a lock would need the permission to write
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_name(f'.{folder.name}.lock')):
-            return folder if is_here() else download(full, downloads, weights)
+    last = COMPLETE if weights else 'tokenizer_config.json'     # the file that is written last
+    if not (folder / COMPLETE).is_file() and not (folder / last).is_file():
+        download(full, downloads, weights)
     return folder
 
 
@@ -71,8 +69,8 @@ def hub() -> tuple[str, dict]:
             {'Authorization': f'Bearer {token}'} if token else {})
 
 
-def download(name: str, downloads, weights: bool) -> Path:
-    """Bring a model from the hub into `downloads`; its folder."""
+def download(name: str, downloads, weights: bool) -> None:
+    """Bring a model from the hub into the folder `name` in `downloads`."""
     folder = Path(downloads) / name
     url, headers = hub()
     url = f'{url}/{name}/resolve/main'
@@ -83,35 +81,51 @@ def download(name: str, downloads, weights: bool) -> Path:
     for file in ('tokenizer_config.json', *([INDEX] if weights else [])):
         get(file, True)
     if weights:
-        for file in shards(folder) if (folder / INDEX).is_file() else [WEIGHTS]:
+        for file in shards(folder):
             if not get(file, True):
                 stop(f'{url}/{file}: not there; the model may be kept as a pickle (.bin), which '
                      'could run anything and is never loaded: convert it where you trust it')
         (folder / COMPLETE).touch()
-    return folder
 
 
 # ---------------------------------------------------------------------------------------------
 # config.json
 
+# GPTConfig's field, the field of config.json, its type, and its default (None: it must be there; 0:
+# GPTConfig derives it). Both reading and writing follow these tables.
+GPT2_FIELDS = (
+    ('vocab_size', 'vocab_size', int, None), ('block_size', 'n_positions', int, None),
+    ('n_embd', 'n_embd', int, None), ('n_layer', 'n_layer', int, None),
+    ('n_head', 'n_head', int, None), ('n_hidden', 'n_inner', int, 0),
+    ('norm_eps', 'layer_norm_epsilon', float, 1e-5), ('tied', 'tie_word_embeddings', bool, True))
+LLAMA_FIELDS = (
+    ('vocab_size', 'vocab_size', int, None), ('block_size', 'max_position_embeddings', int, None),
+    ('n_embd', 'hidden_size', int, None), ('n_layer', 'num_hidden_layers', int, None),
+    ('n_head', 'num_attention_heads', int, None), ('n_kv_head', 'num_key_value_heads', int, 0),
+    ('head_dim', 'head_dim', int, 0), ('n_hidden', 'intermediate_size', int, None),
+    ('norm_eps', 'rms_norm_eps', float, 1e-6), ('bias', 'attention_bias', bool, False),
+    ('tied', 'tie_word_embeddings', bool, False))
+
 
 class Fields:
-    """A part of config.json; each field is taken with its type checked."""
+    """A config.json; each field is taken with its type checked."""
 
     def __init__(self, path: Path, found: dict):
         self.path, self.found = path, found
 
     def get(self, name: str, kind: type, default=None):
-        """The field `name`; `default` where it is missing or null, or a stop if there is none."""
+        """The field `name`, or `default` where it is missing or null; stops if that is None, too.
+        Numbers must be positive and of a sensible size."""
         value = self.found.get(name)
         value = default if value is None else value
         if value is None:
             stop(f'{self.path}: {name} is missing')
         if kind is float and type(value) in (int, float):
             fits, what = 0 < value < 1e12, 'a positive number'
+        elif kind is int:
+            fits, what = type(value) is int and 0 <= value < 1 << 24, 'an integer from 0 to 2^24'
         else:
-            fits, what = type(value) is kind and (kind is not int or 0 <= value < 1 << 24), \
-                f'of type {kind.__name__}' + ' and of a sensible size' * (kind is int)
+            fits, what = type(value) is kind, f'of type {kind.__name__}'
         if not fits:
             stop(f'{self.path}: {name}={value!r:.80}: must be {what}')
         return kind(value)
@@ -132,54 +146,42 @@ def read_config(folder) -> GPTConfig:
     found.refuse(quantization_config=None)
     if kind not in ('gpt2', 'llama', 'qwen3'):
         stop(f'{path}: model_type={kind!r:.80}: only gpt2, llama and qwen3 can be read')
-    chosen = gpt2_config(found) if kind == 'gpt2' else llama_config(found, kind)
+    if kind == 'gpt2':
+        found.refuse(activation_function='gelu_new', add_cross_attention=False,
+                     scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+        more = dict(norm='layernorm', position='learned', mlp='gelu', bias=True)
+    else:
+        found.refuse(hidden_act='silu', use_sliding_window=False)
+        more = dict(norm='rmsnorm', position='rope', mlp='swiglu', **rope_settings(found))
+        if kind == 'qwen3':
+            more |= dict(qk_norm=True, head_dim=found.get('head_dim', int, 128))
+        if found.get('attention_bias', bool, False) and (
+                kind == 'qwen3' or not found.get('mlp_bias', bool, False)):
+            stop(f'{path}: attention_bias=True without biases in the MLP is not supported')
+    fields = {ours: found.get(theirs, type_, default) for ours, theirs, type_, default
+              in (GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS)}
     try:
-        return GPTConfig(vocab_size=found.get('vocab_size', int), **chosen)
+        return GPTConfig(**fields | more)
     except ValueError as e:
         stop(f'{path}: {e}')
 
 
-def gpt2_config(found: Fields) -> dict:
-    """GPTConfig's fields from a GPT-2's."""
-    found.refuse(activation_function='gelu_new', add_cross_attention=False, scale_attn_weights=True,
-                 scale_attn_by_inverse_layer_idx=False)
-    n_embd = found.get('n_embd', int)
-    return dict(block_size=found.get('n_positions', int), n_layer=found.get('n_layer', int),
-                n_head=found.get('n_head', int), n_embd=n_embd,
-                n_hidden=found.get('n_inner', int, 4 * n_embd), norm='layernorm',
-                norm_eps=found.get('layer_norm_epsilon', float, 1e-5), position='learned',
-                mlp='gelu', tied=found.get('tie_word_embeddings', bool, True), bias=True)
-
-
-def llama_config(found: Fields, kind: str) -> dict:
-    """GPTConfig's fields from a Llama's or a Qwen3's."""
-    found.refuse(hidden_act='silu', use_sliding_window=False)
-    # version 5 takes the older spelling first, too
+def rope_settings(found: Fields) -> dict:
+    """rope_theta and rope_scaling of a Llama or a Qwen3. Stops at other scalings than Llama 3.1's.
+    """
+    # transformers 5, too, prefers the older spelling rope_scaling
     rope = found.get('rope_scaling', dict, {}) or found.get('rope_parameters', dict, {})
-    kind_of_rope, scaling = rope.get('rope_type', rope.get('type', 'default')), ''
-    if kind_of_rope not in ('default', 'llama3'):
-        stop(f'{found.path}: RoPE scaling {kind_of_rope!r:.80} is not supported, only that '
+    kind, scaling = rope.get('rope_type', rope.get('type', 'default')), ''
+    if kind not in ('default', 'llama3'):
+        stop(f'{found.path}: RoPE scaling {kind!r:.80} is not supported, only that '
              'of Llama 3.1 (llama3), and RoPE without')
     given = Fields(found.path, {**found.found, **rope})
-    if kind_of_rope == 'llama3':
-        old = found.get(LLAMA3_ROPE[-1], int, rope.get(LLAMA3_ROPE[-1]) or
-                        found.get('max_position_embeddings', int))
-        scaling = ','.join([*(repr(given.get(name, float)).removesuffix('.0')
-                              for name in LLAMA3_ROPE[:-1]), str(old)])
-    n_embd, n_head = found.get('hidden_size', int), found.get('num_attention_heads', int)
-    bias = found.get('attention_bias', bool, False)
-    if bias and (kind == 'qwen3' or not found.get('mlp_bias', bool, False)):
-        stop(f'{found.path}: attention_bias=True without biases in the MLP is not supported')
-    return dict(block_size=found.get('max_position_embeddings', int),
-                n_layer=found.get('num_hidden_layers', int), n_head=n_head, n_embd=n_embd,
-                n_kv_head=found.get('num_key_value_heads', int, n_head),
-                head_dim=found.get('head_dim', int,
-                                   128 if kind == 'qwen3' else n_embd // max(1, n_head)),
-                n_hidden=found.get('intermediate_size', int), norm='rmsnorm',
-                norm_eps=found.get('rms_norm_eps', float, 1e-6), position='rope',
-                rope_theta=given.get('rope_theta', float, 10000.0), rope_scaling=scaling,
-                mlp='swiglu', qk_norm=kind == 'qwen3', bias=bias,
-                tied=found.get('tie_word_embeddings', bool, False))
+    if kind == 'llama3':
+        numbers = [repr(given.get(name, float)).removesuffix('.0') for name in LLAMA3_ROPE[:-1]]
+        context = found.get(LLAMA3_ROPE[-1], int, rope.get(LLAMA3_ROPE[-1]) or
+                            found.get('max_position_embeddings', int))
+        scaling = ','.join([*numbers, str(context)])
+    return {'rope_theta': given.get('rope_theta', float, 10000.0), 'rope_scaling': scaling}
 
 
 def architecture(config: GPTConfig) -> str:
@@ -201,31 +203,25 @@ def architecture(config: GPTConfig) -> str:
 
 
 def config_json(config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict:
-    """What config.json says of a model; the inverse of read_config."""
+    """The content of a model's config.json; the inverse of read_config."""
     kind = architecture(config)
     names = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
-    # Two spellings of the dtype and of RoPE's theta: for transformers 5, and for 4.
-    shared = {'architectures': [names[kind]], 'model_type': kind, 'vocab_size': config.vocab_size,
-              'tie_word_embeddings': config.tied, 'bos_token_id': tokenizer.bos,
-              'eos_token_id': tokenizer.eos, 'dtype': dtype, 'torch_dtype': dtype}
+    # transformers 4 and 5 spell the dtype and RoPE's theta differently: both spellings.
+    found = {'architectures': [names[kind]], 'model_type': kind, 'bos_token_id': tokenizer.bos,
+             'eos_token_id': tokenizer.eos, 'dtype': dtype, 'torch_dtype': dtype}
+    for ours, theirs, _, _ in GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS:
+        found[theirs] = getattr(config, ours)
     if kind == 'gpt2':
-        return shared | {
-            'n_positions': config.block_size, 'n_embd': config.n_embd, 'n_layer': config.n_layer,
-            'n_head': config.n_head, 'n_inner': config.n_hidden, 'activation_function': 'gelu_new',
-            'layer_norm_epsilon': config.norm_eps, 'resid_pdrop': config.dropout,
-            'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
+        dropouts = ('resid_pdrop', 'embd_pdrop', 'attn_pdrop')
+        return found | {'activation_function': 'gelu_new'} | dict.fromkeys(dropouts, config.dropout)
     rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
     if config.rope_scaling:
         rope |= {'rope_type': 'llama3', **dict(zip(LLAMA3_ROPE, map(
             float, config.rope_scaling.split(','))))}
         rope[LLAMA3_ROPE[-1]] = int(rope[LLAMA3_ROPE[-1]])
-    return shared | {
-        'hidden_size': config.n_embd, 'intermediate_size': config.n_hidden,
-        'num_hidden_layers': config.n_layer, 'num_attention_heads': config.n_head,
-        'num_key_value_heads': config.n_kv_head, 'head_dim': config.head_dim, 'hidden_act': 'silu',
-        'max_position_embeddings': config.block_size, 'rms_norm_eps': config.norm_eps,
-        'attention_bias': config.bias, 'rope_theta': config.rope_theta,
-        'rope_parameters': rope, 'rope_scaling': rope if config.rope_scaling else None,
+    return found | {
+        'hidden_act': 'silu', 'rope_theta': config.rope_theta, 'rope_parameters': rope,
+        'rope_scaling': rope if config.rope_scaling else None,
         **({'mlp_bias': config.bias} if kind == 'llama' else {'use_sliding_window': False})}
 
 
@@ -241,8 +237,6 @@ GPT2_NAMES = {
     'v_proj': 'c_attn', 'o_proj': 'c_proj', 'up_proj': 'c_fc', 'down_proj': 'c_proj'}
 # What old files hold beside the weights: masks, and angles that follow from rope_theta.
 BUFFERS = re.compile(r'.*(\.attn\.(masked_)?bias|\.rotary_emb\.inv_freq)')
-
-
 # The parameters that these architectures have, under our names.
 PARAMETERS = re.compile(r'(wte|wpe|lm_head)\.weight|ln_f\.(weight|bias)|h\.\d+\.(ln_[12]|attn\.'
                         r'([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj)\.(weight|bias)')
@@ -257,10 +251,8 @@ def hf_name(name: str, kind: str) -> str:
 
 def third(name: str, kind: str) -> int | None:
     """Which third of GPT-2's c_attn our parameter is; None if it is a tensor of its own."""
-    projection = name.split('.')[-2]
-    if kind != 'gpt2' or projection not in ('q_proj', 'k_proj', 'v_proj'):
-        return None
-    return 'qkv'.index(projection[0])
+    names = ['q_proj', 'k_proj', 'v_proj'] if kind == 'gpt2' else []
+    return names.index(name.split('.')[-2]) if name.split('.')[-2] in names else None
 
 
 def is_transposed(name: str, kind: str) -> bool:
@@ -270,26 +262,27 @@ def is_transposed(name: str, kind: str) -> bool:
 
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
     """The model's parameters under Hugging Face's names; GPT-2 without biases gets zero ones."""
-    config, kind = model.config, architecture(model.config)
+    kind = architecture(model.config)
     found = {name: p.detach() for name, p in model.named_parameters()}
     for name in (*found, *dict(model.named_buffers())):
         if not PARAMETERS.fullmatch(name):
             stop(f'{name}: {kind} has nothing like it, so this edited model has no form in Hugging '
                  "Face's format; nothing was exported")
-    if kind == 'gpt2' and not config.bias:
+    if kind == 'gpt2' and not model.config.bias:
         for name, p in list(found.items()):
             if name.endswith(('_proj.weight', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
                 found[name.removesuffix('weight') + 'bias'] = p.new_zeros(p.size(0))
     tensors = {}
-    for name, p in found.items():
+    for name, p in found.items():   # q, k and v come in this order
         p, key = p.T if is_transposed(name, kind) else p, hf_name(name, kind)
-        # q, k and v come in this order
         tensors[key] = p if key not in tensors else torch.cat([tensors[key], p], dim=-1)
     return {key: p.contiguous() for key, p in tensors.items()}
 
 
 def shards(folder: Path) -> list[str]:
-    """The names of the files that the index of a sharded model lists."""
+    """The names of a model's safetensors files: those that its index lists, if it has one."""
+    if not (folder / INDEX).is_file():
+        return [WEIGHTS]
     index = read_json(folder / INDEX).get('weight_map')
     files = sorted(set(index.values()), key=str) if isinstance(index, dict) else []
     if not files or not all(isinstance(file, str) and re.fullmatch(r'[\w.-]+\.safetensors', file)
@@ -300,17 +293,15 @@ def shards(folder: Path) -> list[str]:
 
 def open_weights(folder: Path) -> dict:
     """{tensor name: open safetensors file}. Stops if files are missing, damaged or pickles."""
-    files = shards(folder) if (folder / INDEX).is_file() else [WEIGHTS]
     found = {}
-    for file in files:
+    for file in shards(folder):
         path = folder / file
         if not path.is_file():
-            pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-            stop(f'{path}: missing' + (
-                f'; {pickles[0]} is a pickle, which could run anything, and is never loaded: '
-                'convert it where you trust it, with transformers: '
-                f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)'
-                if pickles else '; download it again'))
+            for pickle in sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
+                stop(f'{path}: missing; {pickle} is a pickle, which could run anything, and is '
+                     'never loaded: convert it where you trust it, with transformers: '
+                     f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)')
+            stop(f'{path}: missing; download it again')
         try:
             file = safe_open(path, 'pt')
             found |= dict.fromkeys(file.keys(), file)
@@ -336,18 +327,17 @@ def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
     for name, p in build_model(config, None, 'meta').named_parameters():
         key = found[name] = hf_name(name, kind).removeprefix(prefix)
         if key not in files:
-            known = PARAMETERS.fullmatch(name)
-            stop(f'{folder}: its weights lack {key}, which '
-                 f'{"config.json asks for" if known else "an edit of model.py has added"}')
+            why = 'config.json asks for' if PARAMETERS.fullmatch(name) else \
+                'an edit of model.py has added'
+            stop(f'{folder}: its weights lack {key}, which {why}')
         stored = files[key].get_slice(key)
         if stored.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
             stop(f'{folder}: {key} has dtype {stored.get_dtype()}; quantized weights are not '
                  'supported, only floating point of 16 bits and more')
-        shape = list(stored.get_shape())
         expected = list(p.T.shape if is_transposed(name, kind) else p.shape)
         if third(name, kind) is not None:
             expected[-1] *= 3
-        if shape != expected:
+        if (shape := list(stored.get_shape())) != expected:
             stop(f'{folder}: {key} has shape {shape}, config.json asks for {expected}')
     unknown = [key for key in sorted(set(files) - set(found.values()))
                if not BUFFERS.fullmatch(key) and not (config.tied and key == 'lm_head.weight')]
@@ -379,8 +369,8 @@ def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer]:
 
 
 def save_file(tensors: dict, path: Path, metadata: dict | None = None) -> None:
-    """Write a safetensors file that others may read, too, as the umask and the folder say; the
-    library's own function makes it for its owner only."""
+    """Write a safetensors file with the mode that the umask and the folder give; the library's own
+    function lets only the owner read it."""
     path.touch()
     mode = path.stat().st_mode
     save_private(tensors, path, metadata=metadata)
@@ -394,10 +384,10 @@ def template_of(tokenizer: Tokenizer) -> str:
 
 def is_chat(folder: Path, tokenizer: Tokenizer) -> bool:
     """Whether a folder holds a chat model of ours. Warns if it has another chat template."""
-    path = folder / 'tokenizer_config.json'
+    path, jinja = folder / 'tokenizer_config.json', folder / 'chat_template.jinja'
     found = read_json(path).get('chat_template') if path.is_file() else None
-    if (folder / 'chat_template.jinja').is_file():      # transformers 5 writes it there
-        found = (folder / 'chat_template.jinja').read_text(encoding='utf-8', errors='replace')
+    if jinja.is_file():     # where transformers 5 writes it
+        found = jinja.read_text(encoding='utf-8', errors='replace')
     ours = found == template_of(tokenizer) and tokenizer.knows_chat()
     if found and not ours:
         warn(f'{folder}: has a chat template that is not ours and is not used: it continues text')
@@ -419,18 +409,16 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
         room -= p.nbytes
     folder.mkdir(parents=True)
     index = {}
-    for i, group in enumerate(groups):
-        file = WEIGHTS if len(groups) == 1 else \
-            f'model-{i + 1:05d}-of-{len(groups):05d}.safetensors'
+    for i, group in enumerate(groups, 1):
+        file = WEIGHTS if len(groups) == 1 else f'model-{i:05d}-of-{len(groups):05d}.safetensors'
         save_file(group, folder / file, metadata={'format': 'pt'})
         index |= dict.fromkeys(group, file)
     eos, bos = tokenizer.eos, tokenizer.bos
-    ends = [tokenizer.special[name] for name in ('<|end|>',) if name in tokenizer.special]
     names = {i: name for name, i in tokenizer.special.items()}
+    ends = [eos, *(i for i, name in names.items() if name == '<|end|>')]
     files = {
         'config.json': config_json(config, tokenizer, dtype),
-        'generation_config.json': {'bos_token_id': bos, 'eos_token_id': [eos, *ends],
-                                   'pad_token_id': eos},
+        'generation_config.json': {'bos_token_id': bos, 'eos_token_id': ends, 'pad_token_id': eos},
         'tokenizer.json': tokenizer_json(tokenizer),
         'tokenizer_config.json': {
             'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': names.get(bos),

@@ -60,26 +60,23 @@ class KVCache:
             if self.even:
                 stored[:, :, self.longest:end] = new
             else:
-                at = self.positions(T)[:, None, :, None].expand_as(new)
-                stored.scatter_(2, at, new)
+                stored.scatter_(2, self.positions(T)[:, None, :, None].expand_as(new), new)
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
     def advance(self, T: int, n_new=None) -> None:
         """Count T tokens as stored; of row b only the first n_new[b], if the rest was padding."""
+        self.lengths += T if n_new is None else n_new
         if n_new is None:
-            self.lengths += T
             self.longest += T
         else:
-            self.lengths += n_new
             self.longest = int(self.lengths.max())
             self.even = bool((self.lengths == self.longest).all())
 
 
 def new_cache(model, batch_size: int, device=None, size: int = 0):
     """An empty cache for up to `size` positions (0: block_size); an LSTM has a state instead."""
-    if model.config.arch == 'lstm':
-        return State()
-    return KVCache(batch_size, size or model.config.block_size, device)
+    lstm = model.config.arch == 'lstm'
+    return State() if lstm else KVCache(batch_size, size or model.config.block_size, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -89,18 +86,16 @@ def new_cache(model, batch_size: int, device=None, size: int = 0):
 def uniform(seed, position: int) -> float:
     """A random number in [0, 1) for the token at `position` of a row with this seed.
 
-    It is a hash of the two: the same on every device, whatever else is in the batch. As a multiple
-    of 2^-24 it is exact in fp32.
+    It is a hash of the two: the same on every device and in every batch. As a multiple of 2^-24 it
+    is exact in fp32.
     """
     digest = hashlib.blake2b(f'{seed} {position}'.encode(), digest_size=3).digest()
     return int.from_bytes(digest, 'big') / 2 ** 24
 
 
 def draw(probs, u):
-    """(B,) ids: the first at which the probabilities (B, V), added up from id 0 on, exceed u (B,).
-
-    u is to be in [0, 1 - 2^-24]. An id of probability 0 is never drawn, however sums are rounded.
-    Where probabilities are NaN it gives -1.
+    """(B,) ids: the first at which the probabilities (B, V), added up from id 0 on, exceed u (B,),
+    in [0, 1 - 2^-24]. An id of probability 0 is never drawn; where probabilities are NaN it is -1.
     """
     sums = probs.cumsum(dim=-1).masked_fill(probs == 0, 0.0)
     total = sums.amax(dim=-1)
@@ -162,23 +157,19 @@ def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, t
     Yields lists of B ids as they come, -1 for rows that have ended: after a stop token (which is
     still yielded) or max_new_tokens. Ids from n_tokens on are never drawn (0: all may be). Prompts
     longer than block_size lose their beginning. When the cache is full, the last half of the window
-    is prefilled again. With `compiled`, one graph of a GPT makes the steps of a token per row,
-    whatever the length of the cache.
+    is prefilled again. With `compiled`, all steps after the prompt share one compiled graph.
 
     A row's random numbers depend on its seed and its length only, not on other rows. `seed` is an
     int, of which row i takes the seed 'seed i', or a list with a seed per row.
     """
-    device = model.lm_head.weight.device
-    step = model
+    device, step = model.lm_head.weight.device, model
     if compiled:
         step = torch.compile(model, dynamic=True, options=compile_options(device.type))
     rows = [list(prompt) for prompt in prompts]
     seeds = seed if isinstance(seed, list) else [f'{seed} {i}' for i in range(len(rows))]
-    u = None
     ended = [False] * len(rows)
     size = min(model.config.block_size, max(map(len, rows)) + max_new_tokens)
-    cache, idx = None, None
-    was_training = model.training
+    cache, idx, u, was_training = None, None, None, model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):

@@ -35,14 +35,11 @@ from core.device import has_flex, is_intel
 class Linear(nn.Linear):
     """nn.Linear, with faster products in fp32 on a CPU.
 
-    Compiled, to train: `ProductByCore`, if each core has as many rows as the matrix's shorter
-    side. With fewer, the cores' gradients of the matrix, which are added up, would be larger than
-    what they come from.
-
-    Eager, where no gradient is wanted: oneDNN for large matrices, which is faster for a few rows
-    than MKL, torch's choice. For a single row MKL is the faster one on Intel's processors; on
-    others it reads the matrix with one core only. Graphs have MKL alone: Inductor takes oneDNN's
-    products of frozen weights only.
+    Compiled training uses `ProductByCore` if each core has at least as many rows as the matrix's
+    shorter side; with fewer, adding up the cores' gradients of the matrix would cost too much.
+    Eager inference uses oneDNN for large matrices: for a few rows it is faster than MKL, torch's
+    choice. For one row MKL is faster on Intel's processors; on others it uses one core only.
+    Compiled inference has MKL alone: Inductor uses oneDNN for frozen weights only.
     """
     onednn = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
     fewest_rows = 2 if is_intel() else 1
@@ -70,10 +67,9 @@ class Linear(nn.Linear):
 
 
 class ProductByCore(torch.autograd.Function):
-    """x W^T, (cores, rows, O), of x (cores, rows, C) and W (O, C): each core has its own rows in
-    both passes, as in the kernels between two products, so that what it reads lies in its cache.
-    MKL would cut some products by columns. 4 blocks of 128 channels train 7% faster on 2 cores.
-    """
+    """x W^T, (cores, rows, O), of x (cores, rows, C) and W (O, C). Each core computes its own rows
+    in both passes, as in the kernels between two products, so they stay in its cache; MKL would cut
+    some products by columns. 4 blocks of 128 channels train 7% faster on 2 cores."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -133,8 +129,8 @@ def attend(q, k, v, mask, dropout: float):
 
 
 def attend_in_blocks(q, k, v):
-    """Causal attention, all of (B, H, T, D), written out: each block of queries with the keys up to
-    its end. Compiled for a CPU this is up to twice as fast as its kernel, for short windows: all
+    """Causal attention, all of (B, H, T, D): each block of queries with the keys up to its end.
+    Compiled for a CPU and short windows this is up to twice as fast as the CPU's kernel; all
     probabilities are kept for the backward pass."""
     parts = []
     for start in range(0, q.size(2), CAUSAL_BLOCK):
@@ -147,8 +143,8 @@ def attend_in_blocks(q, k, v):
 
 
 def attend_with_one(q, k, v):
-    """Attention of one query, (B, H, 1, D), to all of k and v, (B, H or fewer, S, D), written out:
-    compiled for a CPU this is faster than its kernel, by 3% of a token's time."""
+    """Attention of one query, (B, H, 1, D), to all of k and v, (B, H or fewer, S, D). Compiled for
+    a CPU this saves 3% of a token's time."""
     q = q.reshape(q.size(0), k.size(1), -1, 1, q.size(-1))      # (B, H_k, H / H_k, 1, D)
     k, v = k[:, :, None], v[:, :, None]
     scores = (q.float() / math.sqrt(q.size(-1)) * k).sum(dim=-1)
@@ -225,27 +221,19 @@ def lm_loss(lm_head, x, targets, reduction: str) -> torch.Tensor:
 
 
 def token_losses(x, targets, lm_head) -> torch.Tensor:
-    """(N,) cross-entropies of hidden states x (N, C), 0 where the target is -100; in fp32, of an
-    fp64 model in fp64.
-    """
+    """(N,) cross-entropies of hidden states x (N, C), 0 where the target is -100; at least fp32."""
     logits = lm_head(x)
-    return F.cross_entropy(logits.to(at_least_float32(logits.dtype)), targets, ignore_index=-100,
-                           reduction='none')
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """What logits of this dtype become before a softmax."""
-    return torch.promote_types(dtype, torch.float32)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction='none')
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of logits = x @ weight.T, made one chunk of rows at a time.
 
-    x (N, C), weight (V, C), targets (N,), -100 ignored.
-
-    The gradient of the loss by the logits, softmax(logits) - onehot(target), is known as soon as
-    the logits are: so the forward pass also makes the gradients of x and weight, and no logits are
-    kept or computed twice (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al. 2024).
+    x (N, C), weight (V, C), targets (N,), -100 ignored. The gradient of the loss by the logits,
+    softmax(logits) - onehot(target), follows from the logits, so the forward pass computes the
+    gradients of x and weight, too, and no logits are kept or computed twice (as in Liger Kernel's
+    fused linear cross-entropy, Hsu et al. 2024).
     """
 
     @staticmethod
@@ -254,7 +242,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         model is compiled, so that this should be."""
         dx = torch.empty_like(x)
         learns = ctx.needs_input_grad[1]    # with adapters it does not
-        dweight = torch.zeros_like(weight, dtype=at_least_float32(weight.dtype)) if learns else None
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        dweight = torch.zeros_like(weight, dtype=precision) if learns else None
         total, by_logits = 0.0, compiled(loss_by_logits) if in_graph else loss_by_logits
         for i in range(0, len(x), chunk):
             rows = x[i:i + chunk]
@@ -275,7 +264,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def loss_by_logits(raw, target):
     """Sum of the cross-entropies of logits raw (N, V), which it may change, and its gradient."""
-    grad = raw.to(at_least_float32(raw.dtype))      # logits, which become the gradient
+    grad = raw.to(torch.promote_types(raw.dtype, torch.float32))    # logits, then the gradient
     counts, at = (target != -100).to(grad.dtype)[:, None], target.clamp(min=0)[:, None]
     highest = grad.amax(dim=-1, keepdim=True)
     right = grad.gather(1, at) - highest
@@ -285,19 +274,16 @@ def loss_by_logits(raw, target):
     return loss, grad.type_as(raw)
 
 
-# In a graph, each chunk's gradient of the head would be kept until all of them are added up. (This
-# is torch.compiler.disable, but imports the compiler only when it is called.)
-out_of_graph = torch._disable_dynamo
-
-
-@out_of_graph
+# Not compiled as a whole: a graph would keep each chunk's gradient of the head until all are added
+# up. (torch._disable_dynamo is torch.compiler.disable that imports the compiler when it is called.)
+@torch._disable_dynamo
 def chunked_sum(*args) -> torch.Tensor:
     return ChunkedCrossEntropy.apply(*args)
 
 
-@out_of_graph
+@torch._disable_dynamo
 def recomputed_losses(x, targets, lm_head, chunk: int) -> torch.Tensor:
-    """`token_losses` of so many rows at a time, which the backward pass computes again."""
+    """`token_losses` of `chunk` rows at a time, which the backward pass computes again."""
     return torch.cat([checkpoint(token_losses, f, t, lm_head, use_reentrant=False)
                       for f, t in zip(x.split(chunk), targets.split(chunk))])
 

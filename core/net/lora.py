@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, "LoRA"): a frozen matrix W learns as W + alpha / r * B A.
 
 `add` gives chosen linear layers two small matrices, lora_A (r, in) and lora_B (out, r), and freezes
-all else; `merged` gives the weights that a model without adapters would have, so that every later
-stage takes it; core/formats/peft.py writes the adapters alone. The names of the layers stay.
+all else; `merged` gives the weights of the same model without adapters, which every later stage can
+read; core/formats/peft.py writes the adapters alone. The names of the layers stay.
 """
 import contextlib
 import math
@@ -20,8 +20,7 @@ TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. It takes the place of one whose parameters it shares.
-
+    """A linear layer with an adapter, which shares the parameters of the layer that it replaces:
     y = x W^T + b + alpha / r * drop(x) A^T B^T (section 4.1). B is 0, so at first nothing changes.
     """
 
@@ -36,9 +35,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
-        if not self.on:
-            return y
-        return y + self.scale * F.linear(F.linear(self.drop(x), self.lora_A), self.lora_B)
+        if self.on:
+            y = y + self.scale * F.linear(F.linear(self.drop(x), self.lora_A), self.lora_B)
+        return y
 
     def merged(self) -> torch.Tensor:
         """W + alpha / r * B A."""
@@ -52,12 +51,9 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def add(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float, seed: int) -> None:
-    """Give the layers in `targets` (names with commas, of TARGETS; '': all) adapters, and freeze
-    all else.
-
-    A is uniform with bound 1 / sqrt(in), as PEFT has it; its numbers depend on (seed, name) only.
-    Stops at a name that no layer has.
-    """
+    """Give the layers in `targets` (names of TARGETS with commas; '': all) adapters, and freeze all
+    else. A is uniform with bound 1 / sqrt(in), as in PEFT; its numbers depend on (seed, name) only.
+    Stops at a name that no layer has."""
     model.requires_grad_(False)
     layers = {name: module for name, module in model.named_modules()
               if isinstance(module, nn.Linear) and name.rpartition('.')[2] in TARGETS}
@@ -78,26 +74,27 @@ def add(model: nn.Module, rank: int, alpha: float, targets: str, dropout: float,
         new = LoRALinear(layer, rank, alpha, dropout).train(layer.training)
         generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}.lora_A'.encode()))
         bound = 1 / math.sqrt(layer.in_features)
-        with torch.no_grad():
-            new.lora_A.copy_(torch.empty(new.lora_A.shape).uniform_(-bound, bound,
-                                                                    generator=generator))
+        start = torch.empty(new.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        new.lora_A.data.copy_(start)
         setattr(model.get_submodule(parent), last, new)
 
 
 @contextlib.contextmanager
 def off(model: nn.Module):
-    """The context in which a model is what it was before it had adapters."""
-    for layer in adapters(model).values():
+    """Within this context, a model computes as it did before it had adapters."""
+    layers = adapters(model).values()
+    for layer in layers:
         layer.on = False
     try:
         yield
     finally:
-        for layer in adapters(model).values():
+        for layer in layers:
             layer.on = True
 
 
 def learnt(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of a model with adapters what is not frozen, by name: these, and a new head. Else nothing."""
+    """The weights that learn in a model with adapters, by name: these, and a new head. Without
+    adapters none."""
     return {name: p.detach() for name, p in named_weights(model).items()
             if p.requires_grad} if adapters(model) else {}
 
@@ -112,8 +109,8 @@ def merged(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def freeze(model, layers: str) -> None:
-    """Let only a part of the model learn: 'all'; 'head'; or the last so many blocks, with the final
-    norm and the head. Stops if there are not so many."""
+    """Let only a part of the model learn: 'all'; 'head', with the final norm; or, as a number, the
+    last blocks with both. Stops if there are fewer blocks."""
     if layers == 'all':
         return
     n_layer, last = model.config.n_layer, 0 if layers == 'head' else int(layers)

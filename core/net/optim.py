@@ -57,19 +57,18 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized: for the hidden matrices (Jordan et al. 2024).
 
     The step of a matrix is its Nesterov momentum with all singular values set to about 1 and then
-    each row, what one output learns, to length 1, times lr; weight decay is decoupled. (NorMuon, Li
-    et al. 2025, divides rows by a running mean of their lengths; today's alone do nearly as well.)
-    Matrices of one shape are stacked, so that a step takes a few batched products. The iteration
-    needs no precision: bfloat16 will do.
-    `spread(iterate, matrices, dtype)` applies it to the whole of matrices of which this process may
-    hold parts.
+    each row (what one output learns) to length 1, times lr; weight decay is decoupled. (NorMuon, Li
+    et al. 2025, divides rows by a running mean of their lengths; the current lengths do nearly as
+    well.) Matrices of one shape are stacked, so that a step takes a few batched products, in the
+    precision `dtype`: bfloat16 is enough. `spread(iterate, matrices, dtype)` applies the iteration
+    to whole matrices, of which this process may hold parts.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, ns_steps=5,
                  dtype=torch.float32, spread=on_stack):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       ns_steps=ns_steps))
-        self.dtype, self.spread = dtype, spread     # dtype: of the Newton-Schulz iteration
+        self.dtype, self.spread = dtype, spread
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -106,9 +105,8 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
     """The optimizers of a model; every group remembers its peak rate as `base_lr`.
 
     'adamw': AdamW for everything, decay on matrices only. 'muon': Muon for the matrices of linear
-    layers inside the blocks, AdamW for embeddings, head, norms, biases and whatever else there is.
-    The embedding has a rate of its own if embed_learning_rate is not 0. What requires no gradient
-    is left out.
+    layers inside the blocks, AdamW for all else. The embedding has a rate of its own if
+    embed_learning_rate is not 0. Parameters that require no gradient are left out.
     """
     named = {name: p for name, p in named_weights(model).items() if p.requires_grad}
     hidden = [p for name, p in named.items() if p.ndim == 2 and (
@@ -120,6 +118,7 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
         apart |= {id(p) for p in hidden}
     rest = [p for p in named.values() if id(p) not in apart]
     decays = lambda p: sum(n > 1 for n in p.shape) > 1      # not gains of (1, H, 1, 1)
+    mesh_of = lambda p: getattr(p, 'device_mesh', None)     # of ranks; None: all of p is here
     groups = [{'params': [p for p in rest if decays(p)], 'weight_decay': weight_decay},
               {'params': [p for p in rest if not decays(p)], 'weight_decay': 0.0}]
     if embed_learning_rate:
@@ -137,17 +136,6 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
     return optimizers
 
 
-def mesh_of(p: torch.Tensor):
-    """The mesh of ranks that a tensor lies on; None if all of it is here."""
-    return getattr(p, 'device_mesh', None)
-
-
-def set_learning_rate(optimizers, factor: float) -> None:
-    """Set every group's rate to `factor` times its peak."""
-    for group in (group for o in optimizers for group in o.param_groups):
-        group['lr'] = group['base_lr'] * factor
-
-
 # ---------------------------------------------------------------------------------------------
 # A step that is only made if its gradient is good
 
@@ -156,8 +144,8 @@ class LossScale:
     """Multiplies the loss so that fp16 gradients do not underflow (Micikevicius et al. 2018).
 
     Halved after a step whose gradient was not finite, doubled after 2,000 good ones. Every rank and
-    pipeline stage sees the same norm, so all have the same scale: torch's GradScaler looks at what
-    is on one rank. Of a disabled one, `scale` is 1 for ever.
+    pipeline stage sees the same norm, so all have the same scale, where torch's GradScaler looks at
+    one rank only. If it is not enabled, `scale` stays 1.
     """
 
     def __init__(self, enabled: bool):
@@ -184,9 +172,8 @@ class LossScale:
 
 
 def clip_gradients(grads, grad_clip: float, norm: float, scale: float = 1.0) -> None:
-    """Divide gradients by `scale`; if their norm without it is larger than grad_clip, which is not
-    0, scale them down to that.
-    """
+    """Divide gradients by `scale`, and scale them down to the norm grad_clip (0: any) if `norm`,
+    which is that of the divided ones, is larger."""
     factor = torch.ones((), dtype=grads[0].dtype)
     if grad_clip:
         factor = (grad_clip / (factor * norm + 1e-6)).clamp(max=1.0)
@@ -195,10 +182,8 @@ def clip_gradients(grads, grad_clip: float, norm: float, scale: float = 1.0) -> 
 
 
 def spike_limit(grad_norms: list[float], sigma: float) -> float:
-    """The gradient norm above which a step is a spike: mean + sigma deviations of those before it.
-
-    Infinite as long as there are fewer than 20, and for sigma 0.
-    """
+    """The gradient norm above which a step is a spike: mean + sigma deviations of those before it;
+    infinite for sigma 0, and before there are 20 norms."""
     if not sigma or len(grad_norms) < 20:
         return math.inf
     return statistics.fmean(grad_norms) + sigma * statistics.pstdev(grad_norms)
@@ -213,11 +198,10 @@ def problem(loss: float, grad_norm: float, limit: float) -> str:
 
 def apply_gradients(optimizers, factor: float, skip: bool) -> None:
     """Step all optimizers at `factor` times their peak rates, or none, and drop the gradients.
-
-    Skipping is a branch: a NaN times 0 is a NaN, and a step with zero gradients moves AdamW.
-    """
-    set_learning_rate(optimizers, factor)
+    Skipping is a branch: a NaN times 0 is a NaN, and a step with zero gradients moves AdamW."""
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = group['base_lr'] * factor
         if not skip:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -15,11 +15,9 @@ from model import GPTConfig, init_weights
 
 
 def build_model(config: GPTConfig, seed: int | None = 0, device='cpu') -> nn.Module:
-    """A model with initialized fp32 weights on `device`; the same weights for the same seed.
-
-    With seed None the weights that init_weights would fill are left as the memory was, for whoever
-    loads others; on the device 'meta' there is no memory.
-    """
+    """A model with initialized fp32 weights on `device`; the same weights for the same seed. With
+    seed None, for loading others, weights that init_weights would fill have any values; on the
+    device 'meta' they have no memory."""
     model = construct(config, seed or 0)
     if device != 'meta':
         allocate(model, device)
@@ -37,8 +35,8 @@ def construct(config: GPTConfig, seed: int, real=()) -> nn.Module:
     saved    what a checkpoint holds: the parameters, and the persistent buffers
 
     Constructors run on the CPU; their random numbers depend on the seed only. Parameters of torch's
-    layers get no memory. If a constructor goes on to change some, all is made once more, and the
-    parameters registered as number `real` get it.
+    layers get no memory at first. If a constructor changes some, the model is constructed again,
+    with memory for the parameters whose numbers, in the order of registration, are in `real`.
     """
     made = {}
 
@@ -58,7 +56,7 @@ def construct(config: GPTConfig, seed: int, real=()) -> nn.Module:
                  if not has_rule(model.get_submodule(name.rpartition('.')[0]), name, t)}
     model.saved = set(model.state_dict())
     if any(t.is_meta for t in model.own.values()):
-        # needed is also what is no longer there: others may have been derived from it
+        # parameters that are no longer there are needed, too: others may derive from them
         ruled = {id(p) for name, p in model.named_parameters() if name not in model.own}
         needed = {i for i, p in enumerate(made) if p not in ruled}
         return construct(config, seed, needed if needed - {*real} else range(len(made)))
@@ -75,8 +73,8 @@ def is_torchs(layer: nn.Module) -> bool:
 
 
 def has_rule(layer: nn.Module, name: str, t: torch.Tensor) -> bool:
-    """Whether init_weights fills a tensor of a newly made layer. A parameter whose version says
-    that it was changed after torch made it stays as it is."""
+    """Whether init_weights fills a tensor of a newly made layer. One that was changed after torch
+    made it, as its version says, stays as it is."""
     return isinstance(t, nn.Parameter) and is_torchs(layer) and t._version == 1 and (
         name in ('wte.weight', 'wpe.weight') or not isinstance(layer, nn.Embedding))
 
@@ -94,8 +92,8 @@ def allocate(model: nn.Module, device, put=torch.Tensor.copy_) -> None:
 
 
 def tie(model: nn.Module) -> None:
-    """Let parameters be shared again, such as the matrix of embedding and head, after something has
-    replaced them."""
+    """Share parameters again, such as the matrix of embedding and head, after some were replaced.
+    """
     for name, first in model.shared.items():
         owner, _, key = name.rpartition('.')
         with contextlib.suppress(AttributeError):   # one of them is in another pipeline stage
@@ -104,12 +102,11 @@ def tie(model: nn.Module) -> None:
 
 def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters by name, shared ones once, and the persistent buffers. A tied head is
-    'wte.weight', also on a pipeline stage that has only the head.
-    """
-    tied = model.config.tied
-    return {'wte.weight' if tied and name == 'lm_head.weight' else name: p
-            for name, p in model.named_parameters()} | {
-                name: b for name, b in model.named_buffers() if name in model.saved}
+    'wte.weight', also on a pipeline stage that has only the head."""
+    found = dict(model.named_parameters())
+    if model.config.tied and 'lm_head.weight' in found:
+        found['wte.weight'] = found.pop('lm_head.weight')
+    return found | {name: b for name, b in model.named_buffers() if name in model.saved}
 
 
 @torch.no_grad()
@@ -117,9 +114,9 @@ def copy_weights(source: nn.Module, target: nn.Module, put=torch.Tensor.copy_) -
     """Fill a model with the weights of another that may know fewer tokens, or more positions, or
     have another kind of head, which is then 0. put(p, values) fills a parameter.
 
-    The rows of new tokens are the mean of the others, which makes them as improbable as any: the
-    logit of a row of zeros would be 0, where GPT-2's are around -100. A buffer of another shape
-    stays; stops at another parameter of one, which has no rule.
+    The rows of new tokens are the mean of the others, so that they are no more probable than these:
+    the logit of a row of zeros would be 0, where GPT-2's are around -100. A buffer of another shape
+    stays; stops at any other parameter of another shape.
     """
     known = named_weights(source)
     new_head = target.config.n_classes != source.config.n_classes
@@ -142,7 +139,7 @@ def copy_weights(source: nn.Module, target: nn.Module, put=torch.Tensor.copy_) -
 @torch.no_grad()
 def spread_new_rows(model: nn.Module, known: int, seed: int) -> None:
     """Make the rows of tokens from number `known` on like the others: their mean, with noise of
-    their deviation. Equal ones could not be told apart where embeddings are frozen."""
+    their deviation. Equal rows would stay equal where embeddings are frozen."""
     for name, p in named_weights(model).items():
         if name in ('wte.weight', 'lm_head.weight') and len(p) > known:
             generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name} new'.encode()))

@@ -9,6 +9,7 @@ import functools
 import glob
 import gzip
 import io
+import itertools
 import os
 import re
 import sys
@@ -23,9 +24,9 @@ from core.read import tables
 from core.read.tables import JSON_LINES, REMEDY, TABLES, Bad, Record, detect, is_encoding, suffix
 
 TEXT = ('.txt', '.md', '.rst', '.py')
-# What is read in folders. A .json file, which there is mostly one of settings, has to be named.
+# What is read in folders. A .json file must be named, because most are settings.
 SUFFIXES = (*TEXT, '.html', '.htm', '.ipynb', *JSON_LINES, *TABLES, '.parquet')
-# What is no text, though some of it looks like it: by its suffix, and by its first bytes.
+# What is refused though some of it looks like text: by its suffix, and by its first bytes.
 REFUSED = ('.rtf', '.pdf', '.ps', '.doc', '.docx', '.odt', '.epub', '.pptx', '.xls', '.xlsx',
            '.zip', '.tar', '.7z', '.bz2', '.xz', '.zst', '.png', '.jpg', '.jpeg', '.gif', '.webp',
            '.mp3', '.mp4')
@@ -35,7 +36,8 @@ MADE = (('a dataset', 'meta.json', 'train-00000.bin'), ('a run', 'log.jsonl', 'm
         ('a run', 'manifest.json', 'state.json'), ('a model', 'config.json', 'model.safetensors'),
         ('a model', 'config.json', 'model.safetensors.index.json'))
 LONGEST = 1 << 22       # characters of a document in memory; a longer one comes in parts
-LONGEST_PAGE = 1 << 24  # bytes of a web page, which takes many times as much to understand
+LONGEST_PAGE = 1 << 24  # bytes of a web page, whose parser takes many times as much memory
+BLOCK = 1 << 20         # bytes of a text decoded at a time
 END = '<|endoftext|>'   # a line of it ends a document
 SEPARATOR = re.compile(r'^<\|endoftext\|>\n', re.MULTILINE)
 
@@ -66,77 +68,68 @@ def find_files(place: str, bad, without=(), made=None) -> tuple[list[Path], Coun
         if what := made_here(place):
             made[place], roots = what, []
     files, left_out, folders = [], Counter(), set()
-    for root in roots:
-        above = list(Path(root, 'x').parents)[::-1]     # the root is the last of them
+    for root in map(Path, roots):
+        above = [*list(root.parents)[::-1], root]
         if not folders.isdisjoint(above) or any(
                 is_ours(folder) for folder in above if Path(fixed) in folder.parents):
             continue    # ** matches a folder and what is in it
-        if os.path.isdir(root):
-            folders.add(Path(root))
-            below = list(walk(Path(root), bad, is_ours))
-            files += [path for path in below if suffix(path) in SUFFIXES]
+        below = list(walk(root, bad, is_ours))
+        if root.is_dir():
+            folders.add(root)
             left_out.update(suffix(path) or 'no suffix' for path in below
                             if suffix(path) not in SUFFIXES)
-        elif is_file(Path(root), bad):
-            files.append(Path(root))
+            below = [path for path in below if suffix(path) in SUFFIXES]
+        files += below
     return files, left_out
 
 
-def is_file(path: Path, bad) -> bool:
-    """Whether a path is a file, or a link that should be one; pipes and the like are told."""
-    known = os.path.isfile(path) or os.path.islink(path)
-    if not known:
-        bad(f'{path}: not a regular file; write what it gives into one')
-    return known
-
-
-def walk(folder: Path, bad, is_ours, above: tuple = ()) -> Iterator[Path]:
-    """All files below a folder, but hidden ones and what is_ours, in the order of their names;
-    links are followed, unless they lead back up: that is told to `bad`."""
-    try:
-        here = folder.stat()
-        entries = sorted(os.listdir(folder))
-    except OSError as e:
-        bad(f'{folder}: cannot be read ({e.strerror}); see to its permissions')
-        return
-    if (here.st_dev, here.st_ino) in above:
-        bad(f'{folder}: a link to a folder above it, which would never end; remove it')
-        return
-    for name in entries:
-        path = folder / name
-        if name.startswith('.'):
-            continue
-        if os.path.isdir(path):
-            if not is_ours(path):
-                yield from walk(path, bad, is_ours, (*above, (here.st_dev, here.st_ino)))
-        elif is_file(path, bad):
+def walk(path: Path, bad, is_ours, above: tuple = ()) -> Iterator[Path]:
+    """A file, or all files below a folder, except hidden ones and what is_ours, by name. Links are
+    followed, unless they lead back up: that is told to `bad`, as are pipes and the like."""
+    if not os.path.isdir(path):
+        if os.path.isfile(path) or os.path.islink(path):
             yield path
+        else:
+            bad(f'{path}: not a regular file; write what it gives into one')
+        return
+    try:
+        here = (path.stat().st_dev, path.stat().st_ino)
+        names = sorted(name for name in os.listdir(path) if not name.startswith('.'))
+    except OSError as e:
+        bad(f'{path}: cannot be read ({e.strerror}); see to its permissions')
+        return
+    if here in above:
+        bad(f'{path}: a link to a folder above it, which would never end; remove it')
+        return
+    for name in names:
+        if not (os.path.isdir(path / name) and is_ours(path / name)):
+            yield from walk(path / name, bad, is_ours, (*above, here))
 
 
 def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterator[Record]:
-    """The records of a file in order. `encoding` '' is found out, and told if it is not UTF-8;
-    `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet, or a tuple of
-    those that read_table asks for: then tables give whole rows. Raises Bad."""
-    kind, where, told = suffix(path), path, encoding
+    """The records of a file in order. `encoding` '' is detected, and printed if it is not UTF-8;
+    `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet, or a tuple as
+    read_table takes it: then tables give whole rows. Raises Bad."""
+    where, told = path, encoding
     if encoding and not is_encoding(encoding):
         raise Bad(f'{path}: encoding={encoding} is none that Python knows for text; correct it')
     reader = {'.html': read_html, '.htm': read_html, '.json': tables.read_array,
               '.ipynb': read_notebook, '.parquet': read_parquet,
               **dict.fromkeys(JSON_LINES, tables.read_lines),
-              **dict.fromkeys(TABLES, tables.read_table)}.get(kind, read_text)
+              **dict.fromkeys(TABLES, tables.read_table)}.get(suffix(path), read_text)
     try:
         with open(path, 'rb') as raw:
             f = gzip.open(raw) if path.suffix.lower() == '.gz' else raw
-            refuse(path, kind, f)
+            refuse(path, f)
             for record in reader(path, f, encoding, errors, column):
                 if not told and record.encoding not in ('utf-8', 'utf-8-sig'):
                     told = record.encoding
                     if os.environ.get('RANK', '0') == '0':
                         tqdm.write(f'{path}: not UTF-8, read as {told}', file=sys.stderr)
-                where, kind, data = record.where, record.kind, record.data
-                if kind == 'row' and isinstance(column, str):
-                    kind, data = 'text', data[column.strip().lower()]
-                yield record._replace(kind=kind, data=data, end=record.end or raw.tell())
+                where = record.where
+                if record.kind == 'row' and isinstance(column, str):
+                    record = record._replace(kind='text', data=record.data[column.strip().lower()])
+                yield record._replace(end=record.end or raw.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise Bad(f'{path}: a damaged or truncated gzip file, after {where} ({e}); get it '
                   'again') from e
@@ -147,14 +140,14 @@ def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterato
                   'to read it') from e
 
 
-def refuse(path, kind: str, f) -> None:
+def refuse(path, f) -> None:
     """Raise Bad for a file that would give its syntax instead of its text."""
-    head = f.read(8)
+    head, what = f.read(8), f'a {suffix(path)} file' if suffix(path) in REFUSED else ''
     f.seek(0)
-    what = [name for mark, name in SIGNATURES.items() if head.startswith(mark)] or [
-        f'a {kind} file' for suffix in REFUSED if kind == suffix]
+    for mark, name in SIGNATURES.items():
+        what = name if head.startswith(mark) else what
     if what:
-        raise Bad(f'{path}: is {what[0]}, which is not read; save its text as .txt')
+        raise Bad(f'{path}: is {what}, which is not read; save its text as .txt')
 
 
 def read_text(path, f, encoding, errors, column) -> Iterator[Record]:
@@ -162,9 +155,10 @@ def read_text(path, f, encoding, errors, column) -> Iterator[Record]:
     head = f.read(1 << 24)
     encoding = encoding or detect(path, head)
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(errors), True)
-    text, block, offset, continued = '', head[:1 << 20], 0, False
-    head = memoryview(head)[1 << 20:]
-    while True:
+    blocks = itertools.chain((head[i:i + BLOCK] for i in range(0, len(head), BLOCK)),
+                             iter(lambda: f.read(BLOCK), b''), [b''])
+    text, offset, continued = '', 0, False
+    for block in blocks:
         try:
             text += decoder.decode(block, final=not block)
             text = text if offset else text.removeprefix('\ufeff')
@@ -181,15 +175,11 @@ def read_text(path, f, encoding, errors, column) -> Iterator[Record]:
             continued = False
         rest = yield from parts(text, not block, str(path), encoding, continued)
         text, continued = rest, continued or len(rest) < len(text)
-        if not block:
-            return
-        block, head = bytes(head[:1 << 20]), head[1 << 20:]
-        block = block or f.read(1 << 20)
 
 
 def parts(text: str, whole: bool, where: str, encoding: str, continued: bool):
-    """Records of a text, none longer than LONGEST; if it is not the whole document yet, returns the
-    rest, which more will follow."""
+    """Records of a text, none longer than LONGEST; unless it is the `whole` document, returns the
+    rest, to which more will be added."""
     while len(text) > LONGEST or whole and text:
         cut = min(len(text), LONGEST)
         if cut < len(text):     # between two words if there are any
@@ -204,13 +194,12 @@ def read_html(path, f, encoding, errors, column) -> Iterator[Record]:
     page = f.read(LONGEST_PAGE + 1)
     if len(page) > LONGEST_PAGE:
         raise Bad(f'{path}: a web page of more than {LONGEST_PAGE >> 20} MiB; give its text')
-    # a page states its encoding itself
+    # without `encoding` the parser finds the one that the page states
     yield Record(str(path), page.decode(encoding, errors) if encoding else page, 'html')
 
 
 def read_notebook(path, f, encoding, errors, column) -> Iterator[Record]:
-    """The cells of a Jupyter notebook, text and code in their order; what code printed is left out.
-    """
+    """The text and code cells of a Jupyter notebook in their order, without outputs."""
     text, encoding = tables.open_text(path, f, encoding, errors)
     found = Record(str(path), text.read().removeprefix('\ufeff'), 'json', encoding)
     try:

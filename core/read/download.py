@@ -75,6 +75,10 @@ class NoNetwork(Exception):
     """The file is not on this machine and could not be reached; the message says what was tried."""
 
 
+class TryAgain(Exception):
+    """An answer that may be another one a moment later."""
+
+
 def fetch(name: str, url: str, folder, sha256: str = '', *, size: int = 0,
           headers: dict | None = None, optional: bool = False, mirrored: bool = True,
           any_kind: bool = False) -> Path | None:
@@ -107,7 +111,7 @@ def fetch(name: str, url: str, folder, sha256: str = '', *, size: int = 0,
                 content_type = download(url, part, size, headers=headers, optional=optional)
                 if content_type is None:
                     return None
-                verify(part, sha256 or first, size, delete=True, shown=url)
+                verify(part, sha256 or first, size, url)
                 kind = kind_of(part, content_type) if any_kind else ''
                 path = record.with_name(Path(name).name.removesuffix(kind) + kind)
                 record.write_text(f'{file_hash(part)}  {path.name}\n')  # as sha256sum -c has it
@@ -125,21 +129,19 @@ def file_hash(path) -> str:
     return digest.hexdigest()
 
 
-def verify(path: Path, sha256: str, size: int, delete: bool = False, shown: str = '') -> Path:
-    """`path`, if its size and hash are as given ('' and 0: any); otherwise stops, naming it."""
-    found_size = path.stat().st_size
-    wrong = ''
+def verify(path: Path, sha256: str, size: int, url: str = '') -> Path:
+    """`path`, if its size and hash are as given ('' and 0: any). Otherwise stops, and deletes it if
+    it has just come from `url`."""
+    wrong, found_size = '', path.stat().st_size
     if size and found_size != size:
         wrong = f'{found_size:,} bytes, should be {size:,}'
     elif sha256 and (found := file_hash(path)) != sha256:
         wrong = f'sha256 is {found}, should be {sha256}'
-    if wrong:
-        if delete:
-            path.unlink()
-        stop(f'{shown or path}: {wrong}; '
-             + ('nothing was kept: try again later, or, if the file may have changed since it was '
-                'first downloaded, delete its .sha256' if delete else 'delete it and try again'))
-    return path
+    if wrong and url:
+        path.unlink()
+        stop(f'{url}: {wrong}; nothing was kept: try again later, or, if the file may have changed '
+             'since it was first downloaded, delete its .sha256')
+    return stop(f'{path}: {wrong}; delete it and try again') if wrong else path
 
 
 def download(url: str, part: Path, size: int = 0, *, attempts: int = 4, timeout=(10, 60),
@@ -161,60 +163,55 @@ def download(url: str, part: Path, size: int = 0, *, attempts: int = 4, timeout=
                 asked |= {'Range': f'bytes={done}-', 'If-Range': validator_file.read_text()}
             with requests.get(url, headers=asked, stream=True, timeout=timeout) as answer:
                 reached = True
-                if answer.status_code == 416:  # the part is longer than the file now is
-                    part.unlink(missing_ok=True)
-                    problem = 'HTTP status 416'
-                    continue
-                if answer.status_code >= 500 or answer.status_code in (408, 429):
-                    problem = f'HTTP status {answer.status_code}'
-                    continue
                 if optional and answer.status_code == 404:
                     return None
-                if answer.status_code not in (200, 206):
-                    stop(f'{url}: HTTP status {answer.status_code} {answer.reason}; '
-                         'check the address, or put the file into DATA_MIRROR')
-                start = done if answer.status_code == 206 else 0
-                given = answer.headers.get('Content-Range', '')
-                if start and not given.startswith(f'bytes {start}-'):
-                    part.unlink()
-                    problem = 'the server continued at the wrong byte'
-                    continue
-                length = answer.headers.get('Content-Length')   # of the file, unless that is packed
-                total = start + int(length) if length and not answer.headers.get(
-                    'Content-Encoding') else size
-                if validator := answer.headers.get('ETag', answer.headers.get('Last-Modified')):
-                    validator_file.write_text(validator)
-                write_body(answer, part, start, total, url)
+                receive(answer, part, done, size, url)
+            validator_file.unlink(missing_ok=True)
+            return answer.headers.get('Content-Type', '')
+        except TryAgain as e:
+            problem = str(e)
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout,
                 requests.exceptions.ChunkedEncodingError) as e:
             problem = type(e).__name__
-            continue
         except OSError as e:  # of requests or of the file system
             stop(f'{url}: {e}; check the address, or put the file into DATA_MIRROR')
-        if not total or part.stat().st_size == total:
-            validator_file.unlink(missing_ok=True)
-            return answer.headers.get('Content-Type', '')
-        problem = f'the body ended after {part.stat().st_size:,} of {total:,} bytes'
     if not reached:
         raise NoNetwork(f'{url} cannot be reached ({problem})')
     return stop(f'{url}: {problem}, after {attempts} tries; run the same command again to go '
                 'on, or put the file into DATA_MIRROR')
 
 
-def write_body(answer, part: Path, start: int, total: int, url: str) -> None:
-    """Append the body of an HTTP answer to `part` from byte `start` on, with a progress bar. Stops
-    at a web page if the name says that it is to be something else."""
-    name = part.name.removesuffix('.part')
+def receive(answer, part: Path, done: int, size: int, url: str) -> None:
+    """Write the body of an HTTP answer to `part`, of which `done` bytes are there already, with a
+    progress bar. Raises TryAgain at a failure that may pass; stops at others, and at a web page if
+    the name says that it is to be something else."""
+    code, given = answer.status_code, answer.headers.get('Content-Range', '')
+    start = done if code == 206 else 0
+    if code == 416 or start and not given.startswith(f'bytes {start}-'):
+        part.unlink(missing_ok=True)    # it is longer than the file now is, or would get a gap
+        raise TryAgain('HTTP status 416' if code == 416 else
+                       'the server continued at the wrong byte')
+    if code >= 500 or code in (408, 429):
+        raise TryAgain(f'HTTP status {code}')
+    remedy = 'check the address, or put the file into DATA_MIRROR'
+    if code not in (200, 206):
+        stop(f'{url}: HTTP status {code} {answer.reason}; {remedy}')
+    packed, length = (answer.headers.get(f'Content-{x}') for x in ('Encoding', 'Length'))
+    total = start + int(length) if length and not packed else size
+    name, validator_file = part.name.removesuffix('.part'), part.with_name(part.name + '.etag')
+    if validator := answer.headers.get('ETag', answer.headers.get('Last-Modified')):
+        validator_file.write_text(validator)
     with (open(part, 'ab' if start else 'wb') as f,
           tqdm(total=total or None, initial=start, unit='B', unit_scale=True, desc=name) as bar):
         for block in answer.iter_content(1 << 16):
-            head = block[:200].lstrip().lower()
-            if start == 0 and f.tell() == 0 and head.startswith((b'<!doctype html', b'<html')) \
-                    and Path(name).suffix not in ('', '.html', '.htm'):
+            if f.tell() == 0 and Path(name).suffix not in ('', '.html', '.htm') and \
+                    block[:200].lstrip().lower().startswith((b'<!doctype html', b'<html')):
                 bar.close()
-                for file in (part, part.with_name(part.name + '.etag')):
+                for file in (part, validator_file):
                     file.unlink(missing_ok=True)
                 stop(f'{url}: the server sent an HTML page instead of {name} (an error or login '
-                     'page?); check the address, or put the file into DATA_MIRROR')
+                     f'page?); {remedy}')
             f.write(block)
             bar.update(len(block))
+    if total and part.stat().st_size != total:
+        raise TryAgain(f'the body ended after {part.stat().st_size:,} of {total:,} bytes')

@@ -45,7 +45,7 @@ def functions() -> Iterator[Function]:
         except (UnicodeDecodeError, SyntaxError):
             continue    # a few are in other encodings, or templates
         package = path.relative_to(library).parts[0].removesuffix('.py')
-        lines = text.split('\n')     # as ast counts them; str.splitlines knows others, too
+        lines = text.split('\n')    # the lines of ast; str.splitlines splits elsewhere, too
         for node in ast.walk(tree):
             found = isinstance(node, ast.FunctionDef) and function(node, lines)
             if found and found[2] not in seen:
@@ -54,7 +54,8 @@ def functions() -> Iterator[Function]:
 
 
 def function(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str, str] | None:
-    """(header, first paragraph of the docstring, source without it); None if that is no example."""
+    """(header, first paragraph of the docstring, source without it); None if unfit as an example.
+    """
     docstring = ast.get_docstring(node)
     if not docstring or len(node.body) < 2:
         return None
@@ -62,12 +63,11 @@ def function(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str, str] | 
     header, body = lines[node.lineno - 1:first.lineno - 1], lines[first.end_lineno:node.end_lineno]
     if any(line[:node.col_offset].strip() for line in (*header, *body)):
         return None     # text that is less indented would be cut
-    dedent = lambda part: '\n'.join(line[node.col_offset:] for line in part).strip('\n')
-    source = f'{dedent(header)}\n{dedent(body)}'
-    about = ' '.join(docstring.split('\n\n')[0].split())
-    if len(source) > LONGEST or not about or not dedent(header).endswith(':'):
-        return None
-    return dedent(header), about, source
+    header, body = ('\n'.join(line[node.col_offset:] for line in part).strip('\n')
+                    for part in (header, body))
+    about, source = ' '.join(docstring.split('\n\n')[0].split()), f'{header}\n{body}'
+    fit = len(source) <= LONGEST and about and header.endswith(':')
+    return (header, about, source) if fit else None
 
 
 def question(found: Function) -> str:
@@ -103,10 +103,8 @@ SWAPS = {'==': '!=', '!=': '==', '<': '>', '>': '<', '+': '-', '-': '+', '*': '/
 
 
 def corrupt(source: str) -> str:
-    """The source with about one word in six exchanged: for another of it, or for its opposite.
-
-    What is exchanged depends on the source alone.
-    """
+    """The source with about one word in six exchanged for another of it, or for its opposite; a
+    function of the source alone."""
     header, _, body = source.partition('\n')
     words = re.split(r'(#.*|\w+|==|!=|[<>+*-])', body)
     names = sorted({word for word in words if re.fullmatch(r'[a-zA-Z_]\w+', word)})

@@ -1,8 +1,8 @@
 """JSON lines, JSON arrays, CSV and TSV -> rows, in any encoding: one reader for all stages.
 
 core/read/documents.py makes documents for pretraining of the rows, core/data/records.py chats,
-preferences and labelled texts. A row that is no good is a record that says so, and the rows after
-it are still read; where nothing after it can be read, Bad is raised.
+preferences and labelled texts. A bad row becomes a record that says what is wrong, and the rows
+after it are still read; where these cannot be read, Bad is raised.
 """
 import codecs
 import csv
@@ -20,8 +20,8 @@ JSON_LINES, TABLES = ('.jsonl', '.ndjson', '.jsonlines'), ('.csv', '.tsv')
 LONGEST_LINE = 1 << 26      # characters of a JSON line, or of a line in a table
 REMEDY = ('convert it to UTF-8, or (prepare.py) state its --encoding, or put U+FFFD there with '
           '--errors=replace')
-# What text may be that is not UTF-8 and does not say what it is. Neighbours of these (Latin-2, say)
-# cannot be told from them, and have to be stated.
+# The encodings to choose from for text that is not UTF-8 and states none. Similar ones (Latin-2,
+# say) cannot be told from these, and have to be stated.
 GUESSED = ('cp1252', 'cp1251', 'koi8_r', 'cp1253', 'cp1255', 'cp1256', 'cp932', 'euc_jp', 'gb18030',
            'big5', 'cp949')
 MARKS = ((codecs.BOM_UTF8, 'utf-8-sig'), (codecs.BOM_UTF32_LE, 'utf-32'),
@@ -82,26 +82,22 @@ def detect(path, head: bytes) -> str:
     stated = re.search(rb'^Character set encoding: *([\w-]+)', head[:5000], re.MULTILINE)
     if stated and is_encoding(stated[1].decode()):
         return codecs.lookup(stated[1].decode()).name
-    odd, n = [], 0      # lines, since a part of one might begin or end within a character
+    odd = b''           # whole lines, since a part might begin or end within a character
     for line in head.splitlines():
-        if not line.isascii() and n < 1 << 16:
-            odd.append(line)
-            n += len(line)
-    odd = b'\n'.join(odd)
+        if not line.isascii() and len(odd) < 1 << 16:
+            odd += line + b'\n'
     western = sum(byte > 127 for byte in odd) < 0.4 * len(odd)      # few letters with accents
-    names = ('cp1252',) if western else GUESSED
-    found = charset_normalizer.from_bytes(odd, cp_isolation=list(names)).best()
+    names = ['cp1252'] if western else [*GUESSED]
+    found = charset_normalizer.from_bytes(odd, cp_isolation=names).best()
     if not found:
         raise Bad(f'{path}: neither UTF-8 nor any other encoding that could be told; {REMEDY}')
     return found.encoding
 
 
 def open_text(path, f, encoding: str, errors: str) -> tuple[io.TextIOWrapper, str]:
-    """A binary file as text with its line ends, and its encoding, which is found out if it is ''.
-
-    With errors='strict' a byte that is not of the encoding becomes a lone surrogate (PEP 383), so
-    that only the row with it is lost: see `check`.
-    """
+    """A binary file as text with its line ends, and its encoding, which is detected if it is ''.
+    With errors='strict' an invalid byte becomes a lone surrogate (PEP 383), so that only the row
+    with it is lost: see `check`."""
     encoding = encoding or detect(path, f.read(1 << 24))
     f.seek(0)
     errors = 'surrogateescape' if errors == 'strict' else errors
@@ -109,7 +105,7 @@ def open_text(path, f, encoding: str, errors: str) -> tuple[io.TextIOWrapper, st
 
 
 def check(record: Record, text: str) -> None:
-    """Raise Bad if a byte of what open_text gave for a record was not of the file's encoding."""
+    """Raise Bad if the text that open_text gave for a record has a byte that was invalid."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -118,8 +114,8 @@ def check(record: Record, text: str) -> None:
 
 
 def lines_of(text) -> Iterator[str]:
-    """The lines of a text with their ends, without its byte order mark. In the place of one that is
-    too long stand LONGEST_LINE characters without an end."""
+    """The lines of a text with their ends, without its byte order mark. A line that is too long is
+    replaced by LONGEST_LINE characters without an end."""
     mark = '\ufeff'
     while line := text.readline(LONGEST_LINE):
         more = line
@@ -141,7 +137,7 @@ def read_lines(path, f, encoding: str, errors: str, column) -> Iterator[Record]:
 
 
 def read_array(path, f, encoding: str, errors: str, column) -> Iterator[Record]:
-    """The elements of a JSON array, which is in memory as a whole, with the lines where they begin.
+    """The elements of a JSON array, which is in memory as a whole, and the lines where they begin.
     """
     stream, encoding = open_text(path, f, encoding, errors)
     text = stream.read().removeprefix('\ufeff')
@@ -180,16 +176,15 @@ def parse_json(record: Record):
 
 
 def read_table(path, f, encoding: str, errors: str, columns) -> Iterator[Record]:
-    """The rows of a CSV or TSV file (which knows no quotes) as {name in lower case: value}.
+    """The rows of a CSV or TSV file (TSV has no quotes) as {name in lower case: value}.
 
-    The first line names the columns, in any order. Those that must be there are `columns`: a name,
-    or for each a tuple of its names. Only a table of two columns, label and text, may lack it.
+    The first line names the columns, in any order; only a table of a label and a text may lack it.
+    `columns` must be there: a name, or for each column a tuple of its possible names.
     """
     columns = columns if isinstance(columns, tuple) else ((columns.strip().lower(),),)
     text, encoding = open_text(path, f, encoding, errors)
     rows = csv_rows(path, lines_of(text), encoding)
-    first = next(rows, None)
-    if not first:
+    if not (first := next(rows, None)):
         return
     if first.kind == 'bad':
         raise Bad(first.data)
@@ -205,12 +200,14 @@ def read_table(path, f, encoding: str, errors: str, columns) -> Iterator[Record]
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise Bad(f'{path}:1: the column {twice[0]!r} is there twice; rename one')
     for row in rows:
-        if row.kind == 'row' and len(row.data) != len(names):
+        if row.kind == 'bad':
+            yield row
+        elif len(row.data) == len(names):
+            yield row._replace(data=dict(zip(names, row.data)))
+        else:
             yield bad_record(row.where, f'{len(row.data)} columns, not {len(names)} '
                              f'({", ".join(names)[:200]}); correct the row (in a .csv file a text '
                              'with commas stands in quotes)')
-        else:
-            yield row if row.kind == 'bad' else row._replace(data=dict(zip(names, row.data)))
 
 
 def csv_rows(path, lines: Iterator[str], encoding: str) -> Iterator[Record]:
@@ -221,10 +218,10 @@ def csv_rows(path, lines: Iterator[str], encoding: str) -> Iterator[Record]:
     while True:
         where = f'{path}:{rows.line_num + 1}'
         try:
-            row = Record('', next(rows), 'row', encoding)
-            row = row._replace(where=f'{path}:{rows.line_num}')
-            check(row, ''.join(row.data))
-            if row.data:
+            data = next(rows)
+            row = Record(f'{path}:{rows.line_num}', data, 'row', encoding)
+            check(row, ''.join(data))
+            if data:
                 yield row
         except StopIteration:
             return

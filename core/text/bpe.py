@@ -13,20 +13,16 @@ from core.device import cpu_count
 from core.workers import ordered_map
 
 SHARE = 1 << 22         # characters that a process counts at a time
-MOST_PIECES = 500_000   # kept in memory; above, those that came only once are forgotten
+MOST_PIECES = 500_000   # in memory; beyond, pieces that came only once are dropped
 OUTSIDE, GONE = -1, -2  # ids of the positions between two pieces, and of merged seconds
 
 
 def blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
     """Parts of about `size` characters, each ending with a letter before a space and a letter.
-
     No piece of tokenizer.PATTERNS crosses such a place: the parts encode to the ids of the whole.
     """
-    begin = 0
-    while len(text) - begin > size:
-        found = re.compile(r'(?<=[^\W\d_]) (?=[^\W\d_])').search(text, begin + size)
-        if not found:
-            break
+    begin, gap = 0, re.compile(r'(?<=[^\W\d_]) (?=[^\W\d_])')
+    while len(text) - begin > size and (found := gap.search(text, begin + size)):
         yield text[begin:found.start()]
         begin = found.start()
     yield text[begin:]
@@ -34,13 +30,12 @@ def blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
 
 def count_pieces(texts: Iterable[str], pattern: str, workers: int = 0) -> Counter:
     """How often each piece occurs in the texts; counted by `workers` processes (0: all cores)."""
-    shares = shares_of(texts)
+    shares, counts = shares_of(texts), Counter()
     first = next(shares, [])
     large = sum(map(len, first)) >= SHARE
-    if not workers:     # more than one pay from some megabytes on
+    if not workers:     # starting several takes longer than counting a few megabytes
         workers = cpu_count() if large else 1
     shares = tqdm(itertools.chain([first], shares), desc='counting', leave=False, disable=not large)
-    counts = Counter()
     for found in ordered_map(count_share, shares, workers, pattern):
         counts.update(found)
         if len(counts) > MOST_PIECES:   # as in Chinese, where few pieces come twice
@@ -73,11 +68,10 @@ def learn_merges(pieces: dict[str, int], n_tokens: int) -> list[bytes]:
     pieces: how often each occurs. Stops early when no pair occurs twice. Among equally frequent
     pairs the one with the lowest ids comes first, so the result is a function of the counts.
 
-    All distinct pieces lie in one array of ids, each with its neighbours' positions. For each pair
-    the positions where it began when it came up are kept. A pair contains the newest token of its
-    time, so all its places come up in one merge, and later merges only take places away: counts
-    never rise. So a heap with counts that may be too high is enough: a pair that comes to its top
-    is counted anew, and put back if it has become less frequent.
+    All distinct pieces lie in one array of ids, with the positions of their neighbours. A new pair
+    contains the newest token, so one merge creates all its places, and later merges only take some
+    away. Counts thus never rise, and a heap with counts that may be too high is enough: the pair at
+    its top is counted again, and put back if it has become less frequent.
     """
     ids, weight = lay_out(pieces)
     after = np.arange(1, len(ids) + 1, dtype=np.int32)      # position of the right neighbour
@@ -140,8 +134,8 @@ def lay_out(pieces: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def every_second(first: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Of pairs of one token with itself those that can be merged: in a row of them every second,
-    from the left."""
+    """The pairs of one token with itself that can be merged: every second of a row, from the left.
+    """
     index = np.arange(len(first))
     begins = np.concatenate([[True], first[1:] != after[first[:-1]]])
     return first[(index - np.maximum.accumulate(index * begins)) % 2 == 0]

@@ -41,8 +41,8 @@ def read_json(path: Path) -> dict:
 
 
 def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens whose union is `token`, as merging its bytes in the order of ranks gives them;
-    None if that gives more than two."""
+    """The two tokens that merging the bytes of `token` in the order of ranks ends with; None if it
+    ends with more than two."""
     parts, limit = [bytes([b]) for b in token], ranks[token]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:])]
@@ -56,7 +56,7 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | Non
 
 def merges_of(tokenizer: BPETokenizer) -> list[tuple[bytes, bytes]]:
     """The merge that makes each token of more than one byte, in the order of their ids; None for
-    a token that only a piece as a whole can be."""
+    a token that no merge makes, only a piece as a whole."""
     ranks = {token: i for i, token in enumerate(tokenizer.ordinary)}
     return [merge_of(token, ranks) for token in tokenizer.ordinary if len(token) > 1]
 
@@ -66,15 +66,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     split = lambda pattern: {'type': 'Split', 'pattern': {'Regex': pattern},
                              'behavior': 'Isolated', 'invert': False}
     merges, splits, decoder, written = [], [{**BYTE_LEVEL}], {**BYTE_LEVEL}, ()
+    tokens = map(printable, tokenizer.ordinary)
     if isinstance(tokenizer, CharTokenizer):
-        vocab = {char: i for i, char in enumerate(tokenizer.chars)}
-        splits, decoder = [split(ANY_CHARACTER)], {'type': 'Fuse'}
-    else:
-        vocab = {printable(token): tokenizer.first + i
-                 for i, token in enumerate(tokenizer.ordinary)}
-    if isinstance(tokenizer, BPETokenizer):
+        tokens, splits, decoder = tokenizer.chars, [split(ANY_CHARACTER)], {'type': 'Fuse'}
+    elif isinstance(tokenizer, BPETokenizer):
         merges, written = merges_of(tokenizer), tokenizer.written
         splits = [split(tokenizer.pattern), {**BYTE_LEVEL}]
+    vocab = {token: tokenizer.first + i for i, token in enumerate(tokens)}
     normalize = getattr(tokenizer, 'normalize', '') or tokenizer.corpus_normalize
     return {
         'version': '1.0', 'truncation': None, 'padding': None,
@@ -95,9 +93,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 def begin_with(tokenizer: Tokenizer) -> dict:
     """The post-processor that puts bos before every text."""
     bos = next(name for name, i in tokenizer.special.items() if i == tokenizer.bos)
-    special, text = {'SpecialToken': {'id': bos, 'type_id': 0}}, {'Sequence': {'id': 'A',
-                                                                             'type_id': 0}}
-    other = {'Sequence': {'id': 'B', 'type_id': 1}}
+    special = {'SpecialToken': {'id': bos, 'type_id': 0}}
+    text, other = ({'Sequence': {'id': name, 'type_id': i}} for i, name in enumerate('AB'))
     return {'type': 'TemplateProcessing', 'single': [special, text],
             'pair': [special, text, special, other],
             'special_tokens': {bos: {'id': bos, 'ids': [tokenizer.bos], 'tokens': [bos]}}}
@@ -152,13 +149,17 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
         raise NotSupported(f'its normalizer is {normalizer!r:.80}')
     normalizer = '' if ours else normalizer
     if pattern in (ANY_CHARACTER, NO_SPLIT):
-        plain = not (model['merges'] or normalizer or in_front or first)
-        if plain and pattern == ANY_CHARACTER and all(len(token) == 1 for token in ordinary):
-            return with_special(CharTokenizer(''.join(ordinary)), special)
-        if plain and pattern == NO_SPLIT and \
-                list(map(unprintable, ordinary)) == ByteTokenizer.BYTES:
-            return with_special(ByteTokenizer(), special)
-        raise NotSupported('it has no pattern that splits text')
+        tokenizer = None
+        if pattern == ANY_CHARACTER and all(len(token) == 1 for token in ordinary):
+            tokenizer = CharTokenizer(''.join(ordinary))
+        elif pattern == NO_SPLIT and list(map(unprintable, ordinary)) == ByteTokenizer.BYTES:
+            tokenizer = ByteTokenizer()
+        if not tokenizer or model['merges'] or normalizer or in_front or first:
+            raise NotSupported('it has no pattern that splits text')
+        if tokenizer.special != special:
+            raise NotSupported(f'its special tokens {str(special)[:200]} are not '
+                               f'{tokenizer.special}')
+        return tokenizer
     check_merges(model['merges'], ordinary, bool(model.get('ignore_merges')))
     bos, eos = bos_and_eos(folder, special)
     tokenizer = BPETokenizer(pattern, ordinary, special, bos=in_front or bos, eos=eos,
@@ -170,32 +171,23 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def with_special(tokenizer: Tokenizer, special: dict[str, int]) -> Tokenizer:
-    """The tokenizer, if its special tokens are these."""
-    if tokenizer.special != special:
-        raise NotSupported(f'its special tokens {str(special)[:200]} are not {tokenizer.special}')
-    return tokenizer
-
-
 def split_pattern(part: dict) -> str:
     """The pattern by which a pre_tokenizer splits text. Raises NotSupported for other kinds."""
     parts = part['pretokenizers'] if part['type'] == 'Sequence' else [part]
     kinds, before, last = [part['type'] for part in parts], parts[0], parts[-1]
     byte_level = last['type'] == 'ByteLevel' and not last['add_prefix_space']
-    own_regex = last.get('use_regex', True)     # GPT-2's, of a ByteLevel
+    own_regex = last.get('use_regex', True)     # a ByteLevel splits by GPT-2's pattern
     if byte_level and kinds == ['ByteLevel']:
         return PATTERNS['gpt2'] if own_regex else NO_SPLIT
-    if byte_level and kinds == ['Digits', 'ByteLevel'] and before['individual_digits'] and \
-            own_regex:
+    if byte_level and own_regex and kinds == ['Digits', 'ByteLevel'] and \
+            before['individual_digits']:
         return EACH_DIGIT
-    isolates = before['type'] == 'Split' and before['behavior'] == 'Isolated' and \
-        not before.get('invert') and 'Regex' in before['pattern']
-    pattern = before['pattern']['Regex'] if isolates else ''
-    if kinds == ['Split'] and pattern == ANY_CHARACTER:
-        return pattern
-    if byte_level and kinds == ['Split', 'ByteLevel'] and not own_regex and \
-            pattern not in ('', ANY_CHARACTER):
-        return pattern
+    if before['type'] == 'Split' and before['behavior'] == 'Isolated' and \
+            not before.get('invert') and 'Regex' in before['pattern']:
+        pattern = before['pattern']['Regex']
+        if kinds == ['Split'] and pattern == ANY_CHARACTER or byte_level and not own_regex and \
+                kinds == ['Split', 'ByteLevel'] and pattern not in ('', ANY_CHARACTER):
+            return pattern
     raise NotSupported(f'its pre_tokenizer is {json.dumps(part)[:200]}')
 
 

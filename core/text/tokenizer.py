@@ -9,8 +9,8 @@ Every tokenizer has
     bos, eos                ids that begin (None: nothing does) and end a text
     save(path)              one JSON file; `load(path)` reads any kind
 
-A model may have more ids than its tokenizer has tokens (vocabularies are padded for speed): whoever
-samples must mask ids from `len(tokenizer)` on.
+A model may have more ids than its tokenizer has tokens, because vocabularies are padded for speed:
+sampling must mask ids from `len(tokenizer)` on.
 """
 import codecs
 import hashlib
@@ -66,7 +66,7 @@ class Tokenizer:
         taken = set(self.special.values())
         if len(taken) < len(self.special) or taken & {*range(first, end)} or min(taken) < 0:
             raise ValueError('two tokens with one id, or an id below 0')
-        if max(*taken, first) > len(ordinary) + 100_000:
+        if max(*taken, first) > len(ordinary) + 100_000:    # which would need as much memory
             raise ValueError(f'token id {max(*taken, first)} is far beyond the others')
         self.tokens = [b''] * (max(*taken, end - 1) + 1)
         self.tokens[first:end] = ordinary
@@ -80,7 +80,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def as_corpus(self, text: str) -> str:
-        """A text that a user gives, made as prepare.py made the one that was learnt from."""
+        """A text from a user, normalized as prepare.py normalized the training text."""
         return normalize(text, self.corpus_normalize)
 
     def blocks(self, text: str) -> list[str]:
@@ -96,8 +96,8 @@ class Tokenizer:
         return b''.join(self.tokens[i] for i in ids).decode('utf-8', errors='replace')
 
     def stream(self):
-        """A function id -> text for tokens that come one at a time; it keeps the bytes of an
-        unfinished character back until the rest has come."""
+        """A function id -> text for tokens that come one at a time; the bytes of an unfinished
+        character wait for the rest of it."""
         decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
         return lambda i: decoder.decode(self.tokens[i])
 
@@ -122,7 +122,7 @@ class Tokenizer:
         return {self.eos, *(self.special[name] for name in CHAT)}
 
     def unknown(self, text: str) -> str:
-        """What of a text cannot be encoded, and what to do; '' if all can."""
+        """What of a text cannot be encoded, and the remedy; '' if all can."""
         return ''
 
     def knows_chat(self) -> bool:
@@ -140,28 +140,27 @@ class Tokenizer:
         """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML); bos before
         them where the model is used to it. With `reply` they end where the assistant begins.
 
-        messages are {'role': 'system', 'user' or 'assistant', 'content': text}; a special token in
-        a content stays text, so nobody can write himself another role. Raises ValueError for
-        another role.
+        messages are {'role': 'system', 'user' or 'assistant', 'content': text}; raises ValueError
+        for another role. A special token in a content stays text, so it cannot change the role.
         """
         turns = [ids for ids, _ in self.encode_turns(messages)]
         return sum(turns, []) + [self.special['<|assistant|>']] * reply
 
     def encode_turns(self, messages: list[dict]) -> Iterator[tuple[list[int], list[bool]]]:
         """For each message its ids in a conversation, and which of them the assistant says: its
-        content and the end token, not that of its role."""
+        content and the end token, not the token of its role."""
         self.check_chat()
-        start = [self.bos] if self.add_bos else []
-        for message in messages:
-            if message['role'] not in ROLES:
-                raise ValueError(f'role {message["role"]!r}: must be one of {", ".join(ROLES)}')
-            ids = [*self.encode(self.as_corpus(message['content'])), self.special['<|end|>']]
-            before = [*start, self.special[f'<|{message["role"]}|>']]
-            said, start = message['role'] == 'assistant', []
-            yield before + ids, [False] * len(before) + [said] * len(ids)
+        before = [self.bos] if self.add_bos else []
+        for role, content in ((message['role'], message['content']) for message in messages):
+            if role not in ROLES:
+                raise ValueError(f'role {role!r}: must be one of {", ".join(ROLES)}')
+            ids = [*self.encode(self.as_corpus(content)), self.special['<|end|>']]
+            before.append(self.special[f'<|{role}|>'])
+            yield before + ids, [False] * len(before) + [role == 'assistant'] * len(ids)
+            before = []
 
     def state(self) -> dict:
-        """What the kind needs beyond its name to be rebuilt, as JSON."""
+        """The arguments by which the constructor of its kind makes it again, but for `special`."""
         return {}
 
     def to_json(self, **more) -> str:
@@ -198,11 +197,12 @@ class CharTokenizer(Tokenizer):
             stop(self.unknown(text))
 
     def unknown(self, text: str) -> str:
-        at = next((i for i, c in enumerate(text) if c not in self._id), None)
-        return '' if at is None else (
-            f'character {text[at]!r} (U+{ord(text[at]):04X}) at offset {at} is not among the '
-            f"{len(self.chars)} characters that the tokenizer knows; remove it, or use tokenizer "
-            "'byte', which knows all text")
+        for at, c in enumerate(text):
+            if c not in self._id:
+                return (f'character {c!r} (U+{ord(c):04X}) at offset {at} is not among the '
+                        f'{len(self.chars)} characters that the tokenizer knows; remove it, or use '
+                        "tokenizer 'byte', which knows all text")
+        return ''
 
     def state(self) -> dict:
         return {'chars': self.chars}
@@ -227,10 +227,9 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019, section 2.2).
 
-    A text is split into pieces by `pattern`; within a piece, the adjacent pair of tokens whose
-    union has the lowest id is merged, until none has one: ids are ranks. tiktoken does the work.
-    `bos` and `eos` are names of special tokens ('': there is none), `written` the names of those
-    that text may spell, as <think> in Qwen3.
+    `pattern` splits a text into pieces; within a piece, the adjacent pair of tokens whose union has
+    the lowest id is merged, until no union has an id. tiktoken does the work. `bos` and `eos` are
+    names of special tokens ('': none), `written` those that text may spell, as <think> in Qwen3.
     """
     kind = 'bpe'
 
@@ -304,8 +303,8 @@ class BPETokenizer(Tokenizer):
 
 # Bytes as printable characters, GPT-2's way: most stand for themselves, the others from U+0100 on.
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_TO_CHAR = {**{b: chr(b) for b in PLAIN},
-                **{b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}}
+OTHERS = sorted({*range(256)} - {*PLAIN})
+BYTE_TO_CHAR = {b: chr(b) for b in PLAIN} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
@@ -320,8 +319,8 @@ def unprintable(text: str) -> bytes:
 
 
 def gpt2(downloads) -> BPETokenizer:
-    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all. The ids
-    are in the order of the merges, so OpenAI's vocab.bpe, which lists these, is not needed."""
+    """GPT-2's tokenizer with the chat tokens behind <|endoftext|>: 50,261 tokens in all. OpenAI's
+    vocab.bpe is not needed: it lists the merges, and the ids are in their order."""
     path = fetch('gpt2/encoder.json', 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/'
                  'main/encoder.json', downloads, size=1_042_301,
                  sha256='196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')
