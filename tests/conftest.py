@@ -25,7 +25,7 @@ FAULTS = {}     # what tests/faults did: fault -> (number of tries, what came of
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The tables that the README shows."""
+    """The tables that docs/scale.md and docs/survival.md show."""
     for title, (header, *rows) in TABLES.items():
         terminalreporter.section(title)
         for cells in (header, ['---'] * len(header), *rows):

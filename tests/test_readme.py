@@ -67,7 +67,9 @@ SHORT = {
     'prepare.py': '', 'plan.py': '', 'export.py': '',   # short as they are
 }
 
-SECOND = re.compile(r'laptop.py --dataset=austen|tune/(sft|dpo|spam)\.py|out/(spam|sft) ')
+# The second chain from a base model to an assistant, and what others do much like it.
+SECOND = re.compile(r'laptop.py --dataset=austen|tune/(sft|dpo|spam)\.py|out/(spam|sft) |'
+                    r'shakespeare_best|out/two')
 
 
 def once(lines: list[str]) -> list[str]:
@@ -124,7 +126,7 @@ def run(command: str, folder) -> None:
 @pytest.mark.parametrize('second', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_commands(folder, second):
     """In their order, since each may use what those before it made; those that use nothing beside
-    them. None has a placeholder. The second chain from a base model to an assistant is slow."""
+    them. None has a placeholder. Those in SECOND are slow."""
     assert len(COMMANDS) > 8
     lines = once(['python train.py config/shakespeare.py', *COMMANDS])      # the quick start's end
     lines = [line for line in lines if bool(SECOND.search(line)) == second]
