@@ -198,3 +198,17 @@ def test_files_that_it_names_exist(page):
 def test_presets_of_the_readme_are_those_of_the_whole_table():
     rows = re.findall(r'^\| (?:`\w+`|bare .*?) \| [\d,]+ \| [\d,.]+ \| [\d,]+ \|', README, re.M)
     assert len(rows) == 6 and all(f'\n{row}\n' in PAGES['docs/training.md'] for row in rows)
+
+
+def test_lines_to_touch_are_there():
+    """Each name in CONTRIBUTING's table of places occurs in a file of its row."""
+    page = PAGES['CONTRIBUTING.md']
+    table = page[page.index('| what | lines to touch |'):page.index('What a change must come with')]
+    rows = table.splitlines()[2:-1]
+    assert len(rows) > 10
+    for row in rows:
+        files = [name for name in re.findall(r'`([\w/]+\.py)`', row) if 'NAME' not in name]
+        source = ''.join((ROOT / name).read_text(encoding='utf-8') for name in files)
+        for name in re.findall(r'`([A-Za-z_.]+)`', row):
+            if not name.endswith('.py') and files:
+                assert all(re.search(rf'\b{part}\b', source) for part in name.split('.')), name
