@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The tables that the README shows."""
+    """The tables that docs/scale.md and docs/survival.md show."""
     for title, (header, *rows) in TABLES.items():
         terminalreporter.section(title)
         for cells in (header, ['---'] * len(header), *rows):

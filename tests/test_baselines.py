@@ -1,4 +1,4 @@
-"""What a classifier has to beat on the SMS Spam Collection: the README's lines beside ours."""
+"""What a classifier has to beat on the SMS Spam Collection: lines of docs/tuning.md beside ours."""
 import os
 
 import numpy as np

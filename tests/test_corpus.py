@@ -59,7 +59,7 @@ def contents(folder) -> dict:
 
 
 def test_planted_duplicates_and_benchmark_items(monkeypatch, capsys):
-    """20 MB; the table that the README has, from a corpus of which all is known."""
+    """20 MB; the table of docs/data.md, from a corpus of which all is known."""
     monkeypatch.setattr(bench_data, 'corpus_mb', 20)
     result = bench_data.main()
     for name, (hidden, removed, false) in result['found'].items():

@@ -40,11 +40,11 @@ def test_figures_are_those_in_the_comments(printed, name):
 
 
 @pytest.mark.parametrize('name', ['gpt2', *PRESETS])
-def test_figures_are_those_in_the_readme(printed, name):
+def test_figures_are_those_in_the_docs(printed, name):
     found = json.loads(printed.splitlines()[-1])[name]
     label = 'bare `train.py`: GPT-2' if name == 'gpt2' else f'`{name}`'
     assert (f'\n| {label} | {found["parameters"]:,} | {found["flops_per_token"] / 1e6:,.2f} | '
-            f'{found["tokens_per_step"]:,} |\n') in (ROOT / 'README.md').read_text()
+            f'{found["tokens_per_step"]:,} |\n') in (ROOT / 'docs/training.md').read_text()
 
 
 @pytest.mark.parametrize('name, about', [

@@ -1,4 +1,6 @@
-"""Every command of the README runs (shortened), and what it says about itself is true."""
+"""Every command of the README and of docs/ runs (shortened), and what they say about themselves is
+true."""
+import itertools
 import os
 import re
 import shlex
@@ -19,14 +21,36 @@ from core.text.tokenizer import gpt2
 from model import GPTConfig
 
 ROOT = Path(prepare.__file__).parent
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
-BLOCKS = re.findall(r'^```\w*\n(.*?)^```', README, flags=re.M | re.S)
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in (
+    ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(ROOT.glob('docs/*.md')))
+    if path.name != 'LOG.md'}
+README = PAGES['README.md']
 MIRROR = os.environ.get('DATA_MIRROR') and os.path.abspath(os.environ['DATA_MIRROR'])
-# Those that compare with a peer need its source, which is not here; some need more than one text.
-COMMANDS = [line for block in BLOCKS for line in block.splitlines()
+
+
+def blocks(page: str) -> list[str]:
+    """The blocks of code on a page, a line that goes on after a backslash joined with the next."""
+    found = re.findall(r'^```\w*\n(.*?)^```', page, flags=re.M | re.S)
+    return [re.sub(r' *\\\n *', ' ', block) for block in found]
+
+
+def is_diff(block: str) -> bool:
+    return block.startswith('--- a/')
+
+
+def commands(block: str) -> list[str]:
+    """Its commands but for those that need what is not here: a peer's source, for some a text."""
+    return [line for line in block.splitlines()
             if re.match(r'(echo .*\| )?(python|torchrun) ', line) and '--vs=' not in line
-            and (MIRROR or not re.search(r'gpt2|austen|_bpe|=bpe|tune/\w+(?<!_python)\.py|out/spam',
-                                         line))]
+            and (MIRROR or not re.search(
+                r'gpt2|austen|_bpe|=bpe|tune/\w+(?<!_python)\.py|out/spam', line))]
+
+
+# A diff is an edit of the source, and the block that follows has the commands that try it.
+BLOCKS = [block for page in PAGES.values() for block in ['', *blocks(page)]]
+EDITS = [(a, commands(b)) for a, b in itertools.pairwise(BLOCKS) if is_diff(a)]
+COMMANDS = [line for a, b in itertools.pairwise(BLOCKS) if not is_diff(a) and not is_diff(b)
+            for line in commands(b)]
 
 # What makes a stage short enough for a test.
 SHORT = {
@@ -43,7 +67,17 @@ SHORT = {
     'prepare.py': '', 'plan.py': '', 'export.py': '',   # short as they are
 }
 
-SECOND = re.compile(r'laptop.py --dataset=austen|tune/(sft|dpo|spam)\.py|out/(spam|sft) ')
+# The second chain from a base model to an assistant, and what others do much like it.
+SECOND = re.compile(r'laptop.py --dataset=austen|tune/(sft|dpo|spam)\.py|out/(spam|sft) |'
+                    r'shakespeare_best|out/two')
+
+
+def once(lines: list[str]) -> list[str]:
+    """The first of those commands that differ in the values of settings only."""
+    found = {}
+    for line in lines:
+        found.setdefault(re.sub(r'(--\w+)=("[^"]*"|\S+)', r'\1', line), line)
+    return list(found.values())
 
 
 @pytest.fixture(scope='module')
@@ -74,54 +108,107 @@ def folder(tmp_path_factory):
 
 
 def run(command: str, folder) -> None:
-    """Run a command of the README with what makes its stage short."""
+    """Run a command of a page with what makes its stage short."""
+    shown = command
     command = command.replace('python ', f'{shlex.quote(sys.executable)} ', 1)
     launcher = f'{shlex.quote(sys.executable)} -m torch.distributed.run '
     command = command.replace('torchrun ', launcher +
                               f'--master_port={29900 + os.getpid() % 90} ', 1)
-    stage = re.search(r'(\w+\.py)', command)[1]
+    stage = re.search(r'(\w+\.py)', shown)[1]
     short = SHORT[stage]
     if stage == 'finetune.py':
         short += ' --answers=1 --answer_tokens=3 --max_records=40'
     done = subprocess.run(f'{command} {short}', shell=True, cwd=folder, timeout=300,
                           capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, f'{shown}\n{done.stderr[-2000:]}'
 
 
 @pytest.mark.parametrize('second', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_commands(folder, second):
     """In their order, since each may use what those before it made; those that use nothing beside
-    them. None has a placeholder. The second chain from a base model to an assistant is slow."""
+    them. None has a placeholder. Those in SECOND are slow."""
     assert len(COMMANDS) > 8
-    commands = ['python train.py config/shakespeare.py', *COMMANDS]     # the quick start's end
-    commands = [command for command in commands if bool(SECOND.search(command)) == second]
-    lanes = [[c for c in commands if bool(re.search(r'(prepare|bench\w*|plan)\.py', c)) == alone]
+    lines = once(['python train.py config/shakespeare.py', *COMMANDS])      # the quick start's end
+    lines = [line for line in lines if bool(SECOND.search(line)) == second]
+    lanes = [[c for c in lines if bool(re.search(r'(prepare|bench\w*|plan)\.py', c)) == alone]
              for alone in (False, True)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda lane: [run(command, folder) for command in lane], lanes))
 
 
-@pytest.mark.parametrize('diff', [block for block in BLOCKS if block.startswith('--- a/')])
-def test_worked_edit(folder, tmp_path, diff):
+@pytest.mark.parametrize('edit', EDITS, ids=lambda edit: edit[0].split()[1])
+def test_worked_edit(folder, tmp_path, edit):
+    """The diff applies as it stands, and what is said to follow runs. There are three."""
+    diff, lines = edit
+    assert lines and len(EDITS) == 3
     copy = shutil.copytree(folder, tmp_path / 'copy')
     done = subprocess.run(['patch', '-p1'], input=diff, text=True, cwd=copy, check=True,
                           capture_output=True)
     assert 'offset' not in done.stdout and 'fuzz' not in done.stdout, done.stdout
-    name = 'unicode_names' if 'unicode_names' in diff else 'shakespeare'
-    run(f'python train.py config/shakespeare.py --dataset={name}', copy)
+    for line in lines:
+        run(line, copy)
 
 
-def test_quick_start_is_two_lines():
-    block = next(block for block in BLOCKS if 'requirements.txt' in block)
-    first, second = block.splitlines()
+def test_quick_start_is_two_commands():
+    first, second = (block.strip() for block in blocks(README) if 'requirements' in block)
     assert first.endswith('pip install -r requirements.txt && '
                           'python train.py config/shakespeare.py')
     assert second.endswith('pip install -r requirements-dev.txt && python -m pytest')
     for line in (first, second):
         assert line.startswith('python3 -m venv .venv && . .venv/bin/activate && ')
+        assert '\n' not in line
+    for part in ('python train.py config/shakespeare.py', 'python -m pytest'):
+        assert any(line.endswith(part) and len(line) <= 80 for line in README.splitlines())
 
 
-def test_files_that_it_names_exist():
-    for name in re.findall(r'`([\w/]+\.py)`', README):
-        found = [*ROOT.glob(name), *ROOT.glob(f'config/{name}'), *ROOT.glob(f'core/**/{name}')]
-        assert found, name
+def test_ci_runs_the_test_command():
+    """Word for word what stands in the README."""
+    found = re.search(r'^test_command=.*?\)$', (ROOT / '.ci/run').read_text(), re.M | re.S)[0]
+    said = subprocess.run(['bash', '-ec', f'{found}\necho "$test_command"'], cwd=ROOT, check=True,
+                          capture_output=True, text=True).stdout
+    assert said.strip() in [block.strip() for block in blocks(README)]
+
+
+def test_readme_fits():
+    lines = README.splitlines()
+    assert len(lines) <= 220
+    assert all(len(line) <= 120 for line in lines if not line.startswith('|'))
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_files_that_it_names_exist(page):
+    """Sources by their name, or their place below the project or config/; and links, with the
+    heading that they point at."""
+    for name in re.findall(r'`((?:\w+/)*\w+\.py)[`:]', PAGES[page]):
+        assert any([*ROOT.glob(name), *ROOT.glob(f'config/{name}'), *ROOT.glob(f'core/**/{name}')
+                    ]) or name.startswith('config/NAME'), name
+    for name in re.findall(r'`((?:cluster|config|core|data|dev|docs|tests)/[\w/.-]+)`',
+                           PAGES[page]):
+        assert (ROOT / name).exists() or name.startswith(('data/', 'config/NAME')), name
+    for target in re.findall(r'\]\(([^)\s]+)\)', PAGES[page]):
+        place, _, heading = target.partition('#')
+        path = (ROOT / page).parent / place if place else ROOT / page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r'^#+ (.*)$', path.read_text(encoding='utf-8'), re.M)
+            assert heading in [re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
+                               for title in titles], target
+
+
+def test_presets_of_the_readme_are_those_of_the_whole_table():
+    rows = re.findall(r'^\| (?:`\w+`|bare .*?) \| [\d,]+ \| [\d,.]+ \| [\d,]+ \|', README, re.M)
+    assert len(rows) == 6 and all(f'\n{row}\n' in PAGES['docs/training.md'] for row in rows)
+
+
+def test_lines_to_touch_are_there():
+    """Each name in CONTRIBUTING's table of places occurs in a file of its row."""
+    page = PAGES['CONTRIBUTING.md']
+    table = page[page.index('| what | lines to touch |'):page.index('What a change must come with')]
+    rows = table.splitlines()[2:-1]
+    assert len(rows) > 10
+    for row in rows:
+        files = [name for name in re.findall(r'`([\w/]+\.py)`', row) if 'NAME' not in name]
+        source = ''.join((ROOT / name).read_text(encoding='utf-8') for name in files)
+        for name in re.findall(r'`([A-Za-z_.]+)`', row):
+            if not name.endswith('.py') and files:
+                assert all(re.search(rf'\b{part}\b', source) for part in name.split('.')), name
