@@ -163,11 +163,12 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
                 owner[name] = convert(owner[name], name, value, f'{word}: {name}={value!r}')
                 given.append(name)
             configs.append(word)
-        elif positional:
-            words.append(word)
-        else:
+        elif not positional or takes_configs and not Path(word).exists() and any(
+                Path('config').rglob(f'{word}.py')):
             stop(f'{word}: unexpected word; {script_name(script)} takes config files (*.py) and '
                  f'flags (--setting=value)' + (near_config(word) or '; --help lists the settings'))
+        else:
+            words.append(word)
     for i, name in enumerate(positional[:len(words)]):
         script[name] = ','.join(words[i:]) if i == len(positional) - 1 else words[i]
     for scope in filter(None, (script, also)):

@@ -19,7 +19,16 @@ import prepare
 import sample
 import train
 from core import settings
-from core.settings import Stop, check_bounds, check_choice, configure, settings_of, stop, warn
+from core.settings import (
+    Stop,
+    check_bounds,
+    check_choice,
+    configure,
+    read_settings,
+    settings_of,
+    stop,
+    warn,
+)
 
 ROOT = Path(train.__file__).parent
 CONFIGS = sorted((ROOT / 'config').glob('*.py'))
@@ -506,3 +515,14 @@ def test_importing_a_stage_does_no_work(tmp_path):
     message = "error: --datset=x: no setting named 'datset', did you mean 'dataset'?\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, '', message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('script, word', [
+    ('finetune', 'sft'), ('classify', 'spam'), ('dpo', 'dpo_gpt2'), ('bench', 'shakespeare')])
+def test_the_name_of_a_preset_alone(capsys, monkeypatch, script, word):
+    """It is no run and no kind of benchmark: the preset's path is offered."""
+    monkeypatch.chdir(ROOT)
+    scope = read_settings(ROOT / f'{script}.py')
+    also = read_settings(ROOT / 'train.py') if script == 'bench' else None
+    message = stopped(capsys, lambda: configure(scope, [word], also=also))
+    assert f'{word}.py?' in message and 'did you mean config/' in message

@@ -607,3 +607,17 @@ def test_ranks_compute_what_one_process_computes(tmp_path, text_file, optimizer,
         found, found_eval = torchrun(tmp_path, n, f'ranks{n}', **settings)
         assert found == pytest.approx(alone, abs=tolerance)
         assert found_eval == pytest.approx(alone_eval, abs=tolerance)
+
+
+def test_memory_that_ends_in_the_middle(run_train, monkeypatch, capsys):
+    """One line with the remedies; the checkpoint before is there, and the run goes on."""
+    real = train.train_step
+
+    def step(learner, batches, i, *args):
+        if i == 4:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+        return real(learner, batches, i, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'train_step', step)
+        stopped(capsys, run_train, 'step 5: the GPU has too little memory; give', out_dir='out/a')
+    assert run_train(out_dir='out/a')['run_dir'] == 'out/a'

@@ -23,6 +23,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from core.formats import peft
@@ -31,6 +32,7 @@ from core.ranks.processes import print0
 from core.run import models
 from core.run.checkpoint import Progress
 from core.run.identity import open_run
+from core.run.learner import NO_MEMORY
 from core.run.log import Log, plot_losses, start_log
 from core.settings import stop
 
@@ -69,8 +71,12 @@ class Run:
         self.request = StopRequest().__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
-        self.request.__exit__(*error)
+    def __exit__(self, kind, error, trace) -> None:
+        self.request.__exit__(kind, error, trace)
+        if isinstance(error, torch.OutOfMemoryError):
+            self.bar.close()
+            stop(f'step {self.at.step + 1}: {NO_MEMORY}; the same command with it goes on from the '
+                 'last checkpoint')
 
     def __iter__(self):
         self.bar = tqdm(total=None if self.max_minutes else self.at.max_steps, unit='step',
