@@ -8,6 +8,7 @@ import torch
 from conftest import stopped
 from safetensors.torch import load_file
 
+import classify
 import finetune
 import model as model_module
 from core.device import Device
@@ -163,10 +164,11 @@ def optimizers_of(model) -> list:
 @pytest.mark.parametrize('name', OURS)
 def test_adapters_alone_learn(monkeypatch, name, n_classes):
     """And the head of a new classifier; all else stays bit by bit."""
-    monkeypatch.setattr(finetune, 'lora_rank', 4)
-    monkeypatch.setattr(finetune, 'lora_targets', ALL[name])
-    base = tiny(name)
-    model = finetune.initial_model(base, ByteTokenizer(), len(ByteTokenizer()), n_classes, CPU)
+    script, base = classify if n_classes else finetune, tiny(name)
+    monkeypatch.setattr(script, 'lora_rank', 4)
+    monkeypatch.setattr(script, 'lora_targets', ALL[name])
+    model = classify.first_model(base, n_classes, 'cpu') if n_classes else \
+        finetune.first_model(base, ByteTokenizer(), len(ByteTokenizer()), 'cpu')
     learns = {key for key, p in named_weights(model).items() if p.requires_grad}
     head = {'lm_head.weight'} if n_classes else set()
     assert learns - head == {f'{layer}.{part}' for layer in lora.adapters(model)

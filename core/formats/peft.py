@@ -15,31 +15,28 @@ def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
     `base` is where the model is that they belong to, in Hugging Face's format. GPT-2's q, k and v
     are one matrix there: their adapters become one of the sum of their ranks, in blocks.
     """
-    kind, layers = hf.architecture(model.config), adapters(model)
-    found = {}      # Hugging Face's module -> our adapters in it, in the order of its rows
-    for name, layer in layers.items():
-        found.setdefault(hf.hf_name(f'{name}.weight', kind).removesuffix('.weight'), []).append(
-            (hf.third(f'{name}.weight', kind), layer))
-    tensors, ranks, alphas, targets = {}, {}, {}, set()
-    for name, parts in found.items():
-        rank = len(parts[0][1].lora_A)
-        B = torch.zeros(parts[0][1].out_features * (1 if parts[0][0] is None else 3),
-                        rank * len(parts))
-        for i, (part, layer) in enumerate(parts):
-            at = (part or 0) * layer.out_features
-            B[at:at + layer.out_features, i * rank:(i + 1) * rank] = layer.lora_B.detach()
-        A = torch.cat([layer.lora_A.detach().cpu() for _, layer in parts])
-        tensors |= {f'base_model.model.{name}.lora_A.weight': A.contiguous(),
-                    f'base_model.model.{name}.lora_B.weight': B.contiguous()}
-        target = '.'.join(name.split('.')[-2:])     # GPT-2's attention and MLP both have a c_proj
-        targets.add(target)
-        ranks[target], alphas[target] = len(A), parts[0][1].scale * len(A)
-    rank = min(ranks.values())
+    kind, found = hf.architecture(model.config), {}
+    for name, layer in adapters(model).items():
+        name = f'{name}.weight'
+        module = hf.hf_name(name, kind).removesuffix('.weight')
+        found.setdefault(module, {})[hf.third(name, kind)] = layer
+    tensors, ranks = {}, {}
+    for module, parts in found.items():     # {None: layer}, or some thirds of GPT-2's c_attn
+        layer = next(iter(parts.values()))
+        absent = torch.zeros(layer.out_features, 0)
+        A = torch.cat([part.lora_A.detach().cpu() for part in parts.values()])
+        B = torch.block_diag(*(parts[i].lora_B.detach().cpu() if i in parts else absent
+                               for i in ([None] if None in parts else range(3))))
+        tensors |= {f'base_model.model.{module}.lora_A.weight': A.contiguous(),
+                    f'base_model.model.{module}.lora_B.weight': B.contiguous()}
+        # two parts of the name, since GPT-2's attention and MLP both have a c_proj
+        ranks['.'.join(module.split('.')[-2:])] = len(A)
+    rank, scale = min(ranks.values()), layer.scale
+    larger = {target: n for target, n in ranks.items() if n != rank}
     config = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base,
-              'r': rank, 'lora_alpha': next(iter(layers.values())).scale * rank,
-              'rank_pattern': {k: n for k, n in ranks.items() if n != rank},
-              'alpha_pattern': {k: alphas[k] for k, n in ranks.items() if n != rank},
-              'target_modules': sorted(targets), 'lora_dropout': dropout, 'bias': 'none',
+              'r': rank, 'lora_alpha': scale * rank, 'rank_pattern': larger,
+              'alpha_pattern': {target: scale * n for target, n in larger.items()},
+              'target_modules': sorted(ranks), 'lora_dropout': dropout, 'bias': 'none',
               'fan_in_fan_out': kind == 'gpt2', 'inference_mode': True}
     folder.mkdir(parents=True, exist_ok=True)
     hf.save_file(tensors, folder / 'adapter_model.safetensors', metadata={'format': 'pt'})

@@ -17,14 +17,12 @@ from core.net.lstm import State
 
 class KVCache:
     """Keys and values of B rows, which may be of different lengths, for up to `size` positions.
-
-    Tensors are made at the first use, in the shape of the keys that come: (B, heads, size + 1, D).
-    """
+    The first update makes the tensors, (B, heads, size + 1, D)."""
 
     def __init__(self, batch_size: int, size: int, device=None):
         self.size, self.device = size, device
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.longest = 0      # the largest of lengths, known without asking the device
+        self.longest = 0      # the largest of lengths, without a wait for the device
         self.even = True      # whether all rows are equally long
         self.k, self.v = {}, {}
 
@@ -52,8 +50,8 @@ class KVCache:
         """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
         T, end = k.size(2), self.longest + k.size(2)
         if layer not in self.k:
-            # With one position too many, what is returned is always a part: a graph compiled for
-            # parts would have to be compiled again for the whole.
+            # One position more than needed, so that a slice is returned also when the cache is
+            # full: a graph compiled for slices would be compiled again for the whole tensor.
             shape = (k.size(0), k.size(1), self.size + 1, k.size(3))
             self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
         for new, stored in ((k, self.k[layer]), (v, self.v[layer])):
@@ -109,8 +107,7 @@ def sample_next(logits, u, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
     top_k keeps the k most probable tokens; min_p those with at least min_p times the probability of
     the most probable one (Nguyen et al. 2024); top_p the fewest whose probabilities sum to at least
-    top_p (Holtzman et al. 2020). They apply in this order, after the temperature.
-    """
+    top_p (Holtzman et al. 2020). They apply in this order, after the temperature."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature

@@ -84,8 +84,8 @@ class ProductByCore(torch.autograd.Function):
 
 
 def autocast_once(x):
-    """x in the dtype of autocast's products, if that is on. Otherwise each product of q, k, v, or
-    of gate and up, would make a copy of its own, and keep it for the backward pass."""
+    """x in the dtype of autocast's products, if autocast is on. Otherwise each product of q, k, v,
+    or of gate and up, would make its own copy, and keep it for the backward pass."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -153,8 +153,8 @@ def attend_with_one(q, k, v):
 
 
 def flex_mask(T: int, doc, window: int, device: torch.device, head_dim: int):
-    """model.causal_mask as a BlockMask: flex-attention skips the blocks that nobody sees. None if
-    nothing is masked but the future, and where there is no flex-attention."""
+    """model.causal_mask as a BlockMask: flex-attention skips the blocks that are masked. None if
+    only the future is masked, and where there is no flex-attention."""
     if doc is None and not 0 < window < T or device.type != GPU or not has_flex(device, head_dim):
         return None
 
@@ -169,8 +169,8 @@ def flex_mask(T: int, doc, window: int, device: torch.device, head_dim: int):
 
 
 def fused(f, *args, **options):
-    """f(*args, **options), compiled: in the graph under way, or alone where all else runs eagerly,
-    as in evaluation. Otherwise flex-attention and its mask would make tensors of T x T."""
+    """f(*args, **options), compiled: as a part of the graph that is being compiled, or alone where
+    the model runs eagerly. Eager flex-attention and its mask would make tensors of T x T."""
     if torch.compiler.is_compiling():
         return f(*args, **options)
     with torch.compiler.set_stance('default'):

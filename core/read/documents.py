@@ -74,7 +74,7 @@ def find_files(place: str, bad, without=(), made=None) -> tuple[list[Path], Coun
                 is_ours(folder) for folder in above if Path(fixed) in folder.parents):
             continue    # ** matches a folder and what is in it
         below = list(walk(root, bad, is_ours))
-        if root.is_dir():
+        if os.path.isdir(root):
             folders.add(root)
             left_out.update(suffix(path) or 'no suffix' for path in below
                             if suffix(path) not in SUFFIXES)
