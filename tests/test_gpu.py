@@ -338,7 +338,7 @@ def memory(monkeypatch, free: int, total: int) -> None:
 def test_rows_of_presets_on_a_cpu_stay(monkeypatch, words, rows):
     """With 24 GiB: as many as when weights and optimizer were not counted."""
     import plan
-    preset = plan.load_preset(words)
+    preset = vars(plan.load_preset(words))
     config = M.GPTConfig(**{name: preset[name] for name in (
         'n_layer', 'n_head', 'n_embd', 'block_size')})
     model = build_model(config, None, 'meta')
