@@ -12,7 +12,7 @@ speeds come as fractions of it (MFU, MBU). After a warm-up the sides take turns;
 are given. A peer's speed is measured in a process of its own, which our settings do not reach.
 Presets and flags may set whatever train.py knows. In a pipe or a file the last line is JSON.
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import functools

@@ -6,7 +6,7 @@ end. What learns is the whole model, some layers of it, or low-rank adapters (Lo
 The first word is a run, a Hugging Face folder (GPT-2, Llama, Qwen3) or a name on its hub. What
 comes out is a run that is asked with python sample.py <run> --classify="some text".
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import math

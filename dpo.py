@@ -5,7 +5,7 @@ chosen one becomes more probable than the rejected one, compared with what the m
 before: then it was the reference. Its log-probabilities are computed once, and kept in the run
 directory. The first word is a chat model: a run, or a Hugging Face folder.
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import copy

@@ -3,7 +3,7 @@
 --to=hf writes a Hugging Face folder that transformers 4 and 5 load without any code of ours. It is
 read back and compared with the model before it gets its name.
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import importlib.util

@@ -6,7 +6,7 @@ learns is the whole model, some layers of it, or low-rank adapters (LoRA).
 The first word is a run, a Hugging Face folder (GPT-2, Llama, Qwen3) or a name on its hub. What
 comes out is a run directory like any other: out/<config>/.
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import math

@@ -4,7 +4,7 @@ Without a preset it lists all of them. Parameters are counted on the meta device
 memory; FLOPs are those of a forward and a backward pass. Flags may set whatever train.py knows:
 python train.py --help lists it.
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import json

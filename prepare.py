@@ -15,7 +15,7 @@ A dataset is a folder data/<name>/ with the shards, tokenizer.json, meta.json an
 default only duplicates are removed. A run that was killed goes on where it was. train.py prepares
 its dataset in the same way.
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import sys

@@ -6,7 +6,7 @@ A chat model answers, and remembers the conversation; a classifier gives the cla
 The prompt comes from --prompt, from a file, from standard input, or, on a terminal, from the
 keyboard. Text goes to standard output as it comes, everything else to standard error.
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import contextlib

@@ -6,7 +6,7 @@ Bare `python train.py` is GPT-2 small on OpenWebText: 12 blocks of 12 x 768^2 we
 A run directory out/<config>/ gets log.jsonl, loss.png and checkpoints; the same command again
 resumes an unfinished run.
 """
-import core.threads  # noqa: F401  it comes first, before torch
+import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import math

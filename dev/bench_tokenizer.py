@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's folder
-import core.threads  # noqa: E402, F401  it comes first, before torch
+import core.start  # noqa: E402, F401  it comes first, before torch
 
 # isort: split
 import bench

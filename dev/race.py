@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's folder
-import core.threads  # noqa: E402, F401  it comes first, before torch
+import core.start  # noqa: E402, F401  it comes first, before torch
 
 # isort: split
 import bench
