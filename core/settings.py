@@ -291,6 +291,8 @@ def convert(default, name: str, value, word: str):
 def print_help(path) -> None:
     """Print the docstring of the script at `path`, and its settings with default and comment, in
     the groups of its source. The script is not run."""
+    open_streams()
+    outlive(sys.stdout, ends=True)
     source = Path(path).read_text(encoding='utf-8')
     groups, comments = setting_comments(source)
     print(ast.get_docstring(ast.parse(source)) or '')

@@ -526,3 +526,9 @@ def test_the_name_of_a_preset_alone(capsys, monkeypatch, script, word):
     also = read_settings(ROOT / 'train.py') if script == 'bench' else None
     message = stopped(capsys, lambda: configure(scope, [word], also=also))
     assert f'{word}.py?' in message and 'did you mean config/' in message
+
+
+def test_help_that_nobody_reads_to_its_end():
+    done = subprocess.run(f'{sys.executable} train.py --help | head -1', shell=True, cwd=ROOT,
+                          capture_output=True, text=True, timeout=60)
+    assert done.stderr == '' and done.stdout.startswith('Pretraining')
