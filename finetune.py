@@ -26,6 +26,7 @@ from core.net.weights import build_model, copy_weights, padded, spread_new_rows
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
 from core.run import metrics, models
+from core.run.begin import tuning_learner
 from core.run.identity import identity, out_folder
 from core.run.learner import Learner, Step
 from core.run.run import Run
@@ -285,11 +286,7 @@ def main() -> dict:
     n_steps = max_steps or math.ceil(epochs * len(train_rows) / batch_size)
     between = eval_interval or math.ceil(n_steps / 5)
     rows = parallel.rows_at_once(model, ranks, dev, batch_size, size, micro_batch_size)
-    trained, n_micro = parallel.wrap(model, ranks, dev, math.ceil(batch_size / ranks.dp), rows)
-    learner = Learner(model, trained, optim.make_optimizers(
-        model, 'adamw', learning_rate, weight_decay, beta1, beta2),
-        optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
-        seed if dropout or lora_dropout else None)
+    learner, n_micro = tuning_learner(settings, model, ranks, dev, rows)
     learnt = learner.tell_sizes(n_steps, batch_size, 'rows', len(train_rows))
     rows = learner.fit_rows(train_step, train_rows.batch, rows)
     batches_of = lambda i: [train_rows.batch(samples) for samples in share(

@@ -1,6 +1,7 @@
-"""What a pretraining run begins with: architecture, weights and optimizers, from train.py's
-settings (or those of bench.py and plan.py, which have the same names)."""
+"""What a run begins with: architecture, weights and optimizers, from the settings of train.py (or
+of bench.py and plan.py, which have the same names); and what trains a model in a later stage."""
 import importlib.util
+import math
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from core.net.weights import allocate, build_model, copy_weights, padded
 from core.ranks import parallel
 from core.ranks.processes import PP_SCHEDULES, print0
 from core.run import layout_check, models
+from core.run.learner import Learner
 from core.settings import check_bounds, check_choice, stop, warn
 from model import GPTConfig, count_parameters, flops_per_token, init_weights
 
@@ -131,3 +133,14 @@ def build_optimizers(settings: SimpleNamespace, model, device, ranks) -> list:
         settings.beta1, settings.beta2, settings.muon_learning_rate, settings.muon_weight_decay,
         settings.muon_momentum, settings.ns_steps, settings.embed_learning_rate * scale,
         torch.bfloat16 if half else torch.float32, parallel.spreader(ranks))
+
+
+def tuning_learner(settings: dict, model, ranks, device, rows: int) -> tuple[Learner, int]:
+    """What trains a model in a stage after pretraining, with AdamW; and the number of which the
+    number of micro-batches of `rows` samples must be a multiple."""
+    s = SimpleNamespace(**settings)
+    trained, n_micro = parallel.wrap(model, ranks, device, math.ceil(s.batch_size / ranks.dp), rows)
+    optimizers = optim.make_optimizers(model, 'adamw', s.learning_rate, s.weight_decay, s.beta1,
+                                       s.beta2)
+    return Learner(model, trained, optimizers, optim.LossScale(device.dtype == 'float16'), device,
+                   ranks, s.grad_clip, s.seed if s.dropout or s.lora_dropout else None), n_micro
