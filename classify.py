@@ -256,7 +256,7 @@ def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> di
         stop(f'dataset={dataset}: gives another test part than {run_dir} had, which may have '
              'learnt from it; give the dataset, seed and fractions of that run')
     rows = micro_batch_size or fit_micro_batch(device, 64, size, 1, source.config.n_embd,
-                                               ranks.local_world)
+                                               local_world=ranks.local_world)
     scores = evaluate(just_evaluating(source, device, ranks), data, rows)
     print0(f'{run_dir}, step {state["step"]}: {shown(scores)}')
     processes.finish()

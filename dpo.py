@@ -222,7 +222,7 @@ def encode(record, tokenizer, size: int) -> records.Encoded:
 # The reference
 
 
-def add_reference(parts, run: Path, key: str, model, rows, dev, ranks) -> None:
+def add_reference(parts, run: Path, key: str, model, rows, *, dev, ranks) -> None:
     """Give each of the Pairs what the reference, which `model` still is, thinks of its answers:
     from the file in the run directory, or computed and written there."""
     path = run / 'reference.safetensors'
@@ -264,7 +264,7 @@ def kl_divergence(model, reference, data: Rows, dev, ranks, asked) -> float | No
     chosen = Rows(data.ids[first], data.weights[first], data.block_size, shuffle=False,
                   packed=False)
     with torch.no_grad():
-        found = metrics.summed(model, chosen, 1, dev, ranks, asked, 2, divergences)
+        found = metrics.summed(model, chosen, 1, dev, ranks, asked=asked, k=2, values=divergences)
     return None if found is None else float(found[:, 0].sum() / found[:, 1].sum())
 
 
@@ -343,7 +343,7 @@ def main() -> dict:
                                  per_sample=2)
     key = '-'.join([weights, dev.dtype, facts['sha256'][:16], facts['val_sha256'][:16],
                     str(length)])
-    add_reference((train_pairs, val_pairs), run.folder, key, model, rows, dev, ranks)
+    add_reference((train_pairs, val_pairs), run.folder, key, model, rows, dev=dev, ranks=ranks)
 
     # What trains it
     n_steps = max_steps or math.ceil(epochs * len(train_pairs) / batch_size)

@@ -235,7 +235,7 @@ def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> di
     learnt from; writes nothing."""
     data = chat_data(tokenizer, size)[1]
     rows = micro_batch_size or fit_micro_batch(device, 64, size, 1, source.config.n_embd,
-                                               ranks.local_world)
+                                               local_world=ranks.local_world)
     learner = Learner(source.to(device.name), source, [], optim.LossScale(False), device, ranks)
     scores = evaluate(learner, data, rows)
     print0(f'{run_dir}, step {state["step"]}: {shown(scores)}')

@@ -223,7 +223,7 @@ def evaluate_run(ranks, device) -> dict:
     eos = known.eos if packed else None
     windows = load_split(data, 'val', config.block_size, shuffle=False, eos=eos)
     rows = micro_batch_size or fit_micro_batch(
-        device, 64, config.block_size, 1, config.n_embd, ranks.local_world)
+        device, 64, config.block_size, 1, config.n_embd, local_world=ranks.local_world)
     learner = Learner(model, model, [], optim.LossScale(False), device, ranks)
     scores = evaluate(learner, windows, known, rows)
     print0(f'{base}, step {state["step"]}, on {data}: {shown(scores)}'
@@ -236,9 +236,10 @@ def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
     source = source_hashes(__file__)    # before anybody edits it
     check_settings(globals())
-    layout = (tp, pp, zero, replicas, sequence_parallel, pp_schedule)
+    layout = dict(tp=tp, pp=pp, zero=zero, replicas=replicas, pp_schedule=pp_schedule,
+                  sequence_parallel=sequence_parallel)
     ranks, dev = processes.begin(device, dtype, compile, threads, timeout_minutes,
-                                 () if eval_only else layout)
+                                 None if eval_only else layout)
     if eval_only:
         return evaluate_run(ranks, dev)
 

@@ -53,7 +53,7 @@ class Device:
             getattr(torch, self.kind).synchronize()
 
 
-def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int = 0,
+def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int = 0, *,
            local_rank: int = 0, local_world: int = 1, training: bool = True) -> Device:
     """Decide what the settings leave open ('' or 0). Stops if they ask for a device or dtype that
     this machine does not have."""
@@ -251,7 +251,7 @@ def compile_options(kind: str) -> dict:
 
 
 def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int, n_embd: int,
-                    local_world: int = 1, lasting: int = 0, recompute: bool = False) -> int:
+                    *, local_world: int = 1, lasting: int = 0, recompute: bool = False) -> int:
     """Rows per forward pass: what fits half of this process's memory, and four fifths of what is
     free beside `lasting` bytes of gradients and moments, at most 32,768 tokens; so that the
     micro-batches of a step are equally large.

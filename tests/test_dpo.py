@@ -232,7 +232,8 @@ def test_trl(monkeypatch, tmp_path, exported, label_smoothing):
                             label_smoothing=label_smoothing).items():
         monkeypatch.setattr(dpo, name, value)
     parts = dpo.load_pairs(TOKENIZER, 64)[:2]
-    dpo.add_reference(parts, tmp_path, 'key', copy.deepcopy(reference), 3, CPU, Ranks())
+    dpo.add_reference(parts, tmp_path, 'key', copy.deepcopy(reference), 3, dev=CPU,
+                      ranks=Ranks())
     sums, _ = gradients(policy, parts[0], range(len(RECORDS)))
     loss, chosen, rejected, accuracy = (sums / len(RECORDS)).tolist()
     assert abs(loss - theirs.item()) <= 1e-5 and abs(loss - math.log(2)) > 0.01

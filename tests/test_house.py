@@ -56,3 +56,25 @@ def test_rooms_have_at_most_nine_files():
     for name in ORDER[:-1]:
         files = [path for path in (ROOT / name).glob('*.py') if path.name != '__init__.py']
         assert len(files) <= 9, name
+
+
+def functions(path: Path):
+    """Every function of a file, with the class that it belongs to ('' for none)."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    owner = {id(f): node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+             for f in node.body}
+    return [(owner.get(id(node), ''), node) for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)]
+
+
+def test_sizes():
+    """Of files, functions and lists of parameters; an optimizer's hyperparameters may be more."""
+    for name, path in FILES.items():
+        most = 400 if room(name) == '.' and name != 'bench.py' else 450
+        assert len(path.read_text(encoding='utf-8').splitlines()) <= most, name
+        for owner, f in functions(path):
+            where = f'{name}: {owner} {f.name}'
+            assert f.end_lineno - f.lineno < (100 if f.name == 'main' else 60), where
+            if name != 'core/net/optim.py':
+                positional = [a.arg for a in f.args.posonlyargs + f.args.args if a.arg != 'self']
+                assert len(positional) <= 6, where

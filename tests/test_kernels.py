@@ -274,3 +274,16 @@ def test_chunked_loss_never_has_all_logits(monkeypatch, reduction):
     monkeypatch.setattr(kernels, 'CHUNK_ELEMENTS', 4 * V)
     largest, kept = memory()
     assert largest == N * C and kept < N * V / 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_mask_that_is_added(dtype):
+    """As ALiBi has it: numbers, in whatever dtype, are added to the scores of every kernel."""
+    q, k, v = (torch.randn(2, 2, 5, 8, dtype=dtype) for _ in range(3))
+    seen = torch.ones(5, 5).tril() > 0
+    masks = seen, torch.zeros(5, 5).masked_fill(~seen, -torch.inf)
+    plain, added = (kernels.attend(q, k, v, mask, 0.0) for mask in masks)
+    assert plain.dtype == dtype and torch.equal(plain, added)
+    added = kernels.attend(q, k, v, masks[1] + torch.arange(5), 0.0)
+    scores = (q.float() @ k.float().mT) / 8 ** 0.5 + masks[1] + torch.arange(5)
+    torch.testing.assert_close(added.float(), scores.softmax(-1) @ v.float(), atol=2e-2, rtol=2e-2)

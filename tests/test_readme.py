@@ -138,9 +138,9 @@ def test_commands(folder, second):
 
 @pytest.mark.parametrize('edit', EDITS, ids=lambda edit: edit[0].split()[1])
 def test_worked_edit(folder, tmp_path, edit):
-    """The diff applies as it stands, and what is said to follow runs. There are three."""
+    """The diff applies as it stands, and what is said to follow runs. There are five."""
     diff, lines = edit
-    assert lines and len(EDITS) == 3
+    assert lines and len(EDITS) == 5
     copy = shutil.copytree(folder, tmp_path / 'copy')
     done = subprocess.run(['patch', '-p1'], input=diff, text=True, cwd=copy, check=True,
                           capture_output=True)

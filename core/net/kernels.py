@@ -102,7 +102,8 @@ compiled = functools.cache(torch.compile)
 def attend(q, k, v, mask, dropout: float):
     """softmax(q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, H or fewer, S, D): (B, H, T, D).
 
-    mask: None (causal, or all of the cache for one query), boolean (.., T, S), or a BlockMask.
+    mask: None (causal, or all of the cache for one query), boolean or added to the scores
+    (.., T, S), or a BlockMask.
     """
     gqa = {'enable_gqa': True} if q.size(1) != k.size(1) else {}
     if mask is not None and not isinstance(mask, torch.Tensor):
@@ -117,9 +118,9 @@ def attend(q, k, v, mask, dropout: float):
     # For short windows the CPU's kernel is up to 4 times slower backward in bf16 than in fp32.
     if short and q.dtype == torch.bfloat16:
         with torch.autocast('cpu', enabled=False):
-            return F.scaled_dot_product_attention(
-                q.float(), k.float(), v.float(), attn_mask=mask, dropout_p=dropout,
-                is_causal=causal, **gqa).type_as(q)
+            return attend(q.float(), k.float(), v.float(), mask, dropout).type_as(q)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.type_as(q)
     # cuDNN makes a plan for each new length of keys, and its gradients with a mask can be NaN
     # (PyTorch's issue 196678): it only trains without one.
     others = q.device.type == GPU and (mask is not None or not torch.is_grad_enabled())

@@ -8,6 +8,7 @@ from torch import nn
 
 from core.net.weights import named_weights
 
+OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 

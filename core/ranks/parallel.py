@@ -219,14 +219,15 @@ def learning_bytes(model, ranks: Ranks) -> int:
 
 
 def rows_at_once(model, ranks: Ranks, device, batch_size: int, block_size: int, wanted: int,
-                 per_sample: int = 1) -> int:
+                 *, per_sample: int = 1) -> int:
     """Samples in a forward pass, the same on all ranks: `wanted`, or if that is 0 as many as memory
     allows. A sample is per_sample rows of block_size tokens; a pipeline takes pp or more at once.
     """
     per_rank, config = math.ceil(batch_size / ranks.dp / ranks.pp), model.config
     rows = min(wanted, per_rank) or max(1, hardware.fit_micro_batch(
         device, per_sample * per_rank, block_size, config.n_layer, config.n_embd,
-        ranks.local_world, learning_bytes(model, ranks), model.recompute) // per_sample)
+        local_world=ranks.local_world, lasting=learning_bytes(model, ranks),
+        recompute=model.recompute) // per_sample)
     return min(processes.exchange(rows))    # machines may have more memory or less
 
 

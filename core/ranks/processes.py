@@ -92,7 +92,7 @@ def find_ranks() -> Ranks:
 PP_SCHEDULES = ('1f1b', 'interleaved')
 
 
-def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
+def arrange(ranks: Ranks, *, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int = 0,
             sequence_parallel: bool = False, pp_schedule: str = '1f1b') -> list[str]:
     """Decide what each rank does: dp follows from the number of ranks. Returns lines to print.
     `replicas` copies of the parameters are kept, each sharded over dp / replicas ranks (HSDP; 0: 1
@@ -131,12 +131,13 @@ def arrange(ranks: Ranks, tp: int = 1, pp: int = 1, zero: int = 0, replicas: int
 
 
 def begin(device: str, dtype: str, compile: bool, threads: int, timeout_minutes: float,
-          layout: tuple = ()) -> tuple:
+          layout: dict | None = None) -> tuple:
     """The ranks, which have found each other, and the device on which they agree, as a script's
-    settings ask for them; prints both. `layout` are the arguments of `arrange`."""
+    settings ask for them; prints both. `layout` has arguments of `arrange`."""
     ranks = find_ranks()
-    said = arrange(ranks, *layout)
-    found = hardware.choose(device, dtype, compile, threads, ranks.local_rank, ranks.local_world)
+    said = arrange(ranks, **layout or {})
+    found = hardware.choose(device, dtype, compile, threads, local_rank=ranks.local_rank,
+                            local_world=ranks.local_world)
     start(ranks, found, timeout_minutes)
     found = hardware.agree(found, exchange)
     print0(*found.why, *said, sep='\n')

@@ -23,7 +23,7 @@ def check_settings(settings: dict) -> None:
     one. FLAGS and GIVEN among them are the names that were given; see core.settings.configure."""
     s = SimpleNamespace(**{'FLAGS': (), 'GIVEN': (), **settings})
     check_bounds(settings, block_size=(1, None), max_steps=(1, None), eval_interval=(1, None))
-    check_choice(settings, optimizer=('adamw', 'muon'), schedule=optim.SCHEDULES,
+    check_choice(settings, optimizer=optim.OPTIMIZERS, schedule=optim.SCHEDULES,
                  pp_schedule=PP_SCHEDULES)
     for service in ('wandb', 'tensorboard'):
         if settings[service] and not importlib.util.find_spec(service):

@@ -19,7 +19,7 @@ def sequence_losses(model, data, rows: int, device, ranks, asked=lambda: False):
     def losses(batch):
         x, y, doc, _ = batch
         return torch.stack([model(x, y, doc=doc, reduction='none').float(), y != IGNORE], dim=-1)
-    return summed(model, data, rows, device, ranks, asked, 2, losses)
+    return summed(model, data, rows, device, ranks, asked=asked, k=2, values=losses)
 
 
 @torch.no_grad()
@@ -28,10 +28,11 @@ def class_probabilities(model, data, rows: int, device, ranks, asked=lambda: Fal
     def probabilities(batch):
         x, y, doc, _ = batch
         return model(x, doc=doc).float().softmax(dim=-1) * (y != IGNORE)[..., None]
-    return summed(model, data, rows, device, ranks, asked, model.config.n_classes, probabilities)
+    return summed(model, data, rows, device, ranks, asked=asked, k=model.config.n_classes,
+                  values=probabilities)
 
 
-def summed(model, data, rows: int, device, ranks, asked, k: int, values):
+def summed(model, data, rows: int, device, ranks, *, asked, k: int, values):
     """(n, k): for each sequence of Rows the sum of values(batch) (B, T, k) over its positions."""
     found = torch.zeros(len(data.ids), k, dtype=torch.float64)
     with parallel.looking_on(model):
