@@ -45,7 +45,7 @@ def construct(config: GPTConfig, seed: int, real=()) -> nn.Module:
             p = nn.Parameter(torch.empty_like(p, device='meta'), p.requires_grad)
         return made.setdefault(id(p), p)
 
-    with freed_at_once(), torch.random.fork_rng(devices=[]), torch.device('cpu'), \
+    with freed_at_once(), torch.random.fork_rng(devices=[]), torch.device('cpu'), quick_init(), \
             nn.modules.module.register_module_parameter_registration_hook(register):
         torch.default_generator.manual_seed(seed)
         model = LSTM(config) if config.arch == 'lstm' else model_module.GPT(config)
@@ -63,6 +63,18 @@ def construct(config: GPTConfig, seed: int, real=()) -> nn.Module:
     model.to('meta')
     tie(model)
     return model
+
+
+@contextlib.contextmanager
+def quick_init():
+    """nn.init.normal_ on 'meta', of an embedding, would import torch's compiler: a second."""
+    normal = nn.init.normal_
+    nn.init.normal_ = lambda tensor, *args, **options: tensor.detach().zero_() \
+        if tensor.is_meta else normal(tensor, *args, **options)
+    try:
+        yield
+    finally:
+        nn.init.normal_ = normal
 
 
 def is_torchs(layer: nn.Module) -> bool:
@@ -83,7 +95,9 @@ def has_rule(layer: nn.Module, name: str, t: torch.Tensor) -> bool:
 def allocate(model: nn.Module, device, put=torch.Tensor.copy_) -> None:
     """Give a model memory on `device`, with its constructors' own values, else without any; shared
     parameters share theirs. put(tensor, values) fills one that may be here in part only."""
-    model.to_empty(device=device)
+    # Module.to_empty(), whose torch.empty_like() imports sympy for whole tensors: half a second
+    model._apply(lambda t: torch.empty_like(t, device=device) if hasattr(t, 'placements')
+                 else torch.empty(t.shape, dtype=t.dtype, device=device))
     tie(model)
     for name, t in (*model.named_buffers(), *named_weights(model).items()):
         if name in model.own:
