@@ -1,12 +1,16 @@
-"""A trained model for other programs: python export.py out/shakespeare.
+"""A trained model for other programs: python export.py out/shakespeare --to=gguf.
 
---to=hf writes a Hugging Face folder that transformers 4 and 5 load without any code of ours. It is
-read back and compared with the model before it gets its name.
+--to=hf writes a Hugging Face folder that transformers 4 and 5 load without any code of ours;
+--to=gguf one file for llama.cpp, quantized if --dtype says so; --to=ollama that file with a
+Modelfile for `ollama create`. What was written is read back and compared with the model before it
+gets its name; --check also asks llama.cpp (pip install xllamacpp) for the same tokens.
 """
 import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
+import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -16,32 +20,35 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from core.formats import hf
+from core.formats import gguf, hf
 from core.run import models
 from core.settings import check_bounds, check_choice, configure, stop
 
 POSITIONAL = ('run_dir',)
 
-run_dir = ''            # a run such as out/shakespeare, or a Hugging Face folder
-to = 'hf'               # the format: hf
+run_dir = ''            # a run such as out/shakespeare, a Hugging Face folder, or a GGUF file
+to = 'hf'               # the format: hf, gguf or ollama
 step = 0                # which checkpoint; 0: the best one
-export_dir = ''         # where to; '': <run_dir>-hf
-dtype = 'float32'       # of the weights: float32, bfloat16 or float16
-shard_gb = 5.0          # most gigabytes of weights in one file
+export_dir = ''         # where to; '': <run_dir>-hf, <run_dir>-<dtype>.gguf or <run_dir>-ollama
+dtype = ''              # of the weights: f32, f16, bf16; gguf: q8_0, q5_1, q5_0, q4_1, q4_0, too;
+                        # '': f32 for hf, f16 for gguf
+shard_gb = 5.0          # hf: most gigabytes of weights in one file
+check = False           # gguf: whether llama.cpp, if it is installed, is to say the same tokens
+
+DTYPES = {'f32': 'float32', 'f16': 'float16', 'bf16': 'bfloat16'}
 
 # Texts that both tokenizers must encode alike: spaces, digits, contractions, scripts, emoji.
 PROBES = ("It's 12,345 words: DON'T\n\n\t  stop…\r\n", 'naïve façade Ωμέγα 漢字かな हिन्दी',
           '👩‍🚀 x_y(); ', '  lead and trail  ', '\x00\x7f\u2028\u3000')
 
 
-def export_hf(model, tokenizer, folder: Path, chat: bool) -> dict:
+def export_hf(model, tokenizer, folder: Path, as_: str, chat: bool) -> dict:
     """Write, read back, compare; returns the largest differences of logits that were found."""
-    hf.save(model, tokenizer, folder, dtype, int(shard_gb * 1e9), chat)
+    hf.save(model, tokenizer, folder, DTYPES[as_], int(shard_gb * 1e9), chat)
     for p in model.parameters():    # the file holds the weights rounded to dtype
-        p.data = p.data.to(getattr(torch, dtype)).float()
-    ids = torch.randint(len(tokenizer), (2, min(64, model.config.block_size)),
-                        generator=torch.Generator().manual_seed(0))
-    found, again = hf.load(folder)
+        p.data = p.data.to(getattr(torch, DTYPES[as_])).float()
+    ids = some_ids(model, tokenizer)
+    found, again, _ = hf.load(folder)
     known = dict(found.named_parameters())
     for name, p in model.named_parameters():
         if not torch.equal(known[name], p):
@@ -82,33 +89,137 @@ def logits_of_transformers(tokenizer, folder: Path, ids):
     return AutoModelForCausalLM.from_pretrained(folder).float().eval()(ids).logits
 
 
+def some_ids(model, tokenizer) -> torch.Tensor:
+    """(2, T) random ids, for logits that can be compared."""
+    return torch.randint(len(tokenizer), (2, min(64, model.config.block_size)),
+                         generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------------------------------------
+# GGUF
+
+N_CHECKED = 40      # tokens that llama.cpp is to say
+
+
+def export_gguf(model, tokenizer, path: Path, as_: str, chat: bool) -> dict:
+    """Write, read back, compare; returns the largest differences of logits that were found."""
+    gguf.save(model, tokenizer, path, as_, chat, Path(run_dir).stem)
+    found, again, chats = gguf.load(path)
+    check_ids(tokenizer, again.encode, f'{path}: the tokenizer that was written')
+    if chats != chat:
+        stop(f'{path}: its chat template cannot be used; nothing was exported')
+    ids = some_ids(model, tokenizer)
+    n = len(tokenizer)      # ids behind them are padding
+    difference = (model(ids) - found(ids))[..., :n].abs().max().item()
+    if not difference <= (1e-3 if as_ == 'f32' else math.inf):
+        stop(f'{path}: read back, logits differ by {difference:g}; nothing was exported')
+    differences = {'read back': difference}
+    if check:
+        prompt = tokenizer.prompt('The ')
+        if (theirs := said_by_llama_cpp(path, prompt)) is None:
+            print('  xllamacpp is not installed here: not tried in llama.cpp')
+        else:
+            same = count_same(found, tokenizer, prompt, theirs)
+            differences['in llama.cpp'] = f'{same} of {len(theirs)} greedy tokens are the same'
+            if as_ == 'f32' and same < len(theirs):
+                stop(f'{path}: llama.cpp says only the first {same} of {len(theirs)} greedy tokens '
+                     'as we do; nothing was exported')
+    return differences
+
+
+def said_by_llama_cpp(path: Path, prompt: list[int]) -> list[int] | None:
+    """The ids that llama.cpp adds greedily to a prompt; None if it is not installed."""
+    if not importlib.util.find_spec('xllamacpp'):
+        return None
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(path), 512, 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.warmup = False
+    found = xllamacpp.Server(params).handle_completions({
+        'prompt': prompt, 'n_predict': N_CHECKED, 'temperature': 0, 'ignore_eos': True,
+        'return_tokens': True, 'verbose': True})
+    return found['__verbose']['tokens']
+
+
+def count_same(model, tokenizer, prompt: list[int], theirs: list[int]) -> int:
+    """How many of their greedy ids, from the first on, our model finds best, too, if it may not end
+    the text either; two ids whose logits differ by less than 1e-3 are as good."""
+    logits = model(torch.tensor([prompt + theirs]))[0, len(prompt) - 1:-1]
+    ends = tokenizer.template.ends if tokenizer.template else {tokenizer.special.get('<|end|>')}
+    logits[:, [i for i in {tokenizer.eos, *ends} if i is not None]] = -math.inf
+    worse = logits.max(dim=-1).values - logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
+    return int((worse < 0.01).cumprod(0).sum())
+
+
+def write_ollama(folder: Path, tokenizer, as_: str, chat: bool) -> None:
+    """A Modelfile beside the model: Ollama reads template and end tokens from the model's file."""
+    lines = [f'FROM ./model-{as_}.gguf', 'PARAMETER temperature 0.8']
+    if chat:
+        names = {i: name for name, i in tokenizer.special.items()}
+        lines += [f'PARAMETER stop "{names[i]}"' for i in sorted(tokenizer.turn_ends())
+                  if i in names]
+    else:
+        lines.append('TEMPLATE {{ .Prompt }}')      # it continues text
+    (folder / 'Modelfile').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+# ---------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def main() -> dict:
-    """Export; returns the folder and the differences that the comparison found."""
-    check_choice(globals(), to=('hf',), dtype=('float32', 'bfloat16', 'float16'))
+    """Export; returns where it is and the differences that the comparison found."""
+    check_choice(globals(), to=('hf', 'gguf', 'ollama'))
+    as_ = {name: short for short, name in DTYPES.items()}.get(dtype, dtype) or (
+        'f32' if to == 'hf' else 'f16')
+    check_choice({'dtype': as_}, dtype=gguf.DTYPES if to != 'hf' else tuple(DTYPES))
     check_bounds(globals())
     models.check_named(run_dir, 'export.py {}')
-    folder = Path(export_dir or f'{run_dir.rstrip("/")}-hf')
-    if folder.exists():
-        stop(f'{folder} is there already; delete it, or give another --export_dir')
+    base = run_dir.rstrip('/').removesuffix('.gguf')
+    ending = {'hf': '-hf', 'gguf': f'-{as_}.gguf', 'ollama': '-ollama'}[to]
+    target = Path(export_dir or base + ending)
+    if target.exists():
+        stop(f'{target} is there already; delete it, or give another --export_dir')
     model, tokenizer, state = models.load_run(run_dir, step)
-    tmp = folder.with_name(f'.tmp-{folder.name}')
-    shutil.rmtree(tmp, ignore_errors=True)
+    chat, tmp = state.get('task') == 'chat', target.with_name(f'.tmp-{target.name}')
+    remove(tmp)
     try:
-        differences = export_hf(model, tokenizer, tmp, state.get('task') == 'chat')
-        os.rename(tmp, folder)
+        if to == 'hf':
+            differences = export_hf(model, tokenizer, tmp, as_, chat)
+        elif to == 'gguf':
+            differences = export_gguf(model, tokenizer, tmp, as_, chat)
+        else:
+            tmp.mkdir(parents=True)
+            differences = export_gguf(model, tokenizer, tmp / f'model-{as_}.gguf', as_, chat)
+            write_ollama(tmp, tokenizer, as_, chat)
+        os.rename(tmp, target)
     except (OSError, SafetensorError) as e:
-        stop(f'{folder}: {e}; nothing was exported')
+        stop(f'{target}: {e}; nothing was exported')
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f'{folder}: step {state["step"]} of {run_dir} as {hf.architecture(model.config)}, '
-          f'{dtype}, {size / 1e6:,.1f} MB')
-    for where, difference in differences.items():
-        print(f'  {where}: ids equal, logits equal to {difference:.2g}')
-    if 'in transformers' not in differences:
+        remove(tmp)
+    files = [target] if target.is_file() else list(target.iterdir())
+    size = sum(path.stat().st_size for path in files)
+    print(f'{target}: step {state["step"]} of {run_dir} as {hf.architecture(model.config)}, {as_}, '
+          f'{size / 1e6:,.1f} MB')
+    for where, found in differences.items():
+        print(f'  {where}: ' + (found if isinstance(found, str) else
+                                f'ids equal, logits differ by {found:.2g} at most'))
+    if to == 'hf' and 'in transformers' not in differences:
         print('  transformers is not installed here: not tried in it')
-    return {'folder': str(folder), 'differences': differences}
+    if to == 'ollama':
+        print(f'next: ollama create {target.name} -f {target}/Modelfile')
+    if to == 'gguf':
+        print(f'K-quants are made by llama.cpp: llama-quantize {target} {base}-q4_k_m.gguf Q4_K_M')
+    return {'folder': str(target), 'differences': differences}
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 if __name__ == '__main__':

@@ -43,6 +43,7 @@ class GPTConfig:
     tied: bool = True           # the head shares the embedding's matrix
     dropout: float = 0.0
     bias: bool = True           # in linear layers and layernorms
+    qkv_bias: bool = False      # in the layers of queries, keys and values (Qwen2)
     n_classes: int = 0          # of a classifier, whose head gives these; 0: a language model
 
     def __post_init__(self):
@@ -65,9 +66,9 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.dropout
         n_query, n_key = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.q_proj = Linear(config.n_embd, n_query, bias=config.bias)
-        self.k_proj = Linear(config.n_embd, n_key, bias=config.bias)
-        self.v_proj = Linear(config.n_embd, n_key, bias=config.bias)
+        self.q_proj = Linear(config.n_embd, n_query, bias=config.bias or config.qkv_bias)
+        self.k_proj = Linear(config.n_embd, n_key, bias=config.bias or config.qkv_bias)
+        self.v_proj = Linear(config.n_embd, n_key, bias=config.bias or config.qkv_bias)
         self.o_proj = Linear(n_query, config.n_embd, bias=config.bias)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None

@@ -351,3 +351,21 @@ def test_damaged_files(all_tokenizers, tmp_path, capsys, change):
     path = tmp_path / 't.json'
     path.write_text(json.dumps(json.loads(all_tokenizers['llama3'].to_json()) | change))
     assert stopped(capsys, lambda: load(path)).startswith(f'{path}: not a tokenizer file (')
+
+
+def test_bytes_without_a_token(all_tokenizers, capsys):
+    """They are dropped after the text has been split, said once; the rest is as in `tokenizers`."""
+    whole = all_tokenizers['llama3']
+    lost = {4, 29, 0xf1, *b'~|'}
+    ranks = [token for token in whole.ordinary if not lost & {*token}]
+    ours = BPETokenizer(whole.pattern, [printable(token) for token in ranks],
+                        {'<|endoftext|>': len(ranks)})
+    theirs = huggingface.Tokenizer.from_str(json.dumps(
+        tokenizer_json(ours) | {'normalizer': None}))
+    texts = ['a\x04b the\x1dre', '~~', 'x|| y\U00040000z', 'nothing lost',
+             *(text.replace('<|', '(') for text in fuzz(300, seed=5))]
+    for text in texts:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert '�' in ours.known(text) or ours.decode(ids) == ours.known(text)
+    assert capsys.readouterr().err.count('have no token in this vocabulary') == 1

@@ -43,7 +43,7 @@ def test_a_run_in_transformers(run_train, run_export, capsys, tokenizer):
     found = run_export(run_dir=run_dir)
     assert found['folder'] == f'{run_dir}-hf' and left_behind() == ['tiny', 'tiny-hf']
     assert found['differences']['read back'] == 0 and found['differences']['in transformers'] < 1e-4
-    assert 'as qwen3, float32' in capsys.readouterr().out
+    assert 'as qwen3, f32' in capsys.readouterr().out
     model, tok, _ = models.load_run(run_dir)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(found['folder'])
     again = transformers.AutoTokenizer.from_pretrained(found['folder'])
@@ -86,7 +86,7 @@ def tuned(run_stage, chats):
 
 @pytest.mark.parametrize('way', ['ours', 'jinja', 'theirs', 'base'])
 def test_a_chat_model_comes_back(tuned, base, run_export, monkeypatch, capsys, way):
-    """In every stage; someone else's template is named, and a base model stays one."""
+    """In every stage, with someone else's template, too; and a base model stays one."""
     folder = Path(run_export(run_dir=base if way == 'base' else tuned)['folder'])
     path = folder / 'tokenizer_config.json'
     found = json.loads(path.read_text())
@@ -98,9 +98,8 @@ def test_a_chat_model_comes_back(tuned, base, run_export, monkeypatch, capsys, w
     path.write_text(json.dumps(found))
     capsys.readouterr()
     model, tokenizer, state = models.load_run(str(folder))
-    assert (state['task'] == 'chat') == (way in ('ours', 'jinja'))
-    err = capsys.readouterr().err
-    assert err.count('has a chat template that is not ours') == (way == 'theirs')
+    assert (state['task'] == 'chat') == (way != 'base')
+    assert bool(tokenizer.template) == (way == 'theirs') and not capsys.readouterr().err
     seen = []
     monkeypatch.setattr(sample, 'generate', lambda model, prompts, n, stop_tokens, **options: (
         seen.append((prompts[0], stop_tokens)) or iter([[tokenizer.encode('n')[0]],
@@ -135,7 +134,7 @@ def test_what_is_refused(run_train, run_export, capsys):
     run_dir = run_train(max_steps=2)['run_dir']
     assert stopped(capsys, run_export).startswith('no model given')
     assert 'out/tiny' in stopped(capsys, lambda: run_export(run_dir='out/none'))
-    assert stopped(capsys, lambda: run_export(run_dir=run_dir, to='gguf')).startswith('to=gguf')
+    assert stopped(capsys, lambda: run_export(run_dir=run_dir, to='onnx')).startswith('to=onnx')
     assert stopped(capsys, lambda: run_export(run_dir=run_dir, dtype='int8')).startswith('dtype=')
     assert 'step=7' in stopped(capsys, lambda: run_export(run_dir=run_dir, step=7))
     (Path(run_dir).parent / 'tiny-hf').mkdir()

@@ -22,7 +22,7 @@ from core.net.engine import generate
 from core.net.weights import build_model
 from core.run import models
 from core.settings import Stop
-from core.text.hf_tokenizer import merges_of, read_tokenizer, tokenizer_json
+from core.text.hf_tokenizer import merges_of, read_template, read_tokenizer, tokenizer_json
 from core.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, printable
 from model import GPTConfig
 
@@ -132,7 +132,7 @@ def difference(ours, theirs) -> float:
 @pytest.mark.parametrize('name', THEIRS)
 def test_theirs_loaded(their_folders, tokenizer, name):
     theirs, folder = their_folders[name]
-    ours, found = hf.load(folder)
+    ours, found, _ = hf.load(folder)
     assert difference(ours, theirs) <= 1e-4
     assert found.hash() == tokenizer.hash() and ours.config.vocab_size == VOCAB
     ids = torch.tensor([tokenizer.encode('def main(')])
@@ -176,7 +176,7 @@ def same_greedy_text(ours, theirs, prompt: list[int]) -> None:
 def test_round_trip_is_bitwise(tokenizer, tmp_path, name):
     ours = our_model(name)
     hf.save(ours, tokenizer, tmp_path / 'a', shard_bytes=100_000)
-    again, found = hf.load(tmp_path / 'a')
+    again, found, _ = hf.load(tmp_path / 'a')
     known = dict(again.named_parameters())
     for key, p in ours.named_parameters():
         assert torch.equal(known.pop(key), p), key
@@ -193,7 +193,7 @@ def test_weights_in_bfloat16(tokenizer, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / 'half', dtype='auto')
     assert theirs.dtype == torch.bfloat16
-    again, _ = hf.load(tmp_path / 'half')
+    again, _, _ = hf.load(tmp_path / 'half')
     assert all(torch.equal(p.bfloat16().float(), q) for p, q in
                zip(ours.parameters(), again.parameters()))
     assert difference(again, theirs.float()) <= 1e-4
@@ -208,7 +208,7 @@ def test_old_gpt2_files(their_folders, tmp_path):
     tensors |= {'h.0.attn.bias': torch.ones(1, 1, 128, 128).tril(),
                 'h.0.attn.masked_bias': torch.tensor(-1e4)}
     save_file(tensors, tmp_path / 'old' / hf.WEIGHTS)
-    ours, _ = hf.load(tmp_path / 'old')
+    ours, _, _ = hf.load(tmp_path / 'old')
     assert difference(ours, theirs) <= 1e-4
 
 
@@ -372,7 +372,8 @@ def test_bos_in_front(tokenizer, tmp_path):
     assert theirs('x').input_ids == ours.prompt('x') and theirs.bos_token_id == 700
     chats = ours.with_chat()
     hf.save(our_model('llama', vocab_size=len(chats)), chats, tmp_path / 'chat', chat=True)
-    assert hf.is_chat(tmp_path / 'chat', chats) and not hf.is_chat(tmp_path / 'bos', ours)
+    assert read_template(tmp_path / 'chat', chats) and not chats.template
+    assert not read_template(tmp_path / 'bos', ours)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'chat')
     chat = [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]
     found = theirs.apply_chat_template(chat)
@@ -464,7 +465,7 @@ def test_huge_tokenizer(capsys, folder, tokenizer):
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(model_type='mistral'), "model_type='mistral': only gpt2, llama and qwen3"),
+    (dict(model_type='mistral'), "model_type='mistral': only gpt2, llama, qwen2, qwen3"),
     (dict(model_type=None), 'model_type is missing'), (dict(model_type=7), 'model_type=7'),
     (dict(hidden_size='64'), 'hidden_size'), (dict(hidden_size=None), 'hidden_size is missing'),
     (dict(hidden_size=-64), 'hidden_size'), (dict(hidden_size=1 << 60), 'hidden_size'),

@@ -1,8 +1,7 @@
 """Records for post-training: conversations, preferences and labelled texts, read and checked.
 
-Files are .jsonl, .json (an array), .csv or .tsv, each also as .gz. What is wrong with a record is a
-Bad with its file and line. Names decide what a field is, and a field that changes the meaning is
-used or refused, never ignored.
+Files are .jsonl, .json (an array), .csv or .tsv, each also as .gz; a wrong record is a Bad. Names
+decide what a field is, and a field that changes the meaning is used or refused, never ignored.
 """
 import hashlib
 import json
@@ -397,9 +396,13 @@ def encode(tokenizer, where: str, messages: list[dict], size: int, prompt_weight
     each times its message's weight. The conversation is lost if no answer is among them."""
     check_known(tokenizer, where, [message['content'] for message in messages])
     ids, learnt, weights, whole = [], [], [], False
-    for i, (turn, said) in enumerate(turns := list(tokenizer.encode_turns(messages))):
+    try:
+        turns = list(tokenizer.encode_turns(messages))
+    except ValueError as e:     # of another program's chat template
+        stop(f'{where}: {e}')
+    for i, (turn, said) in enumerate(turns):
         weight = messages[i].get('weight', 1)
-        mine = bool(said[-1] and weight and (i == len(turns) - 1 or not last_only))
+        mine = bool(any(said) and weight and (i == len(turns) - 1 or not last_only))
         ids += turn
         learnt += [mine and it for it in said]
         weights += [weight * (1.0 if mine and it else prompt_weight) for it in said]

@@ -1,8 +1,9 @@
 """Hugging Face folders: their configs, tensor names and tokenizer.json, to ours and back.
 
 A folder holds config.json, model.safetensors (or shards with an index), tokenizer.json. Its model
-is GPT-2, Llama or Qwen3, which are settings of our GPT; whatever else it may be, and whatever these
-have that we do not, is refused by its name. Nothing of a folder is executed, no pickle is opened.
+is GPT-2, Llama, Qwen2 or Qwen3, which are settings of our GPT; whatever else it may be, and what
+these have that we do not, is refused by its name. Nothing of a folder is executed, no pickle is
+opened.
 """
 import json
 import os
@@ -15,9 +16,15 @@ from safetensors.torch import save_file as save_private
 
 from core.net.weights import build_model
 from core.read.download import fetch
-from core.settings import stop, warn
-from core.text.hf_tokenizer import read_json, read_tokenizer, tokenizer_json
-from core.text.tokenizer import CHAT_TEMPLATE, Tokenizer
+from core.settings import stop
+from core.text.hf_tokenizer import (
+    read_json,
+    read_template,
+    read_tokenizer,
+    template_of,
+    tokenizer_json,
+)
+from core.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -25,6 +32,8 @@ WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
               'gpt2-xl': (48, 25, 1600)}
 LLAMA3_ROPE = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+KINDS = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
+         'qwen3': 'Qwen3ForCausalLM'}
 COMPLETE = '.complete'      # in a downloaded folder: all of it is there
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.h5', '.msgpack')
 
@@ -144,8 +153,8 @@ def read_config(folder) -> GPTConfig:
     found = Fields(path, read_json(path))
     kind = found.get('model_type', str)
     found.refuse(quantization_config=None)
-    if kind not in ('gpt2', 'llama', 'qwen3'):
-        stop(f'{path}: model_type={kind!r:.80}: only gpt2, llama and qwen3 can be read')
+    if kind not in KINDS:
+        stop(f'{path}: model_type={kind!r:.80}: only {", ".join(KINDS)} can be read')
     if kind == 'gpt2':
         found.refuse(activation_function='gelu_new', add_cross_attention=False,
                      scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
@@ -153,10 +162,11 @@ def read_config(folder) -> GPTConfig:
     else:
         found.refuse(hidden_act='silu', use_sliding_window=False)
         more = dict(norm='rmsnorm', position='rope', mlp='swiglu', **rope_settings(found))
+        more |= {'qkv_bias': kind == 'qwen2'}
         if kind == 'qwen3':
             more |= dict(qk_norm=True, head_dim=found.get('head_dim', int, 128))
         if found.get('attention_bias', bool, False) and (
-                kind == 'qwen3' or not found.get('mlp_bias', bool, False)):
+                kind != 'llama' or not found.get('mlp_bias', bool, False)):
             stop(f'{path}: attention_bias=True without biases in the MLP is not supported')
     fields = {ours: found.get(theirs, type_, default) for ours, theirs, type_, default
               in (GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS)}
@@ -185,16 +195,16 @@ def rope_settings(found: Fields) -> dict:
 
 
 def architecture(config: GPTConfig) -> str:
-    """The public architecture that a model is: gpt2, llama or qwen3. Stops if it is none."""
+    """The public architecture that a model is, of KINDS. Stops if it is none."""
     wanted = {'arch': 'gpt', 'window': 0, 'n_classes': 0}
     if config.norm == 'layernorm':
         kind = 'gpt2'
-        wanted |= {'position': 'learned', 'mlp': 'gelu', 'qk_norm': False,
+        wanted |= {'position': 'learned', 'mlp': 'gelu', 'qk_norm': False, 'qkv_bias': False,
                    'n_kv_head': config.n_head, 'head_dim': config.n_embd // config.n_head}
     else:
-        kind = 'qwen3' if config.qk_norm else 'llama'
+        kind = 'qwen3' if config.qk_norm else 'qwen2' if config.qkv_bias else 'llama'
         wanted |= {'position': 'rope', 'mlp': 'swiglu'}
-        wanted |= {'bias': False} if config.qk_norm else {}
+        wanted |= {} if kind == 'llama' else {'bias': False, 'qkv_bias': kind == 'qwen2'}
     for name, value in wanted.items():
         if getattr(config, name) != value:
             stop(f'{name}={getattr(config, name)}: no architecture of Hugging Face has it; '
@@ -205,9 +215,8 @@ def architecture(config: GPTConfig) -> str:
 def config_json(config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict:
     """The content of a model's config.json; the inverse of read_config."""
     kind = architecture(config)
-    names = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
     # transformers 4 and 5 spell the dtype and RoPE's theta differently: both spellings.
-    found = {'architectures': [names[kind]], 'model_type': kind, 'bos_token_id': tokenizer.bos,
+    found = {'architectures': [KINDS[kind]], 'model_type': kind, 'bos_token_id': tokenizer.bos,
              'eos_token_id': tokenizer.eos, 'dtype': dtype, 'torch_dtype': dtype}
     for ours, theirs, _, _ in GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS:
         found[theirs] = getattr(config, ours)
@@ -260,14 +269,19 @@ def is_transposed(name: str, kind: str) -> bool:
     return kind == 'gpt2' and name.endswith('_proj.weight')
 
 
+def check_parameters(model: GPT, kind: str) -> None:
+    """Stop at a parameter or buffer that the architecture `kind` does not have."""
+    for name in (*dict(model.named_parameters()), *dict(model.named_buffers())):
+        if not PARAMETERS.fullmatch(name):
+            stop(f'{name}: {kind} has nothing like it, so this edited model has no form in Hugging '
+                 "Face's format; nothing was exported")
+
+
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
     """The model's parameters under Hugging Face's names; GPT-2 without biases gets zero ones."""
     kind = architecture(model.config)
     found = {name: p.detach() for name, p in model.named_parameters()}
-    for name in (*found, *dict(model.named_buffers())):
-        if not PARAMETERS.fullmatch(name):
-            stop(f'{name}: {kind} has nothing like it, so this edited model has no form in Hugging '
-                 "Face's format; nothing was exported")
+    check_parameters(model, kind)
     if kind == 'gpt2' and not model.config.bias:
         for name, p in list(found.items()):
             if name.endswith(('_proj.weight', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
@@ -347,8 +361,8 @@ def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer]:
-    """Model (fp32, in eval mode) and tokenizer of a Hugging Face folder."""
+def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer, bool]:
+    """Model (fp32, in eval mode) and tokenizer of a Hugging Face folder, and whether it chats."""
     folder = Path(folder)
     config, files = read_config(folder), open_weights(folder)
     keys = match(config, folder, files)
@@ -365,7 +379,7 @@ def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer]:
         head = files['lm_head.weight'].get_tensor('lm_head.weight').to(device, torch.float32)
         if not torch.equal(head, model.lm_head.weight):
             stop(f'{folder}: tie_word_embeddings=True, but its lm_head.weight is not its embedding')
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, read_template(folder, tokenizer)
 
 
 def save_file(tensors: dict, path: Path, metadata: dict | None = None) -> None:
@@ -377,27 +391,10 @@ def save_file(tensors: dict, path: Path, metadata: dict | None = None) -> None:
     path.chmod(mode)
 
 
-def template_of(tokenizer: Tokenizer) -> str:
-    """The chat template of a model that finetune.py has tuned."""
-    return '{{- bos_token -}}' * tokenizer.add_bos + CHAT_TEMPLATE
-
-
-def is_chat(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a folder holds a chat model of ours. Warns if it has another chat template."""
-    path, jinja = folder / 'tokenizer_config.json', folder / 'chat_template.jinja'
-    found = read_json(path).get('chat_template') if path.is_file() else None
-    if jinja.is_file():     # where transformers 5 writes it
-        found = jinja.read_text(encoding='utf-8', errors='replace')
-    ours = found == template_of(tokenizer) and tokenizer.knows_chat()
-    if found and not ours:
-        warn(f'{folder}: has a chat template that is not ours and is not used: it continues text')
-    return ours
-
-
 def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
          shard_bytes: int = 5_000_000_000, chat: bool = False) -> None:
     """Write a folder that transformers 4 and 5 load without any code of ours; of a `chat` model
-    with its template, by which is_chat knows it again."""
+    with its template, by which read_template knows it again."""
     config = model.config
     tensors = {key: p.to(getattr(torch, dtype)) for key, p in to_hf(model).items()}
     groups, room = [{}], shard_bytes
@@ -415,7 +412,7 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
         index |= dict.fromkeys(group, file)
     eos, bos = tokenizer.eos, tokenizer.bos
     names = {i: name for name, i in tokenizer.special.items()}
-    ends = [eos, *(i for i, name in names.items() if name == '<|end|>')]
+    ends = sorted(tokenizer.turn_ends()) if chat else [eos]
     files = {
         'config.json': config_json(config, tokenizer, dtype),
         'generation_config.json': {'bos_token_id': bos, 'eos_token_id': ends, 'pad_token_id': eos},

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import model as model_module
-from core.formats import hf
+from core.formats import gguf, hf
 from core.net import lora
 from core.net.weights import build_model, named_weights
 from core.ranks import processes
@@ -32,7 +32,7 @@ def find_model(name: str, data_dir: str = 'data', weights: bool = True,
     """The folder of a run, or of a Hugging Face model (see hf.find). Stops if there is neither."""
     folder = Path(name)
     try:
-        if folder.is_dir() and steps(folder):
+        if folder.is_dir() and steps(folder) or is_gguf(folder):
             return folder
         if found := hf.find(name, Path(data_dir) / 'downloads', weights):
             return found
@@ -45,6 +45,11 @@ def find_model(name: str, data_dir: str = 'data', weights: bool = True,
         stop(f'{folder}: holds no checkpoint (step-*) and no config.json, only {names}' + NO_PICKLE)
     return stop(f'{setting}={name}: {"is a file" if folder.exists() else "no such directory"}, '
                 f'and no name on the hub; {known_runs()[1]}' + NO_PICKLE)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a model in one file of llama.cpp's format."""
+    return path.suffix == '.gguf' and path.is_file()
 
 
 def known_runs() -> tuple[str, str]:
@@ -66,6 +71,8 @@ def load_tokenizer(name: str, data_dir: str = 'data'):
     folder = find_model(name, data_dir, weights=False, setting='tokenizer')
     if found := steps(folder):
         return tokenizers.load(step_folder(folder, found[-1]) / 'tokenizer.json')
+    if is_gguf(folder):
+        return gguf.read_tokenizer(gguf.Header(folder))
     return hf_tokenizer.read_tokenizer(folder / 'tokenizer.json')
 
 
@@ -80,12 +87,12 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
     folder = find_model(run_dir, data_dir)
     if not steps(folder):
         if step:
-            stop(f'step={step}: {folder} is a Hugging Face model, which has no steps')
+            stop(f'step={step}: {folder} is no run, and has no steps')
         if classifier:
             stop(f'run_dir={run_dir}: is no classifier; make one with classify.py')
-        model, tokenizer = hf.load(folder, device)
+        model, tokenizer, chats = (gguf if is_gguf(folder) else hf).load(folder, device)
         return model, tokenizer, {'step': 0, 'config': asdict(model.config), 'identity': {},
-                                  'task': 'chat' if hf.is_chat(folder, tokenizer) else ''}
+                                  'task': 'chat' if chats else ''}
     step = chosen_step(folder, step)
     state, checkpoint = read_state(folder, step), step_folder(folder, step)
     tokenizer = tokenizers.load(checkpoint / 'tokenizer.json')

@@ -3,8 +3,10 @@ import json
 import unicodedata
 from pathlib import Path
 
-from core.settings import stop
+from core.settings import stop, warn
+from core.text.chat import ChatTemplate
 from core.text.tokenizer import (
+    CHAT_TEMPLATE,
     PATTERNS,
     SPECIAL,
     BPETokenizer,
@@ -138,10 +140,6 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
                 raise NotSupported(f'its token {token["content"]!r:.80} takes what is around it')
     if not special:
         raise NotSupported('it has no special token that could end a text')
-    ordinary = sorted(vocab, key=vocab.get)
-    first = vocab[ordinary[0]]
-    if [vocab[token] for token in ordinary] != list(range(first, first + len(ordinary))):
-        raise NotSupported('the ids of its ordinary tokens are not one after another')
     pattern, in_front = split_pattern(found['pre_tokenizer']), front(found.get('post_processor'))
     normalizer = (found.get('normalizer') or {'type': ''})['type']
     ours = tuple(special) == SPECIAL    # which get text that is normalized already: see as_corpus
@@ -149,7 +147,7 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
         raise NotSupported(f'its normalizer is {normalizer!r:.80}')
     normalizer = '' if ours else normalizer
     if pattern in (ANY_CHARACTER, NO_SPLIT):
-        tokenizer = None
+        tokenizer, (ordinary, first) = None, in_order(vocab)
         if pattern == ANY_CHARACTER and all(len(token) == 1 for token in ordinary):
             tokenizer = CharTokenizer(''.join(ordinary))
         elif pattern == NO_SPLIT and list(map(unprintable, ordinary)) == ByteTokenizer.BYTES:
@@ -160,12 +158,31 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
             raise NotSupported(f'its special tokens {str(special)[:200]} are not '
                                f'{tokenizer.special}')
         return tokenizer
-    check_merges(model['merges'], ordinary, bool(model.get('ignore_merges')))
     bos, eos = bos_and_eos(folder, special)
-    tokenizer = BPETokenizer(pattern, ordinary, special, bos=in_front or bos, eos=eos,
-                             add_bos=bool(in_front), normalize=normalizer, written=written,
-                             first=first)
-    probe = unicodedata.normalize(normalizer, PROBE) if normalizer else PROBE
+    return make_bpe(pattern, vocab, special, model['merges'], bool(model.get('ignore_merges')),
+                    bos=in_front or bos, eos=eos, add_bos=bool(in_front), normalize=normalizer,
+                    written=written)
+
+
+def in_order(vocab: dict[str, int]) -> tuple[list[str], int]:
+    """Tokens in the order of their ids, and the first id. Raises NotSupported if an id is missing.
+    """
+    ordinary = sorted(vocab, key=vocab.get)
+    first = vocab[ordinary[0]]
+    if [vocab[token] for token in ordinary] != list(range(first, first + len(ordinary))):
+        raise NotSupported('the ids of its ordinary tokens are not one after another')
+    return ordinary, first
+
+
+def make_bpe(pattern: str, vocab: dict[str, int], special: dict[str, int], merges: list,
+             whole_pieces: bool, **more) -> BPETokenizer:
+    """A byte-level BPE of ordinary tokens, special ones and merges, as other programs have them;
+    `more` is for BPETokenizer. Raises NotSupported if ours would give other ids."""
+    ordinary, first = in_order(vocab)
+    check_merges(merges, ordinary, whole_pieces)
+    tokenizer = BPETokenizer(pattern, ordinary, special, first=first, **more)
+    form = more.get('normalize')
+    probe = tokenizer.known(unicodedata.normalize(form, PROBE) if form else PROBE)
     if tokenizer.decode(tokenizer.encode(probe)) != probe:
         raise NotSupported('its pattern leaves out parts of a text')
     return tokenizer
@@ -215,7 +232,7 @@ def check_merges(merges: list, ordinary: list[str], whole_pieces: bool) -> None:
 def bos_and_eos(folder: Path, special: dict[str, int]) -> tuple[str, str]:
     """The names of the tokens that begin and end a text, from tokenizer_config.json or config.json;
     '' if nothing begins it."""
-    config, model = (read_json(folder / name) if (folder / name).is_file() else {}
+    config, model = (optional_json(folder / name)
                      for name in ('tokenizer_config.json', 'config.json'))
     names = {i: name for name, i in special.items()}
 
@@ -244,3 +261,51 @@ def front(post_processor: dict | None) -> str:
             raise NotSupported(f'its post_processor is {json.dumps(whole)[:200]}')
         found = pieces[0]['SpecialToken']['id'] if len(pieces) == 2 else found
     return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Chat templates
+
+
+def template_of(tokenizer: Tokenizer) -> str:
+    """The chat template of a chat model: its own, or that of those that finetune.py has tuned."""
+    if tokenizer.template:
+        return tokenizer.template.source
+    return '{{- bos_token -}}' * tokenizer.add_bos + CHAT_TEMPLATE
+
+
+def use_template(where, tokenizer: Tokenizer, source: str, tokens: dict, ends: list) -> bool:
+    """Whether a model with this chat template ('': none) is a chat model; the tokenizer then writes
+    conversations by it. Warns if it cannot be used."""
+    if not source or source == template_of(tokenizer) and tokenizer.knows_chat():
+        return bool(source)
+    if wrong := [i for i in ends if type(i) is not int or not 0 <= i < len(tokenizer)]:
+        stop(f'{where}: eos_token_id={wrong[0]!r:.80}: no token of its tokenizer')
+    try:
+        tokenizer.template = ChatTemplate(source, tokens, [tokenizer.eos, *ends])
+    except ValueError as e:
+        warn(f'{where}: {e}; without it the model only continues text')
+    return bool(tokenizer.template)
+
+
+def read_template(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a folder holds a chat model; see use_template."""
+    found = optional_json(folder / 'tokenizer_config.json')
+    source, jinja = found.get('chat_template') or '', folder / 'chat_template.jinja'
+    if jinja.is_file():     # where transformers 5 writes it
+        source = jinja.read_text(encoding='utf-8', errors='replace')
+    if isinstance(source, list):    # several by name
+        source = {one.get('name'): one.get('template') for one in source}.get('default', '')
+    if not isinstance(source, str):
+        stop(f'{folder}: chat_template is no text')
+    tokens = {key: value['content'] if isinstance(value, dict) else value
+              for key, value in found.items() if key.endswith('_token') and value
+              and isinstance(value, (str, dict))}
+    ends = optional_json(folder / 'generation_config.json').get('eos_token_id') or []
+    return use_template(folder, tokenizer, source, tokens,
+                        ends if isinstance(ends, list) else [ends])
+
+
+def optional_json(path: Path) -> dict:
+    """The object in a JSON file; {} if there is no such file."""
+    return read_json(path) if path.is_file() else {}

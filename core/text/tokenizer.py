@@ -21,11 +21,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import regex  # comes with tiktoken
 import tiktoken
 
 from core.read.download import fetch
-from core.settings import stop
+from core.settings import stop, warn
 from core.text.bpe import blocks, count_pieces, learn_merges
+from core.text.chat import ChatTemplate
 
 # Reserved by every trained tokenizer, so that a base model can become a chat model unchanged.
 ROLES = ('system', 'user', 'assistant')
@@ -56,6 +58,7 @@ class Tokenizer:
     """What all kinds share; a kind adds `encode` and its entry in KINDS."""
     kind = ''
     corpus_normalize = 'NFC'    # of the text that it is used on: NFC, NFKC, or '' for none
+    template = None             # the ChatTemplate of a model that another program has trained
 
     def __init__(self, ordinary: list[bytes], special: dict[str, int] | None = None,
                  first: int = 0):
@@ -119,7 +122,13 @@ class Tokenizer:
 
     def turn_ends(self) -> set[int]:
         """The ids at which an answer ends: <|end|>, and what can only come after it."""
+        if self.template:
+            return self.template.ends
         return {self.eos, *(self.special[name] for name in CHAT)}
+
+    def known(self, text: str) -> str:
+        """The text without the bytes that have no token."""
+        return text
 
     def unknown(self, text: str) -> str:
         """What of a text cannot be encoded, and the remedy; '' if all can."""
@@ -127,7 +136,7 @@ class Tokenizer:
 
     def knows_chat(self) -> bool:
         """Whether it has the tokens of chats; one that was not made here may lack them."""
-        return self.special.keys() >= set(CHAT)
+        return bool(self.template) or self.special.keys() >= set(CHAT)
 
     def check_chat(self) -> None:
         """Stop if the tokens of chats are missing."""
@@ -142,7 +151,10 @@ class Tokenizer:
 
         messages are {'role': 'system', 'user' or 'assistant', 'content': text}; raises ValueError
         for another role. A special token in a content stays text, so it cannot change the role.
+        With a template of another program's, that decides how a conversation is written.
         """
+        if self.template:
+            return self.template.encode(self, messages, reply)
         turns = [ids for ids, _ in self.encode_turns(messages)]
         return sum(turns, []) + [self.special['<|assistant|>']] * reply
 
@@ -150,6 +162,9 @@ class Tokenizer:
         """For each message its ids in a conversation, and which of them the assistant says: its
         content and the end token, not the token of its role."""
         self.check_chat()
+        if self.template:
+            yield from self.template.turns(self, messages)
+            return
         before = [self.bos] if self.add_bos else []
         for role, content in ((message['role'], message['content']) for message in messages):
             if role not in ROLES:
@@ -174,6 +189,8 @@ class Tokenizer:
     def save(self, path) -> None:
         """Write the tokenizer to `path` as one JSON file."""
         more = {'corpus_normalize': self.corpus_normalize} if self.corpus_normalize != 'NFC' else {}
+        if self.template:
+            more['template'] = self.template.state()
         Path(path).write_text(self.to_json(**more), encoding='utf-8')
 
 
@@ -244,8 +261,14 @@ class BPETokenizer(Tokenizer):
         if normalize not in ('', 'NFC'):
             raise ValueError(f'normalize={normalize!r}')
         ranks = {token: first + i for i, token in enumerate(self.ordinary)}
-        if len(ranks) < len(self.ordinary) or not all(bytes([i]) in ranks for i in range(256)):
-            raise ValueError('two tokens are alike, or one of the 256 bytes has none')
+        if len(ranks) < len(self.ordinary):
+            raise ValueError('two tokens are alike')
+        lost = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
+        if len(lost) > 64:      # SmolLM2 lacks 21
+            raise ValueError(f'{len(lost)} of the 256 bytes have no token')
+        ranks |= {byte: len(self) + i for i, byte in enumerate(lost)}   # tiktoken needs all 256
+        self.lost = re.compile(b'[%s]' % b''.join(map(re.escape, lost))) if lost else None
+        self.told = False       # that something was lost
         self.encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=self.written)
 
@@ -262,6 +285,8 @@ class BPETokenizer(Tokenizer):
         """The ids of a text. Stops if the pattern fails on it, as one that backtracks may."""
         if self.normalize:
             text = unicodedata.normalize(self.normalize, text)
+        if self.lost and self.lost.search(text.encode()):
+            return self.encode_without(text)
         try:
             if self.written:
                 return self.encoding.encode(text, allowed_special=set(self.written),
@@ -276,6 +301,27 @@ class BPETokenizer(Tokenizer):
             stop('the pattern by which the tokenizer splits text fails on this one')
         return [i for begin, end in zip([0, *ends], [*ends, len(text)])
                 for i in self.encode(text[begin:end])]
+
+    def known(self, text: str) -> str:
+        return self.lost.sub(b'', text.encode()).decode(errors='replace') if self.lost else text
+
+    def encode_without(self, text: str) -> list[int]:
+        """The ids of a text of which some bytes have no token, as control characters in SmolLM2:
+        they are dropped after the text has been split, as in Hugging Face's tokenizers."""
+        if not self.told:
+            n = len(self.lost.findall(text.encode()))
+            warn(f'{n:,} bytes of a text have no token in this vocabulary and are left out, as in '
+                 'Hugging Face (said once)')
+            self.told = True
+        ids, names = [], '|'.join(map(re.escape, self.written))
+        for part in re.split(f'({names})', text) if names else [text]:
+            if part in self.written:
+                ids.append(self.written[part])
+                continue
+            for piece in regex.findall(self.pattern, part):
+                if known := self.lost.sub(b'', piece.encode()):
+                    ids += self.encoding._encode_single_piece(known)
+        return ids
 
     def byte_lengths(self) -> np.ndarray:
         lengths = super().byte_lengths()
@@ -338,11 +384,12 @@ def load(path) -> Tokenizer:
     try:
         found = json.loads(Path(path).read_text(encoding='utf-8'))
         kind, special = found.pop('kind'), found.pop('special')
-        form = found.pop('corpus_normalize', 'NFC')
+        form, template = found.pop('corpus_normalize', 'NFC'), found.pop('template', None)
         if form not in ('', 'NFC', 'NFKC'):
             raise ValueError(f'corpus_normalize={form!r}')
         tokenizer = KINDS[kind](**found, **({'special': special} if kind == 'bpe' else {}))
         tokenizer.corpus_normalize = form
+        tokenizer.template = ChatTemplate(**template) if template else None
     except FileNotFoundError:
         stop(f'{path}: no such tokenizer file')
     except (ValueError, KeyError, TypeError, AttributeError) as e:

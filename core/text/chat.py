@@ -1,0 +1,204 @@
+"""Chat templates of other programs' models: Jinja, rendered as transformers renders it.
+
+A template is a program that comes with a model. It runs in a process of its own, in Jinja's
+sandbox, with limits on memory and time: python core/text/chat.py is that process.
+"""
+import json
+import re
+import select
+import subprocess
+import sys
+import unicodedata
+from itertools import accumulate
+
+MEMORY, SECONDS, CHARACTERS = 1 << 29, 10, 1 << 22     # of a rendering, and of its result
+GUARD = '\U0010fff0'    # parts the name of a special token in what people say: it is text there
+
+# ---------------------------------------------------------------------------------------------
+# The process that renders
+
+
+def environment():
+    """A Jinja environment with the filters and functions of transformers' chat templates, and the
+    list into which {% generation %} blocks write what they enclose."""
+    from datetime import datetime
+
+    import jinja2.ext
+    import jinja2.sandbox
+    spans = []
+
+    class Generation(jinja2.ext.Extension):
+        tags = {'generation'}   # what the assistant says stands in this block
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            call = self.call_method('note')
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def note(self, caller):
+            text = caller()
+            spans.append(text)
+            return text
+
+    def refuse(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    found = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    found.filters['tojson'] = tojson
+    found.globals |= {'raise_exception': refuse,
+                      'strftime_now': lambda form: datetime.now().strftime(form)}
+    return found, spans
+
+
+def render_lines() -> None:
+    """Read a template, then conversations, one JSON object a line; answer each with one line."""
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    env, spans = environment()
+    template, tokens = None, {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if template is None:
+                template, tokens = env.from_string(asked['template']), asked['tokens']
+                found = {'text': ''}
+            else:
+                spans.clear()
+                text = template.render(messages=asked['messages'], tools=None, documents=None,
+                                       add_generation_prompt=asked['reply'], **tokens)
+                if len(text) > CHARACTERS:
+                    raise ValueError(f'it gives {len(text):,} characters')
+                found = {'text': text, 'said': spans}
+        except BaseException as e:      # whatever a template may raise
+            found = {'error': f'{type(e).__name__}: {str(e)[:200]}'}
+        print(json.dumps(found), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# What the project sees of it
+
+
+class ChatTemplate:
+    """How a model writes conversations: `source` (Jinja), the `tokens` that it names (bos_token and
+    so on), and `ends`, the ids at which an answer ends. Raises ValueError if it cannot be used."""
+
+    def __init__(self, source: str, tokens: dict[str, str], ends: list[int]):
+        self.source, self.tokens, self.ends, self.process = source, tokens, set(ends), None
+        self.render([{'role': 'user', 'content': 'Hello'}], True)
+
+    def state(self) -> dict:
+        """The arguments of the constructor."""
+        return {'source': self.source, 'tokens': self.tokens, 'ends': sorted(self.ends)}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'process': None}
+
+    def __del__(self):
+        self.close()
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def ask(self, question: dict) -> dict:
+        """A line to the process, and its answer. Raises ValueError with what went wrong."""
+        if not self.process:
+            self.process = subprocess.Popen([sys.executable, __file__], text=True, encoding='utf-8',
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=subprocess.DEVNULL)
+            self.ask({'template': self.source, 'tokens': self.tokens})
+        try:
+            self.process.stdin.write(json.dumps(question) + '\n')
+            self.process.stdin.flush()
+            ready, _, _ = select.select([self.process.stdout], [], [], SECONDS)
+            line = self.process.stdout.readline() if ready else ''
+        except OSError:
+            line = ''
+        if not line:
+            self.close()
+            raise ValueError(f'the chat template takes more than {SECONDS} s or '
+                             f'{MEMORY >> 20} MiB, or jinja2 is not installed: pip install jinja2')
+        found = json.loads(line)
+        if 'error' in found:
+            raise ValueError(f'the chat template refuses it ({found["error"]})')
+        return found
+
+    def render(self, messages: list[dict], reply: bool = False) -> str:
+        """The conversation as text; with `reply` it ends where the assistant begins."""
+        return self.ask({'messages': messages, 'reply': reply})['text']
+
+    def guarded(self, messages: list[dict], names) -> list[dict]:
+        """The messages with a GUARD in each name of a special token, so that it stays text."""
+        found = re.compile('|'.join(map(re.escape, sorted(names, key=len, reverse=True))))
+        part = lambda match: match[0][0] + GUARD + match[0][1:]
+        return [{'role': m['role'], 'content': found.sub(part, m['content'].replace(GUARD, ''))}
+                for m in messages]
+
+    def encode(self, tokenizer, messages: list[dict], reply: bool = False) -> list[int]:
+        """The ids of a conversation."""
+        return self.ids(tokenizer, self.render(self.guarded(messages, tokenizer.special), reply))
+
+    def ids(self, tokenizer, text: str) -> list[int]:
+        """The ids of rendered text: names of special tokens are these, all else is text."""
+        names = sorted(tokenizer.special, key=len, reverse=True)
+        found = []
+        for part in re.split(f'({"|".join(map(re.escape, names))})', text):
+            if part in tokenizer.special:
+                found.append(tokenizer.special[part])
+            elif part:
+                found += tokenizer.encode(part.replace(GUARD, ''))
+        return found
+
+    def turns(self, tokenizer, messages: list[dict]):
+        """For each message its ids in the whole conversation, and which of them the assistant says:
+        from where its answer begins to the first token of `ends`. Raises ValueError if the template
+        writes the beginning of a conversation differently when it goes on."""
+        messages = self.guarded(messages, tokenizer.special)
+        whole, marks = '', []       # ends of messages, and where answers begin, in characters
+        for i, message in enumerate(messages):
+            begin = len(whole)
+            if message['role'] == 'assistant':
+                before = self.render(messages[:i], reply=True)
+                begin = len(before) if i else 0
+            now = self.render(messages[:i + 1])
+            if not now.startswith(whole) or message['role'] == 'assistant' and \
+                    not now.startswith(before):
+                raise ValueError('the chat template of this model writes earlier messages '
+                                 'differently when others follow, so that it cannot be said what '
+                                 'the assistant says; give conversations of one answer')
+            whole = now
+            marks.append((begin, len(whole)))
+        ids = self.ids(tokenizer, whole)
+        begins = [0, *accumulate(len(tokenizer.tokens[i]) for i in ids)][:-1]
+        at, end = 0, 0
+        for message, (begin, last) in zip(messages, marks):
+            begin, last = (self.size(tokenizer, whole[:n]) for n in (begin, last))
+            here = []
+            while at < len(ids) and (begins[at] < last or message is messages[-1]):
+                here.append(at)
+                at += 1
+            end = next((n for n in here if begins[n] >= begin and ids[n] in self.ends), -1)
+            if message['role'] == 'assistant' and end < 0:
+                raise ValueError('the chat template of this model ends an answer with none of the '
+                                 f'tokens that end one: {sorted(self.ends)}')
+            yield [ids[n] for n in here], [message['role'] == 'assistant' and
+                                           begin <= begins[n] and n <= end for n in here]
+
+    def size(self, tokenizer, text: str) -> int:
+        """Bytes of the tokens of rendered text."""
+        text = text.replace(GUARD, '')
+        form = getattr(tokenizer, 'normalize', '')
+        text = unicodedata.normalize(form, text) if form else text
+        return len(tokenizer.known(text).encode())
+
+
+if __name__ == '__main__':
+    render_lines()
