@@ -158,7 +158,7 @@ def train_step(learner: Learner, batches, step: int, factor: float, limit=math.i
     """One optimizer step on micro-batches of Pairs: the gradient of the mean loss of the pairs.
     Rows of padding have no targets and do not count."""
     n_pairs = sum(int((y != IGNORE).any(dim=1).sum()) for _, y, *_ in batches) // 2
-    share, sums = learner.share(n_pairs), []
+    share, sums = learner.loss_divisor(n_pairs), []
     for batch in learner.micro_batches(batches, step):
         with learner.autocast():
             means = loss_sums(learner.trained, batch) / share

@@ -1,13 +1,13 @@
 """The whole GPT: read from top to bottom, from what a model is made of to what it computes.
 
-Two settings of GPTConfig are exact public architectures: GPT-2 (layernorm, learned positions, gelu,
-bias, tied) and Qwen3 / Llama (rmsnorm, rope, swiglu, grouped queries, qk_norm or not).
+Settings of GPTConfig give exact public architectures: GPT-2 (layernorm, learned positions, gelu,
+bias, tied) and Llama, Qwen2, Qwen3 (rmsnorm, rope, swiglu, grouped queries; qkv_bias; qk_norm).
 
 Shapes: B rows, T positions, C = n_embd channels, H heads of D = head_dim channels, V = vocab_size.
 What is imported from core/net/kernels.py computes the same as plain PyTorch, only faster: Linear is
 nn.Linear, attend is F.scaled_dot_product_attention, gelu is F.gelu, lm_loss is F.cross_entropy.
-Nothing here knows of processes: core/ranks/parallel.py wraps the model from outside. It may cut
-heads out of the projections, take blocks out of `h`, and set `wte`, `ln_f`, `lm_head` to None.
+For several GPUs core/ranks/parallel.py changes the finished model: a process may keep some heads or
+some blocks only, and then wte, ln_f, lm_head may be None. The code below allows for that.
 """
 import math
 import zlib
@@ -23,7 +23,7 @@ from core.net.kernels import Linear, attend, autocast_once, flex_mask, gelu, las
 
 @dataclass
 class GPTConfig:
-    arch: str = 'gpt'           # gpt or lstm
+    arch: str = 'gpt'           # gpt, or lstm: what it replaced, in core/net/lstm.py
     block_size: int = 1024      # longest context in tokens
     vocab_size: int = 50304     # ids; the tokenizer may use fewer
     n_layer: int = 12
@@ -39,7 +39,7 @@ class GPTConfig:
     rope_scaling: str = ''      # Llama 3.1's: factor, low and high turns, old context; '': none
     mlp: str = 'gelu'           # gelu, swiglu or relu2
     qk_norm: bool = False       # RMSNorm of queries and keys, per head
-    window: int = 0             # attention reaches this many positions back; 0: all
+    window: int = 0             # a token sees this many positions, itself included; 0: all
     tied: bool = True           # the head shares the embedding's matrix
     dropout: float = 0.0
     bias: bool = True           # in linear layers and layernorms
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        """(B, T, C) of (B, T, C); rope: `rope_tables`, mask: as of `attend`, cache: a KVCache, of
+        """x (B, T, C) to (B, T, C); rope: `rope_tables`, mask: as of `attend`, cache: a KVCache, of
         which this is layer number `layer`."""
         B, T = x.shape[:2]
         # The number of heads is inferred: tensor parallelism leaves each rank a part of them.
@@ -105,7 +105,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        """(B, T, C) of (B, T, C), each position by itself."""
+        """x (B, T, C) to (B, T, C), each position by itself."""
         up = self.up_proj(x)
         if self.kind == 'swiglu':
             up = F.silu(self.gate_proj(x)) * up
@@ -164,7 +164,7 @@ class GPT(nn.Module):
         doc        (B, T) numbers of the documents packed in a row: attention stays inside one,
                    positions restart; -1 marks padding, at the end of a row
         cache      a KVCache: idx continues its rows; real tokens are stored, padding is not
-        n_logits   of how many positions, counted back from each row's last real one; 0: all
+        n_logits   only the logits of each row's last n_logits tokens, padding aside; 0: of all
         Without a head (a pipeline stage) it returns the hidden states (B, T, C).
         """
         config = self.config
@@ -200,7 +200,7 @@ class GPT(nn.Module):
         if config.block_size < T:
             raise ValueError(f'{T} tokens are more than block_size={config.block_size}')
         position = torch.arange(T, device=device) if doc is None else document_positions(doc)
-        dropout = config.dropout and self.training      # which flex-attention lacks
+        dropout = config.dropout and self.training      # flex-attention has none
         mask = None if dropout else flex_mask(T, doc, config.window, device, config.head_dim)
         if mask is None:
             mask = causal_mask(T, doc, config.window, device)
@@ -300,7 +300,7 @@ def generate(model: nn.Module, idx, max_new_tokens: int, temperature: float = 1.
 
 
 # ---------------------------------------------------------------------------------------------
-# Initialization, costs, and what cannot be
+# Initialization, costs, and invalid configurations
 
 
 @torch.no_grad()
@@ -395,6 +395,6 @@ def check(config: GPTConfig) -> None:
             refuse('rope_scaling', 'must be four numbers like 32,1,4,8192 (for position=rope), '
                    'or empty')
     if config.n_classes and config.tied:
-        refuse('n_classes', 'the head of classes is not tied=True')
+        refuse('n_classes', 'a classifier needs tied=False')
     if config.position == 'sinusoidal' and n_embd % 2:
         refuse('n_embd', 'must be even for position=sinusoidal')

@@ -1,10 +1,10 @@
 """Pretraining: python train.py config/shakespeare.py, or torchrun --nproc_per_node=8 train.py.
 
 Bare `python train.py` is GPT-2 small on OpenWebText: 12 blocks of 12 x 768^2 weights, tables of
-50,304 x 768 and 1,024 x 768:
-124,475,904 parameters, 854.65 MFLOP per token, 491,520 tokens per step
-A run directory out/<config>/ gets log.jsonl, loss.png and checkpoints; the same command again
-resumes an unfinished run.
+50,304 x 768 and 1,024 x 768, and 121,344 biases and weights of norms:
+124,475,904 parameters, 854.65 MFLOP per token, 491,520 tokens per step.
+A run directory (out/<config>/, without a config out/gpt2/) gets log.jsonl, loss.png and
+checkpoints; the same command again resumes an unfinished run. A rank is one of its processes.
 """
 import core.start  # noqa: F401  it comes first, before torch
 
@@ -36,14 +36,15 @@ from core.settings import configure, settings_of, stop
 from core.source import source_hashes
 from core.text import tokenizer as tokenizers
 
-# filled by configure: the config file's name, the paths of all, what flags changed, what flags or
-# they changed
+# Each lower-case name below is a setting: configure() changes it to what config files say, then to
+# what --name=value says. It notes the config's name, the paths of all configs, the names that flags
+# have set, and those that either has set.
 CONFIG, CONFIGS, FLAGS, GIVEN = '', (), (), ()
 
 # run
 out_dir = ''                    # run directory; '': out/<config name>
-init_from = 'scratch'           # scratch; resume: insist on going on with the run in out_dir; or a
-                                # model: a run, a Hugging Face folder, a name such as gpt2
+init_from = 'scratch'           # scratch: new weights (an unfinished run goes on); resume: go on
+                                # though the code was edited; or a model, such as gpt2
 eval_only = False               # evaluate the run in out_dir and stop; nothing is written
 seed = 1337
 # data
@@ -57,7 +58,7 @@ block_size = 1024               # tokens in a sequence
 pack_documents = False          # whole documents, kept apart: PackedWindows in core/data/dataset.py
 # model (see GPTConfig in model.py)
 arch = 'gpt'                    # gpt or lstm
-depth = 0                       # one knob: n_layer=n_head=depth, n_embd=64 depth, rates to match
+depth = 0                       # N sets n_layer = n_head = N, n_embd = 64 N, scales AdamW's rates
 n_layer = 12
 n_head = 12
 n_kv_head = 0                   # 0: n_head
@@ -72,11 +73,11 @@ rope_scaling = ''               # Llama 3.1's: factor, low and high turns, old c
 mlp = 'gelu'                    # gelu, swiglu or relu2
 qk_norm = False                 # RMSNorm of queries and keys
 window = 0                      # sliding-window attention; 0: all positions
-tied = True                     # head and embedding share one matrix
+tied = True                     # output layer and embedding share one matrix
 dropout = 0.0
 bias = True                     # in linear layers and layernorms
-vocab_size = 0                  # 0: the tokenizer's, rounded up to a multiple of 64 above 1,000; a
-                                # bpe is trained to have so many
+vocab_size = 0                  # 0: the tokenizer's (above 1,000 rounded up to a multiple of 64);
+                                # a new BPE tokenizer is trained to have this many tokens
 # optimizer
 optimizer = 'adamw'             # adamw, or muon for the matrices inside the blocks
 learning_rate = 6e-4            # AdamW's peak
@@ -89,10 +90,10 @@ muon_weight_decay = 0.0
 muon_momentum = 0.95
 ns_steps = 5                    # Newton-Schulz iterations in Muon
 grad_clip = 1.0                 # largest gradient norm; 0: no clipping
-spike_sigma = 0.0               # skip steps whose gradient norm is so far out; 0: none
+spike_sigma = 0.0               # skip a step this many deviations above the mean norm; 0: never
 # schedule
 max_steps = 20_000              # 20,000 x 480 x 1,024 tokens = 9.8 billion
-max_minutes = 0.0               # if given: train for so long, whatever the number of steps; the
+max_minutes = 0.0               # if given: train this long, whatever the number of steps; the
                                 # schedule is that of max_steps, stretched to this time
 schedule = 'cosine'             # cosine, linear, wsd or constant
 warmup_steps = 700
@@ -100,22 +101,22 @@ decay_fraction = 0.5            # wsd: the part of all steps over which the rate
 min_lr_fraction = 0.1           # what is left of the rates at the end
 # intervals, in steps
 eval_interval = 250
-eval_tokens = 0                 # evaluate on the first so many validation tokens; 0: on all
+eval_tokens = 0                 # evaluate on this many validation tokens, the first; 0: on all
 log_interval = 10
 save_interval = 0               # 0: eval_interval
 sample_interval = 0             # write a sample to the log this often; 0: only one at the end
 sample_tokens = 300
 # system
 device = ''                     # '': cuda, else mps, else cpu
-dtype = ''                      # '': bfloat16 where the hardware has it, else float16 on a GPU
+dtype = ''                      # '': bfloat16 if the hardware has it, else float16 (GPU) or float32
 compile = True                  # torch.compile
 threads = 0                     # CPU threads; 0: torch's choice
-timeout_minutes = 10.0          # a rank that hears nothing from the others for so long gives up
-tp = 1                          # tensor parallel: so many ranks share each matrix
+timeout_minutes = 10.0          # a rank that hears nothing from the others this long gives up
+tp = 1                          # tensor parallel: this many ranks share each matrix
 pp = 1                          # pipeline parallel: stages. The others are data parallel: dp ranks
 zero = 0                        # sharded over data-parallel ranks: 0 nothing, 2 optimizer state and
                                 # gradients, 3 weights as well
-replicas = 0                    # with zero: keep so many sharded copies (HSDP); 0: one
+replicas = 0                    # with zero: keep this many sharded copies (HSDP); 0: one
 sequence_parallel = False       # with tp: cut norms and residual stream by positions
 pp_schedule = '1f1b'            # 1f1b, or interleaved: two stages a rank
 check_layout = False            # try tp, pp and zero on a small copy even if they passed before
@@ -133,15 +134,16 @@ def train_step(learner: Learner, batches, step: int, factor: float, limit=math.i
                ) -> Step:
     """One optimizer step on this rank's micro-batches (x, y, doc), at `factor` times the learning
     rates. The gradient is that of the mean loss over the targets of all micro-batches of all ranks.
+    It is not applied if its norm is above `limit`; `request` may ask the run to end.
     """
-    share, losses = learner.share(count_targets(batches)), []
+    divisor, losses = learner.loss_divisor(count_targets(batches)), []
     if learner.ranks.pp > 1:
         learner.seed_dropout(step, 0)
-        losses.append(learner.trained.train(batches, share))
+        losses.append(learner.trained.train(batches, divisor))      # forward and backward
     else:
         for x, y, doc in learner.micro_batches(batches, step):
             with learner.autocast():
-                loss = learner.trained(x, y, doc=doc, reduction='sum') / share
+                loss = learner.trained(x, y, doc=doc, reduction='sum') / divisor
             loss.backward()
             losses.append(loss.detach())
     return learner.update(losses, factor, limit, request)
@@ -283,7 +285,7 @@ def main() -> dict:
               micro_batch_size=rows, parameters=n_parameters, flops_per_token=flops,
               compile_seconds=compile_seconds)
 
-    with run:
+    with run:   # looks at the model after `step` steps, then makes the next one
         for step in run:
             if run.due(sample_interval) and not run.ends:
                 text = make_sample(model, tokenizer, run.asked)

@@ -141,7 +141,7 @@ def lm_loss(trained, batch) -> torch.Tensor:
 
 def step(learner, batches) -> float:
     """The mean loss of micro-batches; their gradient is in the parameters."""
-    share, losses = learner.share(count_targets(batches)), []
+    share, losses = learner.loss_divisor(count_targets(batches)), []
     if learner.ranks.pp > 1:
         losses.append(learner.trained.train(batches, share))
     else:

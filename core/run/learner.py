@@ -43,7 +43,7 @@ class Learner:
     seed: int | None = None     # of dropout; None: there is none
     trial: bool = False         # the step is only tried: nothing is exchanged or changed
 
-    def share(self, n_targets: float) -> torch.Tensor:
+    def loss_divisor(self, n_targets: float) -> torch.Tensor:
         """What this rank divides its sums of losses by, so that the gradient is that of the mean
         loss over the n_targets of all ranks. DDP and FSDP divide gradients by the number of
         data-parallel ranks; fp16 scales the loss."""
@@ -68,7 +68,7 @@ class Learner:
     def update(self, sums: list, factor: float, limit=math.inf, request=None) -> Step | None:
         """Clip the gradient and apply it, at `factor` times the learning rates; not if loss or
         gradient is not finite on any rank, or the gradient's norm is above `limit`. `sums` has for
-        each micro-batch its sum of losses over `share`, or (k,) with what else is reported."""
+        each micro-batch its sum of losses by `loss_divisor`, or (k,) with what else is reported."""
         if self.trial:
             return None
         ranks, device, scaler = self.ranks, self.device, self.scaler
