@@ -261,7 +261,12 @@ def load(path, device: str = 'cpu') -> tuple[GPT, Tokenizer, bool]:
     tokenizer = read_tokenizer(header)
     if len(tokenizer) > config.vocab_size:
         stop(f'{path}: has {len(tokenizer):,} tokens, but an embedding for {config.vocab_size:,}')
-    model, left = build_model(config, None, 'meta'), set(header.tensors) - {ROPE_FACTORS}
+    if config.n_layer > len(header.tensors) or config.vocab_size >= 1 << 24:
+        stop(f'{path}: holds no {config.n_layer:,} layers, or no {config.vocab_size:,} tokens')
+    try:
+        model, left = build_model(config, None, 'meta'), set(header.tensors) - {ROPE_FACTORS}
+    except (RuntimeError, ValueError, OverflowError, MemoryError):
+        stop(f'{path}: its sizes, such as embedding_length={config.n_embd:,}, are none of a model')
     for name, p in model.named_parameters():
         key, part = gguf_name(name, kind), hf.third(name, kind)
         expected = list(p.shape) if part is None else [3 * p.size(0), *p.shape[1:]]
@@ -299,9 +304,7 @@ PATTERN_OF = {
 
 def read_tokenizer(header: Header) -> Tokenizer:
     """The tokenizer in a file. Stops, naming the part, at what is not a byte-level BPE or ours."""
-    at = 'tokenizer.ggml.'
-    found = {key.removeprefix(at): value for key, value in header.fields.items()
-             if key.startswith(at)}
+    found = {key.removeprefix('tokenizer.ggml.'): v for key, v in header.fields.items()}
     try:
         tokens, kinds = found['tokens'], found['token_type'].tolist()
         if len(tokens) != len(kinds):
@@ -393,8 +396,7 @@ def kind_of(name: str, p: torch.Tensor, dtype: str) -> str:
 
 
 def to_gguf(model: GPT, dtype: str) -> dict[str, tuple[np.ndarray, str]]:
-    """{name in the file: (fp32 values, dtype)} of all tensors. Stops if a row cannot be quantized.
-    """
+    """{name in the file: (fp32 values, dtype)}. Stops if a row cannot be quantized."""
     config, kind, found = model.config, hf.architecture(model.config), {}
     parameters = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
     hf.check_parameters(model, kind)
