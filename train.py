@@ -2,7 +2,7 @@
 
 Bare `python train.py` is GPT-2 small on OpenWebText: 12 blocks of 12 x 768^2 weights, tables of
 50,304 x 768 and 1,024 x 768, and 121,344 biases and weights of norms:
-124,475,904 parameters, 854.65 MFLOP per token, 491,520 tokens per step.
+124,475,904 parameters, 854.65 MFLOP per token, 491,520 tokens per step
 A run directory (out/<config>/, without a config out/gpt2/) gets log.jsonl, loss.png and
 checkpoints; the same command again resumes an unfinished run. A rank is one of its processes.
 """
