@@ -14,13 +14,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's folder
 import core.start  # noqa: E402, F401  it comes first, before torch
 
 # isort: split
+import torch
+from tqdm import tqdm
+
 import bench
 from core.data.chosen import get_data
 from core.data.dataset import IGNORE, Tokens, Windows, load_split

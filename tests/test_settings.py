@@ -532,3 +532,17 @@ def test_help_that_nobody_reads_to_its_end():
     done = subprocess.run(f'{sys.executable} train.py --help | head -1', shell=True, cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
     assert done.stderr == '' and done.stdout.startswith('Pretraining')
+
+
+@pytest.mark.parametrize('package', ['tqdm', 'torch', 'tiktoken'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'dev/race.py'])
+def test_a_package_is_missing(tmp_path, package, script):
+    """One line with the remedy, and no traceback."""
+    (tmp_path / f'{package}.py').write_text(
+        f'raise ModuleNotFoundError("No module named {package!r}", name={package!r})')
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, root / script], cwd=root, text=True, timeout=60,
+                          capture_output=True, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    assert done.returncode == 2 and done.stderr == (
+        f'error: {package} is not installed: pip install -r requirements.txt, in the environment '
+        'that runs this\n')
