@@ -109,10 +109,10 @@ def train_step(learner: Learner, batches, step: int, factor: float, limit=math.i
                ) -> Step:
     """One optimizer step on micro-batches (x, y, doc, weight) of Rows, in which the only target of
     a text is its class, at its last token: the gradient of the weighted mean of their losses."""
-    share, losses = learner.loss_divisor(sum(weight.sum() for *_, weight in batches)), []
+    divisor, losses = learner.loss_divisor(sum(weight.sum() for *_, weight in batches)), []
     for x, y, doc, weight in learner.micro_batches(batches, step):
         with learner.autocast():
-            loss = (learner.trained(x, y, doc=doc, reduction='none') * weight).sum() / share
+            loss = (learner.trained(x, y, doc=doc, reduction='none') * weight).sum() / divisor
         loss.backward()
         losses.append(loss.detach())
     return learner.update(losses, factor, limit, request)

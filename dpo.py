@@ -158,10 +158,10 @@ def train_step(learner: Learner, batches, step: int, factor: float, limit=math.i
     """One optimizer step on micro-batches of Pairs: the gradient of the mean loss of the pairs.
     Rows of padding have no targets and do not count."""
     n_pairs = sum(int((y != IGNORE).any(dim=1).sum()) for _, y, *_ in batches) // 2
-    share, sums = learner.loss_divisor(n_pairs), []
+    divisor, sums = learner.loss_divisor(n_pairs), []
     for batch in learner.micro_batches(batches, step):
         with learner.autocast():
-            means = loss_sums(learner.trained, batch) / share
+            means = loss_sums(learner.trained, batch) / divisor
         means[0].backward()
         sums.append(means.detach())
     return learner.update(sums, factor, limit, request)

@@ -117,12 +117,12 @@ def train_step(learner: Learner, batches, step: int, factor: float, limit=math.i
                ) -> Step:
     """One optimizer step on micro-batches (x, y, doc, weight) of Rows: the gradient of the weighted
     mean of the losses of the assistant's tokens."""
-    share, losses = learner.loss_divisor(sum(weight.sum() for *_, weight in batches)), []
+    divisor, losses = learner.loss_divisor(sum(weight.sum() for *_, weight in batches)), []
     # If no token has a part of its weight, the sum of losses is enough: logits never exist at once.
     whole = all(((weight == 0) | (weight == 1)).all() for *_, weight in batches)
     for batch in learner.micro_batches(batches, step):
         with learner.autocast():
-            loss = weighted_loss(learner.trained, batch, whole) / share
+            loss = weighted_loss(learner.trained, batch, whole) / divisor
         loss.backward()
         losses.append(loss.detach())
     return learner.update(losses, factor, limit, request)

@@ -1,21 +1,20 @@
 """GGUF, the format of llama.cpp and Ollama: architecture, weights, tokenizer, template in one file.
 
-docs/formats.md tells the layout. The header is read here, with a limit on all that it counts; the
-package `gguf` unpacks and packs quantized blocks, and writes. Only what our GPT computes is read:
-gpt2, llama, qwen2 and qwen3, with a byte-level BPE or one of our own tokenizers.
+The layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read here, with
+a limit on all that it counts; the package `gguf` unpacks and packs quantized blocks, and writes.
+Only what our GPT computes is read: gpt2, llama, qwen2, qwen3, with a byte-level BPE or one of ours.
 """
 import importlib.util
 import math
 import mmap
 import re
-import struct
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from core.formats import hf
-from core.net.weights import build_model
+from core.net.weights import allocate, build_model
 from core.settings import stop
 from core.text.hf_tokenizer import (
     EACH_DIGIT,
@@ -41,12 +40,8 @@ NUMBERS = {0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7
            11: '<i8', 12: '<f8'}
 STRING, LIST = 8, 9
 NORMAL, CONTROL, WRITTEN, UNUSED = 1, 3, 4, 5       # kinds of tokens
-# What --dtype may be, beside f32. Blocks of 32 numbers share a scale in those that are quantized.
+# What --dtype may be. Blocks of 32 numbers share a scale in those that are quantized.
 DTYPES = ('f32', 'f16', 'bf16', 'q8_0', 'q5_1', 'q5_0', 'q4_1', 'q4_0')
-
-
-class Bad(Exception):
-    """Something in a file is not as the format has it; the message says what."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -63,7 +58,7 @@ class Header:
             with open(path, 'rb') as f:
                 self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
             self.read()
-        except (Bad, ValueError, struct.error, UnicodeDecodeError) as e:
+        except ValueError as e:
             stop(f'{path}: cannot be read as GGUF ({e}); download it again')
         except OSError as e:
             stop(f'{path}: {e.strerror}')
@@ -71,7 +66,7 @@ class Header:
     def take(self, n: int) -> bytes:
         """The next n bytes."""
         if n > HEADER_BYTES - self.at or n > len(self.data) - self.at:
-            raise Bad(f'its header needs {n:,} more bytes at {self.at:,} than there are')
+            raise ValueError(f'its header needs {n:,} more bytes at {self.at:,} than there are')
         self.at += n
         return self.data[self.at - n:self.at]
 
@@ -85,10 +80,11 @@ class Header:
         n = self.number(10)
         self.items += n
         if self.items > ITEMS:
-            raise Bad(f'{n:,} {what} are too many')
+            raise ValueError(f'{n:,} {what} are too many')
         return n
 
     def string(self) -> str:
+        """Its length, then its bytes."""
         return self.take(self.number(10)).decode('utf-8')
 
     def value(self, kind: int, key: str):
@@ -102,15 +98,15 @@ class Header:
             dtype = np.dtype(NUMBERS[kind])
             return np.frombuffer(self.take(n * dtype.itemsize), dtype)
         if kind != STRING:
-            raise Bad(f'{key:.80} has a value of kind {kind}')
+            raise ValueError(f'{key:.80} has a value of kind {kind}')
         return [self.string() for _ in range(n)]
 
     def read(self) -> None:
-        """All of the header. Raises Bad."""
+        """All of the header. Raises ValueError, saying what is not as the format has it."""
         if self.take(4) != MAGIC:
-            raise Bad('it does not begin with GGUF')
+            raise ValueError('it does not begin with GGUF')
         if (version := self.number()) not in (2, 3):
-            raise Bad(f'version {version}; 2 and 3 are known')
+            raise ValueError(f'version {version}; 2 and 3 are known')
         n_tensors, n_fields = self.count('tensors'), self.count('fields')
         for _ in range(n_fields):
             key = self.string()
@@ -118,12 +114,12 @@ class Header:
         for _ in range(n_tensors):
             name, n_dims = self.string(), self.number()
             if n_dims > 4 or name in self.tensors:
-                raise Bad(f'tensor {name:.80} has {n_dims} dimensions, or comes twice')
+                raise ValueError(f'tensor {name:.80} has {n_dims} dimensions, or comes twice')
             shape = tuple(self.number(10) for _ in range(n_dims))[::-1]
             self.tensors[name] = shape, self.number(), self.number(10)
         align = self.fields.get('general.alignment', ALIGNMENT)
         if type(align) is not int or not 0 < align <= 1 << 16:
-            raise Bad(f'general.alignment={align!r:.80}')
+            raise ValueError(f'general.alignment={align!r:.80}')
         self.begin = -(-self.at // align) * align
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -178,6 +174,7 @@ LLAMA3 = [f'{factor},1,4,8192' for factor in (8, 32)]       # those that are pub
 
 
 def fields_of(kind: str) -> tuple:
+    """The fields of an architecture, as FIELDS has them."""
     return FIELDS + ((EPSILON,) if kind == 'gpt2' else ROPE_FIELDS)
 
 
@@ -276,7 +273,7 @@ def load(path, device: str = 'cpu') -> tuple[GPT, Tokenizer, bool]:
         left.discard(key)
     if left:
         stop(f'{path}: holds {min(left)[:80]!r}, which {kind} as we know it does not have')
-    model = build_model(config, None, device)
+    allocate(model, device)
     for name, p in model.named_parameters():
         tensor, part = header.tensor(gguf_name(name, kind)), hf.third(name, kind)
         tensor = tensor if part is None else tensor.chunk(3)[part]
@@ -349,6 +346,7 @@ def escaped(token: bytes) -> str:
 
 
 def unescaped(text: str) -> bytes:
+    """The inverse of `escaped`."""
     return re.sub(rb'\\x([0-9a-f]{2})', lambda m: bytes([int(m[1], 16)]), text.encode())
 
 
@@ -398,17 +396,12 @@ def kind_of(name: str, p: torch.Tensor, dtype: str) -> str:
 def to_gguf(model: GPT, dtype: str) -> dict[str, tuple[np.ndarray, str]]:
     """{name in the file: (fp32 values, dtype)}. Stops if a row cannot be quantized."""
     config, kind, found = model.config, hf.architecture(model.config), {}
-    parameters = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
-    hf.check_parameters(model, kind)
-    if kind == 'gpt2' and not config.bias:      # llama.cpp wants them
-        for name, p in list(parameters.items()):
-            if name.endswith(('_proj.weight', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
-                parameters[name.removesuffix('weight') + 'bias'] = p.new_zeros(p.size(0))
-    for name, p in parameters.items():
+    for name, p in hf.parameters_of(model, kind).items():
         as_, key, n_head = kind_of(name, p, dtype), gguf_name(name, kind), heads(name, kind, config)
         if as_.startswith('q') and p.size(-1) % 32:
             stop(f'dtype={dtype}: {name} has rows of {p.size(-1)}, which are not whole blocks of '
                  '32 numbers; take --dtype=f16')
+        p = p.float().cpu()
         p = swapped(p, n_head, back=False) if n_head else p
         if key in found:    # q, k and v of GPT-2 come in this order
             p = torch.cat([torch.from_numpy(found[key][0]), p])

@@ -269,25 +269,25 @@ def is_transposed(name: str, kind: str) -> bool:
     return kind == 'gpt2' and name.endswith('_proj.weight')
 
 
-def check_parameters(model: GPT, kind: str) -> None:
-    """Stop at a parameter or buffer that the architecture `kind` does not have."""
+def parameters_of(model: GPT, kind: str) -> dict[str, torch.Tensor]:
+    """The parameters by our names, with biases of 0 for a GPT-2 without any. Stops at a parameter
+    or buffer that the architecture `kind` does not have."""
     for name in (*dict(model.named_parameters()), *dict(model.named_buffers())):
         if not PARAMETERS.fullmatch(name):
             stop(f'{name}: {kind} has nothing like it, so this edited model has no form in Hugging '
                  "Face's format; nothing was exported")
-
-
-def to_hf(model: GPT) -> dict[str, torch.Tensor]:
-    """The model's parameters under Hugging Face's names; GPT-2 without biases gets zero ones."""
-    kind = architecture(model.config)
     found = {name: p.detach() for name, p in model.named_parameters()}
-    check_parameters(model, kind)
     if kind == 'gpt2' and not model.config.bias:
         for name, p in list(found.items()):
             if name.endswith(('_proj.weight', 'ln_1.weight', 'ln_2.weight', 'ln_f.weight')):
                 found[name.removesuffix('weight') + 'bias'] = p.new_zeros(p.size(0))
-    tensors = {}
-    for name, p in found.items():   # q, k and v come in this order
+    return found
+
+
+def to_hf(model: GPT) -> dict[str, torch.Tensor]:
+    """The model's parameters under Hugging Face's names."""
+    kind, tensors = architecture(model.config), {}
+    for name, p in parameters_of(model, kind).items():      # q, k and v come in this order
         p, key = p.T if is_transposed(name, kind) else p, hf_name(name, kind)
         tensors[key] = p if key not in tensors else torch.cat([tensors[key], p], dim=-1)
     return {key: p.contiguous() for key, p in tensors.items()}

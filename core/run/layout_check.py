@@ -141,12 +141,12 @@ def lm_loss(trained, batch) -> torch.Tensor:
 
 def step(learner, batches) -> float:
     """The mean loss of micro-batches; their gradient is in the parameters."""
-    share, losses = learner.loss_divisor(count_targets(batches)), []
+    divisor, losses = learner.loss_divisor(count_targets(batches)), []
     if learner.ranks.pp > 1:
-        losses.append(learner.trained.train(batches, share))
+        losses.append(learner.trained.train(batches, divisor))
     else:
         for batch in learner.micro_batches(batches, 0):
-            losses.append(lm_loss(learner.trained, batch) / share)
+            losses.append(lm_loss(learner.trained, batch) / divisor)
             losses[-1].backward()
     return learner.update(losses, 1.0).means[0]
 

@@ -19,27 +19,19 @@ GUARD = '\U0010fff0'    # parts the name of a special token in what people say: 
 
 
 def environment():
-    """A Jinja environment with the filters and functions of transformers' chat templates, and the
-    list into which {% generation %} blocks write what they enclose."""
+    """A Jinja environment with the filters, functions and blocks of transformers' templates."""
     from datetime import datetime
 
     import jinja2.ext
     import jinja2.sandbox
-    spans = []
 
     class Generation(jinja2.ext.Extension):
-        tags = {'generation'}   # what the assistant says stands in this block
+        tags = {'generation'}   # around what the assistant says; it writes what it encloses
 
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-            call = self.call_method('note')
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def note(self, caller):
-            text = caller()
-            spans.append(text)
-            return text
+            return jinja2.nodes.Scope(body).set_lineno(line)
 
     def refuse(message):
         raise jinja2.exceptions.TemplateError(message)
@@ -53,15 +45,14 @@ def environment():
     found.filters['tojson'] = tojson
     found.globals |= {'raise_exception': refuse,
                       'strftime_now': lambda form: datetime.now().strftime(form)}
-    return found, spans
+    return found
 
 
 def render_lines() -> None:
     """Read a template, then conversations, one JSON object a line; answer each with one line."""
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    env, spans = environment()
-    template, tokens = None, {}
+    env, template, tokens = environment(), None, {}
     for line in sys.stdin:
         asked = json.loads(line)
         try:
@@ -69,12 +60,11 @@ def render_lines() -> None:
                 template, tokens = env.from_string(asked['template']), asked['tokens']
                 found = {'text': ''}
             else:
-                spans.clear()
                 text = template.render(messages=asked['messages'], tools=None, documents=None,
                                        add_generation_prompt=asked['reply'], **tokens)
                 if len(text) > CHARACTERS:
                     raise ValueError(f'it gives {len(text):,} characters')
-                found = {'text': text, 'said': spans}
+                found = {'text': text}
         except BaseException as e:      # whatever a template may raise
             found = {'error': f'{type(e).__name__}: {str(e)[:200]}'}
         print(json.dumps(found), flush=True)
@@ -137,9 +127,9 @@ class ChatTemplate:
 
     def guarded(self, messages: list[dict], names) -> list[dict]:
         """The messages with a GUARD in each name of a special token, so that it stays text."""
-        found = re.compile('|'.join(map(re.escape, sorted(names, key=len, reverse=True))))
         part = lambda match: match[0][0] + GUARD + match[0][1:]
-        return [{'role': m['role'], 'content': found.sub(part, m['content'].replace(GUARD, ''))}
+        return [{'role': m['role'],
+                 'content': re.sub(any_of(names), part, m['content'].replace(GUARD, ''))}
                 for m in messages]
 
     def encode(self, tokenizer, messages: list[dict], reply: bool = False) -> list[int]:
@@ -148,9 +138,8 @@ class ChatTemplate:
 
     def ids(self, tokenizer, text: str) -> list[int]:
         """The ids of rendered text: names of special tokens are these, all else is text."""
-        names = sorted(tokenizer.special, key=len, reverse=True)
         found = []
-        for part in re.split(f'({"|".join(map(re.escape, names))})', text):
+        for part in re.split(f'({any_of(tokenizer.special)})', text):
             if part in tokenizer.special:
                 found.append(tokenizer.special[part])
             elif part:
@@ -178,7 +167,7 @@ class ChatTemplate:
             marks.append((begin, len(whole)))
         ids = self.ids(tokenizer, whole)
         begins = [0, *accumulate(len(tokenizer.tokens[i]) for i in ids)][:-1]
-        at, end = 0, 0
+        at = 0
         for message, (begin, last) in zip(messages, marks):
             begin, last = (self.size(tokenizer, whole[:n]) for n in (begin, last))
             here = []
@@ -198,6 +187,11 @@ class ChatTemplate:
         form = getattr(tokenizer, 'normalize', '')
         text = unicodedata.normalize(form, text) if form else text
         return len(tokenizer.known(text).encode())
+
+
+def any_of(names) -> str:
+    """A regular expression that finds these names, of two that begin alike the longer one."""
+    return '|'.join(map(re.escape, sorted(names, key=len, reverse=True)))
 
 
 if __name__ == '__main__':
