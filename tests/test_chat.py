@@ -144,6 +144,14 @@ def test_what_changes_later_is_refused(tok):
         list(tok.encode_turns(messages[:2]))
 
 
+def test_a_conversation_that_the_template_refuses(tok, capsys):
+    """One line, as of sample.py --system with a model whose template knows no such message."""
+    use(tok, TEMPLATES['alternating'])
+    message = stopped(capsys, lambda: tok.encode_chat(
+        [{'role': 'system', 'content': 'x'}, {'role': 'user', 'content': 'y'}], reply=True))
+    assert message == ('the chat template refuses it (TemplateError: roles must alternate)')
+
+
 HOSTILE = {
     'no end': '{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}',
     'memory': "{{ 'x' * 10**9 }}", 'power': '{{ 9 ** (9 ** 9) }}',

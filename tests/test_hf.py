@@ -59,6 +59,10 @@ THEIRS = {
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=1, head_dim=32, tie_word_embeddings=True,
         max_position_embeddings=128, attention_bias=True, mlp_bias=True),
+    'qwen2': lambda: transformers.Qwen2Config(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        tie_word_embeddings=True),
     'qwen3': lambda: transformers.Qwen3Config(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128,
@@ -73,6 +77,8 @@ OURS = {
     'llama': dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, rope_theta=3e5),
     'llama 3.2': dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, n_kv_head=1,
                       n_head=2, rope_theta=500.0, rope_scaling='8,1,4,32'),
+    'qwen2': dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=False, qkv_bias=True,
+                  n_kv_head=2, tied=False),
     'llama with biases': dict(norm='rmsnorm', position='rope', mlp='swiglu', bias=True),
     'gpt2': {}, 'gpt2 without biases': dict(bias=False), 'gpt2 untied': dict(tied=False)}
 

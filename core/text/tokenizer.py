@@ -151,10 +151,14 @@ class Tokenizer:
 
         messages are {'role': 'system', 'user' or 'assistant', 'content': text}; raises ValueError
         for another role. A special token in a content stays text, so it cannot change the role.
-        With a template of another program's, that decides how a conversation is written.
+        With a template of another program's, that decides how a conversation is written; stops if it
+        refuses this one.
         """
         if self.template:
-            return self.template.encode(self, messages, reply)
+            try:
+                return self.template.encode(self, messages, reply)
+            except ValueError as e:
+                stop(str(e))
         turns = [ids for ids, _ in self.encode_turns(messages)]
         return sum(turns, []) + [self.special['<|assistant|>']] * reply
 
