@@ -151,8 +151,8 @@ class Tokenizer:
 
         messages are {'role': 'system', 'user' or 'assistant', 'content': text}; raises ValueError
         for another role. A special token in a content stays text, so it cannot change the role.
-        With a template of another program's, that decides how a conversation is written; stops if it
-        refuses this one.
+        With a template of another program's, that decides how a conversation is written; stops if
+        it refuses this one.
         """
         if self.template:
             try:
