@@ -34,7 +34,15 @@ TEMPLATES = {
                    "(loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
                    "{% endif %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + "
                    "' [/INST]' }}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
-                   "{% endfor %}"}
+                   "{% endfor %}",
+    # As Llama 3's, which asks for an answer in any case, and as Qwen3's, which adds thoughts to the
+    # last answer only: what it wrote before is no beginning of what it writes later.
+    'always asks': "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+                   "'<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n' }}",
+    'thinks last': "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] "
+                   "== 'assistant' and loop.last %}{{ '(think)' }}{% endif %}{{ m['content'] + "
+                   "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+                   "{{ '<|im_start|>assistant\n' }}{% endif %}"}
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<s>')
 
 
@@ -88,7 +96,7 @@ def test_as_in_transformers(tok, tmp_path, name):
             assert tok.encode_chat(part, reply) == ids
 
 
-@pytest.mark.parametrize('name', TEMPLATES)
+@pytest.mark.parametrize('name', [name for name in TEMPLATES if name != 'generation'])
 def test_what_the_assistant_says(tok, name):
     """Its content with the end token, of each answer; the ids of the turns are those of the whole.
     """
@@ -104,8 +112,32 @@ def test_what_the_assistant_says(tok, name):
             content = message['content']
             content = content.strip() if name == 'llama 3' else content
             # A token may hold the end of the header and the beginning of the content.
+            if name == 'thinks last' and message is messages[-1]:
+                content = '(think)' + content
             assert (content + '<|im_end|>').endswith(text) and text.endswith('<|im_end|>')
             assert len(content + '<|im_end|>') - len(text) <= 12
+
+
+def test_generation_blocks_decide_as_in_transformers(tok, tmp_path):
+    """Also where they leave out what ends an answer; a block without an answer is refused. (Of a
+    last character of several tokens transformers masks the first token only.)"""
+    whole = TEMPLATES['generation']
+    for source in (whole, whole.replace('<|im_end|>{% endgeneration %}',
+                                        '{% endgeneration %}<|im_end|>')):
+        other = theirs(use(tok, source), tmp_path)
+        for messages in conversations(40, True):
+            messages = [m | {'content': m['content'] + '.'} for m in messages]
+            found = other.apply_chat_template(
+                messages, chat_template=source, return_dict=True,
+                return_assistant_tokens_mask=True)
+            turns = list(tok.encode_turns(messages))
+            assert sum((ids for ids, _ in turns), []) == found['input_ids']
+            assert sum((said for _, said in turns), []) == \
+                [bool(it) for it in found['assistant_masks']]
+    use(tok, source + '{% generation %}more{% endgeneration %}')
+    with pytest.raises(ValueError, match='3 generation blocks for 2 answers'):
+        list(tok.encode_turns([{'role': role, 'content': 'hello'} for role in
+                               ('user', 'assistant') * 2]))
 
 
 def test_three_turns_token_by_token(tok):
@@ -187,7 +219,7 @@ def test_saved_with_a_run_and_with_a_folder(tok, tmp_path, capsys):
         {'bos_token': {'content': '<s>'}, 'eos_token': '<|im_end|>', 'chat_template': CHATML}))
     (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': [tok.eos, 2]}))
     tok.template = None
-    assert read_template(tmp_path, tok) and tok.turn_ends() == {tok.eos, 2}
+    assert read_template(tmp_path, tok) and tok.turn_ends() == {tok.eos, 2}    # and no other
     (tmp_path / 'chat_template.jinja').write_text(TEMPLATES['generation'])  # it comes first
     tok.template = None
     assert read_template(tmp_path, tok) and tok.template.source == TEMPLATES['generation']

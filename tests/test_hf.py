@@ -317,6 +317,24 @@ def test_special_tokens_in_front_and_single_digits(tokenizer, tmp_path):
     assert read_tokenizer(tmp_path / 'again' / 'tokenizer.json').to_json() == ours.to_json()
 
 
+def test_a_split_that_removes_what_does_not_match(tokenizer, tmp_path, capsys):
+    """As GPT-4o's: the same as one that keeps everything, if all is matched; else it is refused."""
+    found, path = tokenizer_json(tokenizer), tmp_path / 'tokenizer.json'
+    split = found['pre_tokenizer']['pretokenizers'][0]
+    split |= {'behavior': 'Removed', 'invert': True}
+    path.write_text(json.dumps(found))
+    ours = read_tokenizer(path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    for text in nfc(fuzz(1000, seed=9)):
+        assert ours.encode(text) == theirs(text, split_special_tokens=True).input_ids
+    split['pattern'] = {'Regex': r'\p{L}+'}
+    path.write_text(json.dumps(found))
+    assert 'leaves out parts' in stopped(capsys, lambda: read_tokenizer(path))
+    split |= {'behavior': 'Removed', 'invert': False}
+    path.write_text(json.dumps(found))
+    assert 'pre_tokenizer' in stopped(capsys, lambda: read_tokenizer(path))
+
+
 def test_added_tokens_that_text_may_spell(tokenizer, tmp_path):
     """As Qwen3's <think>: not special, so Hugging Face takes them from any text; and NFC."""
     vocab = {printable(t): i for i, t in enumerate(tokenizer.ordinary)}

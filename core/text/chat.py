@@ -9,10 +9,12 @@ import select
 import subprocess
 import sys
 import unicodedata
+from bisect import bisect_left, bisect_right
 from itertools import accumulate
 
 MEMORY, SECONDS, CHARACTERS = 1 << 29, 10, 1 << 22     # of a rendering, and of its result
 GUARD = '\U0010fff0'    # parts the name of a special token in what people say: it is text there
+BEGIN, END = '\U0010fff1', '\U0010fff2'    # around what stands in a {% generation %} block
 
 # ---------------------------------------------------------------------------------------------
 # The process that renders
@@ -26,12 +28,13 @@ def environment():
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        tags = {'generation'}   # around what the assistant says; it writes what it encloses
+        tags = {'generation'}   # it stands around what the assistant says
 
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
+            mark = lambda text: jinja2.nodes.Output([jinja2.nodes.TemplateData(text)])
+            return jinja2.nodes.Scope([mark(BEGIN), *body, mark(END)]).set_lineno(line)
 
     def refuse(message):
         raise jinja2.exceptions.TemplateError(message)
@@ -121,20 +124,26 @@ class ChatTemplate:
             raise ValueError(f'the chat template refuses it ({found["error"]})')
         return found
 
-    def render(self, messages: list[dict], reply: bool = False) -> str:
-        """The conversation as text; with `reply` it ends where the assistant begins."""
+    def marked(self, messages: list[dict], reply: bool = False) -> str:
+        """The conversation as text, with BEGIN and END around its {% generation %} blocks."""
         return self.ask({'messages': messages, 'reply': reply})['text']
 
-    def guarded(self, messages: list[dict], names) -> list[dict]:
-        """The messages with a GUARD in each name of a special token, so that it stays text."""
+    def render(self, messages: list[dict], reply: bool = False) -> str:
+        """The conversation as text; with `reply` it ends where the assistant begins."""
+        return re.sub(f'[{BEGIN}{END}]', '', self.marked(messages, reply))
+
+    def guarded(self, messages: list[dict], tokenizer) -> list[dict]:
+        """The messages with a GUARD in each name of a special token, so that it stays text. A name
+        that the tokenizer finds in any text, such as <think>, is left alone."""
+        names = any_of(tokenizer.special.keys() - {*getattr(tokenizer, 'written', ())})
         part = lambda match: match[0][0] + GUARD + match[0][1:]
         return [{'role': m['role'],
-                 'content': re.sub(any_of(names), part, m['content'].replace(GUARD, ''))}
+                 'content': re.sub(names, part, re.sub(f'[{GUARD}{BEGIN}{END}]', '', m['content']))}
                 for m in messages]
 
     def encode(self, tokenizer, messages: list[dict], reply: bool = False) -> list[int]:
         """The ids of a conversation."""
-        return self.ids(tokenizer, self.render(self.guarded(messages, tokenizer.special), reply))
+        return self.ids(tokenizer, self.render(self.guarded(messages, tokenizer), reply))
 
     def ids(self, tokenizer, text: str) -> list[int]:
         """The ids of rendered text: names of special tokens are these, all else is text."""
@@ -147,43 +156,61 @@ class ChatTemplate:
         return found
 
     def turns(self, tokenizer, messages: list[dict]):
-        """For each message its ids in the whole conversation, and which of them the assistant says:
-        from where its answer begins to the first token of `ends`. Raises ValueError if the template
-        writes the beginning of a conversation differently when it goes on."""
-        messages = self.guarded(messages, tokenizer.special)
-        whole, marks = '', []       # ends of messages, and where answers begin, in characters
-        for i, message in enumerate(messages):
-            begin = len(whole)
-            if message['role'] == 'assistant':
-                before = self.render(messages[:i], reply=True)
-                begin = len(before) if i else 0
-            now = self.render(messages[:i + 1])
-            if not now.startswith(whole) or message['role'] == 'assistant' and \
-                    not now.startswith(before):
-                raise ValueError('the chat template of this model writes earlier messages '
-                                 'differently when others follow, so that it cannot be said what '
-                                 'the assistant says; give conversations of one answer')
-            whole = now
-            marks.append((begin, len(whole)))
-        ids = self.ids(tokenizer, whole)
-        begins = [0, *accumulate(len(tokenizer.tokens[i]) for i in ids)][:-1]
-        at = 0
-        for message, (begin, last) in zip(messages, marks):
-            begin, last = (self.size(tokenizer, whole[:n]) for n in (begin, last))
-            here = []
-            while at < len(ids) and (begins[at] < last or message is messages[-1]):
-                here.append(at)
-                at += 1
-            end = next((n for n in here if begins[n] >= begin and ids[n] in self.ends), -1)
-            if message['role'] == 'assistant' and end < 0:
-                raise ValueError('the chat template of this model ends an answer with none of the '
-                                 f'tokens that end one: {sorted(self.ends)}')
-            yield [ids[n] for n in here], [message['role'] == 'assistant' and
-                                           begin <= begins[n] and n <= end for n in here]
+        """For each message its ids in the whole conversation, and which of them the assistant says.
+
+        That is what stands in {% generation %} blocks. Without these, an answer begins where the
+        rendering of what comes before it ends, if that asks for a reply, and it ends with the first
+        token of `ends`. What stands before an answer belongs to the message before it. Raises
+        ValueError where an answer cannot be found so.
+        """
+        messages = self.guarded(messages, tokenizer)
+        marked = self.marked(messages)
+        ids = self.ids(tokenizer, re.sub(f'[{BEGIN}{END}]', '', marked))
+        ends = [*accumulate(len(tokenizer.tokens[i]) for i in ids)]     # in bytes
+        answers = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
+        at = lambda character: self.size(tokenizer, marked[:character])
+        spans = [(bisect_right(ends, at(part.start())), bisect_left(ends, at(part.end())) + 1)
+                 for part in re.finditer(f'{BEGIN}[^{END}]*{END}', marked)]
+        if BEGIN not in marked:
+            spans = [self.answer(tokenizer, messages[:i], marked, ids, ends) for i in answers]
+        if len(spans) != len(answers):
+            raise ValueError(f'the chat template of this model has {len(spans)} generation blocks '
+                             f'for {len(answers)} answers')
+        span_of, at = dict(zip(answers, spans)), 0
+        for i in range(len(messages)):
+            begin, end = span_of.get(i, (len(ids), at))
+            if i == len(messages) - 1:
+                last = len(ids)
+            else:
+                last = end if i in span_of else span_of.get(i + 1, (at, 0))[0]
+            yield ids[at:last], [begin <= n < end for n in range(at, last)]
+            at = last
+
+    def end_of_answer(self, tokenizer) -> set[int]:
+        """The special token that the template writes after an answer, if it does."""
+        text = self.render([{'role': 'user', 'content': GUARD},
+                            {'role': 'assistant', 'content': GUARD}])
+        found = re.match(rf'\s*({any_of(tokenizer.special)})', text[text.rfind(GUARD) + 1:])
+        return {tokenizer.special[found[1]]} if found else set()
+
+    def answer(self, tokenizer, before: list[dict], whole: str, ids: list[int],
+               ends: list[int]) -> tuple[int, int]:
+        """The first token of the answer to the messages `before`, and the one after its last."""
+        text = self.render(before, reply=True) if before else ''
+        if not whole.startswith(text):
+            raise ValueError('the chat template of this model writes earlier messages differently '
+                             'when others follow, so that it cannot be said what the assistant '
+                             'says; give conversations of one answer')
+        begin = bisect_left([0, *ends], self.size(tokenizer, text))
+        end = next((n for n in range(begin, len(ids)) if ids[n] in self.ends), -1)
+        if end < 0:
+            raise ValueError('the chat template of this model ends an answer with none of the '
+                             f'tokens that end one: {sorted(self.ends)}')
+        return begin, end + 1
 
     def size(self, tokenizer, text: str) -> int:
         """Bytes of the tokens of rendered text."""
-        text = text.replace(GUARD, '')
+        text = re.sub(f'[{GUARD}{BEGIN}{END}]', '', text)
         form = getattr(tokenizer, 'normalize', '')
         text = unicodedata.normalize(form, text) if form else text
         return len(tokenizer.known(text).encode())

@@ -199,8 +199,10 @@ def split_pattern(part: dict) -> str:
     if byte_level and own_regex and kinds == ['Digits', 'ByteLevel'] and \
             before['individual_digits']:
         return EACH_DIGIT
-    if before['type'] == 'Split' and before['behavior'] == 'Isolated' and \
-            not before.get('invert') and 'Regex' in before['pattern']:
+    # To remove all but what matches is the same, of a pattern that passes nothing by: see make_bpe.
+    if before['type'] == 'Split' and 'Regex' in before['pattern'] and \
+            (before['behavior'], before.get('invert')) in (
+                ('Isolated', False), ('Isolated', None), ('Removed', True)):
         pattern = before['pattern']['Regex']
         if kinds == ['Split'] and pattern == ANY_CHARACTER or byte_level and not own_regex and \
                 kinds == ['Split', 'ByteLevel'] and pattern not in ('', ANY_CHARACTER):
@@ -276,13 +278,16 @@ def template_of(tokenizer: Tokenizer) -> str:
 
 def use_template(where, tokenizer: Tokenizer, source: str, tokens: dict, ends: list) -> bool:
     """Whether a model with this chat template ('': none) is a chat model; the tokenizer then writes
-    conversations by it. Warns if it cannot be used."""
+    conversations by it. An answer ends with eos, one of the ids `ends`, or the special token that
+    the template writes after an answer. Warns if it cannot be used."""
     if not source or source == template_of(tokenizer) and tokenizer.knows_chat():
         return bool(source)
     if wrong := [i for i in ends if type(i) is not int or not 0 <= i < len(tokenizer)]:
         stop(f'{where}: eos_token_id={wrong[0]!r:.80}: no token of its tokenizer')
     try:
-        tokenizer.template = ChatTemplate(source, tokens, [tokenizer.eos, *ends])
+        template = ChatTemplate(source, tokens, [tokenizer.eos, *ends])
+        template.ends |= template.end_of_answer(tokenizer)
+        tokenizer.template = template
     except ValueError as e:
         warn(f'{where}: {e}; without it the model only continues text')
     return bool(tokenizer.template)
