@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from core.formats import gguf, hf
-from core.run import models
+from core.run import card, models
 from core.settings import check_bounds, check_choice, configure, stop
 
 POSITIONAL = ('run_dir',)
@@ -186,6 +186,7 @@ def main() -> dict:
     chat, tmp = state.get('task') == 'chat', target.with_name(f'.tmp-{target.name}')
     remove(tmp)
     try:
+        facts = [f'step {state["step"]} of {run_dir}, exported as {as_}']
         if to == 'hf':
             differences = export_hf(model, tokenizer, tmp, as_, chat)
         elif to == 'gguf':
@@ -194,6 +195,9 @@ def main() -> dict:
             tmp.mkdir(parents=True)
             differences = export_gguf(model, tokenizer, tmp / f'model-{as_}.gguf', as_, chat)
             write_ollama(tmp, tokenizer, as_, chat)
+        if to != 'gguf':
+            facts += [f'{where}: {said(found)}' for where, found in differences.items()]
+            card.write_card(tmp, run_dir, state, model, facts)
         os.rename(tmp, target)
     except (OSError, SafetensorError) as e:
         stop(f'{target}: {e}; nothing was exported')
@@ -204,8 +208,7 @@ def main() -> dict:
     print(f'{target}: step {state["step"]} of {run_dir} as {hf.architecture(model.config)}, {as_}, '
           f'{size / 1e6:,.1f} MB')
     for where, found in differences.items():
-        print(f'  {where}: ' + (found if isinstance(found, str) else
-                                f'ids equal, logits differ by {found:.2g} at most'))
+        print(f'  {where}: {said(found)}')
     if to == 'hf' and 'in transformers' not in differences:
         print('  transformers is not installed here: not tried in it')
     if to == 'ollama':
@@ -213,6 +216,11 @@ def main() -> dict:
     if to == 'gguf':
         print(f'K-quants are made by llama.cpp: llama-quantize {target} {base}-q4_k_m.gguf Q4_K_M')
     return {'folder': str(target), 'differences': differences}
+
+
+def said(found: float | str) -> str:
+    """A comparison in words."""
+    return found if isinstance(found, str) else f'ids equal, logits differ by {found:.2g} at most'
 
 
 def remove(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Shared by all tests: a small real text, and training runs in this process."""
 import os
 
-os.environ.setdefault('OMP_NUM_THREADS', '2')
+# A worker of pytest-xdist has one core.
+os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
 
 import argparse
 import gc
@@ -20,6 +21,10 @@ TINY = dict(batch_size=4, block_size=32, n_layer=2, n_head=2, n_embd=32, norm='r
             warmup_steps=2, eval_interval=3, log_interval=1, sample_tokens=20, compile=False,
             device='cpu', dtype='float32', threads=1, learning_rate=3e-3)
 
+# The files that take longest begin first, so that no process is left alone with one at the end.
+LONGEST = ('test_readme', 'test_layouts', 'test_train', 'test_corpus', 'test_identity',
+           'test_signals', 'test_finetune', 'test_arrange', 'test_tuning', 'test_kill')
+
 TABLES = {}     # what tests/parallel compared and counted: title -> rows of cells, header first
 FAULTS = {}     # what tests/faults did: fault -> (number of tries, what came of it)
 
@@ -36,6 +41,22 @@ def pytest_collection_modifyitems(config, items):
                   if path.parent.name not in ('faults', 'parallel')]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist sends what its tests have noted."""
+    if hasattr(session.config, 'workeroutput'):
+        session.config.workeroutput['noted'] = [TABLES, FAULTS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    tables, faults = getattr(node, 'workeroutput', {}).get('noted', [{}, {}])
+    for title, rows in tables.items():
+        TABLES[title] = [*TABLES.get(title, rows[:1]), *rows[1:]]
+    for fault, (tries, outcome) in faults.items():
+        FAULTS[fault] = FAULTS.get(fault, (0,))[0] + tries, outcome
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -58,9 +58,10 @@ def contents(folder) -> dict:
 # Duplicates, validation, weights
 
 
-def test_planted_duplicates_and_benchmark_items(monkeypatch, capsys):
-    """20 MB; the table of docs/data.md, from a corpus of which all is known."""
-    monkeypatch.setattr(bench_data, 'corpus_mb', 20)
+@pytest.mark.parametrize('megabytes', [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_planted_duplicates_and_benchmark_items(monkeypatch, capsys, megabytes):
+    """The table of docs/data.md (20 MB), from a corpus of which all is known."""
+    monkeypatch.setattr(bench_data, 'corpus_mb', megabytes)
     result = bench_data.main()
     for name, (hidden, removed, false) in result['found'].items():
         assert hidden >= 80 and removed / hidden >= 0.95, name
@@ -144,8 +145,9 @@ def like(texts: list[str], others: list[str], low: float) -> int:
     return sum(any(clean.jaccard(mine, other) >= low for other in sets[1]) for mine in sets[0])
 
 
-@pytest.mark.parametrize('settings', [{}, {'weights': '3'}, {'weights': '0.5'}, {'workers': 2},
-                                      {'val_fraction': 0.3}])
+@pytest.mark.parametrize('settings', [{'weights': '3'}, *(
+    pytest.param(settings, marks=pytest.mark.slow) for settings in (
+        {}, {'weights': '0.5'}, {'workers': 2}, {'val_fraction': 0.3}))])
 def test_share_of_validation_with_many_copies(settings):
     """A share of what stays, whatever the number of copies, and nothing like it in training."""
     texts = [near(prose(i), j) for j in range(5) for i in range(120)]
@@ -373,7 +375,7 @@ def make_corpus(megabytes: float) -> None:
 
 
 def test_any_number_of_workers(monkeypatch):
-    make_corpus(2)
+    make_corpus(1)
     monkeypatch.setattr('core.data.build.BATCH', 300_000)
     folders = [build('corpus', f'data{n}', 'it', 'bpe', 600, workers=n,
                      shard_tokens=300_000) for n in (1, 2, 3)]
@@ -390,10 +392,10 @@ def test_a_worker_that_is_killed(monkeypatch):
     assert 'was killed' in e.value.message and not list(Path('data').glob('[!.]*'))
 
 
-@pytest.mark.parametrize('kills', [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills', [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills):
     """The next run goes on; the result is the same to the byte, and no file is ever half there."""
-    make_corpus(3)
+    make_corpus(1)
     began = time.monotonic()
     subprocess.run(prepare_command('--data_dir=whole'), check=True, capture_output=True)
     seconds, whole = time.monotonic() - began, contents('whole/it')
@@ -424,7 +426,7 @@ def test_killed_at_random_moments(kills):
 
 def test_shards_are_gone_on_with(monkeypatch):
     """After a kill while encoding, whole shards are not written again."""
-    make_corpus(2)
+    make_corpus(1)
     monkeypatch.setattr('core.data.build.BATCH', 200_000)
     given = dict(name='it', tokenizer='byte', shard_tokens=100_000)
     whole = contents(build('corpus', 'whole', **given))

@@ -122,7 +122,8 @@ def test_generate_past_the_window_equals_the_uncached_rule(settings):
 
 
 @pytest.mark.parametrize(('settings', 'graphs'), [
-    ({}, (1, 3)), (LLAMA | {'window': 5}, (1, 3)), ({'arch': 'lstm'}, (3, 6))],
+    pytest.param({}, (1, 3), marks=pytest.mark.slow), (LLAMA | {'window': 5}, (1, 3)),
+    ({'arch': 'lstm'}, (3, 6))],
     ids=['gpt2', 'llama, window', 'lstm'])
 def test_compiled_generation_is_the_same(settings, graphs):
     """With one graph of a GPT for all lengths of the cache, filled and begun again, too."""

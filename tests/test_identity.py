@@ -29,6 +29,11 @@ DOORS = ['train', 'chat', 'classify', 'dpo']
 SOME = ['train', *(pytest.param(name, marks=pytest.mark.slow) for name in DOORS[1:3]), 'dpo']
 
 
+def one_of(fast: str) -> list:
+    """All doors, of which one is not slow."""
+    return [pytest.param(name, marks=() if name == fast else pytest.mark.slow) for name in DOORS]
+
+
 class Found(Exception):
     """Carries the identity with which a script asks for its run directory."""
 
@@ -105,7 +110,7 @@ def stops(run, *parts) -> str:
 # Settings
 
 
-@pytest.mark.parametrize('name', DOORS)
+@pytest.mark.parametrize('name', one_of('classify'))
 def test_spelling_does_not_count(door, name, tmp_path):
     """Of the model to begin with, of the data, of the tokenizer: absolute, relative, linked, with
     slashes, moved."""
@@ -311,7 +316,7 @@ def project(door, tmp_path, monkeypatch):
     return edit
 
 
-@pytest.mark.parametrize('name', SOME)
+@pytest.mark.parametrize('name', one_of('train'))
 def test_edited_source(door, project, name, capsys):
     """In the midst of a run: words resume it, code stops, and there are two ways on."""
     run, script = door.cut(name), Path(door.scripts[name].__file__).name
@@ -344,7 +349,7 @@ def test_edited_source(door, project, name, capsys):
     assert 'was trained with another' not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('name', SOME)
+@pytest.mark.parametrize('name', one_of('train'))
 def test_a_setting_that_is_new_comes_with_the_source(door, project, name):
     run = door.cut(name)
     script = Path(door.scripts[name].__file__).name

@@ -123,22 +123,30 @@ def run(command: str, folder) -> None:
     assert done.returncode == 0, f'{shown}\n{done.stderr[-2000:]}'
 
 
-@pytest.mark.parametrize('second', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_commands(folder, second):
+@pytest.mark.parametrize('where', ['README.md', *(
+    pytest.param(where, marks=pytest.mark.slow) for where in ('docs', 'second chain'))])
+def test_commands(folder, where):
     """In their order, since each may use what those before it made; those that use nothing beside
-    them. None has a placeholder. Those in SECOND are slow."""
+    them. None has a placeholder. Those that only docs/ has, and those in SECOND, are slow."""
     assert len(COMMANDS) > 8
     lines = once(['python train.py config/shakespeare.py', *COMMANDS])      # the quick start's end
-    lines = [line for line in lines if bool(SECOND.search(line)) == second]
+    if where == 'second chain':
+        lines = [line for line in lines if SECOND.search(line)]
+    else:
+        shown = '\n'.join(blocks(README))
+        lines = [line for line in lines if not SECOND.search(line)
+                 and (where == 'docs' or line in shown)]
     lanes = [[c for c in lines if bool(re.search(r'(prepare|bench\w*|plan)\.py', c)) == alone]
              for alone in (False, True)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda lane: [run(command, folder) for command in lane], lanes))
 
 
+@pytest.mark.parametrize('runs', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('edit', EDITS, ids=lambda edit: edit[0].split()[1])
-def test_worked_edit(folder, tmp_path, edit):
-    """The diff applies as it stands, and what is said to follow runs. There are five."""
+def test_worked_edit(folder, tmp_path, edit, runs):
+    """The diff applies as it stands, and what is said to follow runs (that of an edit outside
+    of model.py is slow). There are five."""
     diff, lines = edit
     assert lines and len(EDITS) == 5
     copy = shutil.copytree(folder, tmp_path / 'copy')
@@ -146,7 +154,8 @@ def test_worked_edit(folder, tmp_path, edit):
                           capture_output=True)
     assert 'offset' not in done.stdout and 'fuzz' not in done.stdout, done.stdout
     for line in lines:
-        run(line, copy)
+        if runs != diff.startswith('--- a/model.py'):
+            run(line, copy)
 
 
 def test_quick_start_is_two_commands():

@@ -534,9 +534,9 @@ def test_help_that_nobody_reads_to_its_end():
     assert done.stderr == '' and done.stdout.startswith('Pretraining')
 
 
-@pytest.mark.parametrize('package', ['tqdm', 'torch', 'tiktoken'])
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'dev/race.py'])
-def test_a_package_is_missing(tmp_path, package, script):
+@pytest.mark.parametrize('script, package', [
+    ('train.py', 'torch'), ('sample.py', 'tiktoken'), ('dev/race.py', 'tqdm')])
+def test_a_package_is_missing(tmp_path, script, package):
     """One line with the remedy, and no traceback."""
     (tmp_path / f'{package}.py').write_text(
         f'raise ModuleNotFoundError("No module named {package!r}", name={package!r})')

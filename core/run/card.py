@@ -1,7 +1,6 @@
 """The model card of an exported model: what its records say of it, and nothing else."""
 import contextlib
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -15,10 +14,12 @@ USES = {
     'chat': 'It answers messages of the kind that it was tuned on.',
     'classify': 'It says to which of its classes a text belongs, for texts of the kind that it was '
                 'trained on.'}
-LIMITS = '''What it writes may be false, offensive or copied from its training text: nothing here filters it.
-Not measured, so not known: how it does on tasks or kinds of text other than those above, in other
+LIMITS = '''
+What it writes may be false, offensive or copied from its training text, and nothing filters it.
+Not measured, so not known: how it does on tasks or kinds of text other than those below, in other
 languages, and for different groups of people; whether its training data holds personal data that
-was not looked for.'''
+was not looked for.
+'''.strip()
 
 
 def write_card(folder: Path, run_dir: str, state: dict, model, facts: list[str]) -> None:
@@ -39,7 +40,7 @@ def write_card(folder: Path, run_dir: str, state: dict, model, facts: list[str])
     for stage, log in stages:
         page += ['', f'## {stage}', '', *of_stage(log, (folder / 'loss.png').is_file() and
                                                   stage == stages[0][0])]
-    if not stages or not stages[-1][1][0]['settings'].get('init_from') == 'scratch':
+    if not stages or stages[-1][1][0]['settings'].get('init_from') != 'scratch':
         page += ['', 'How the model that this began with was trained is not recorded here.']
     (folder / 'README.md').write_text('\n'.join(page) + '\n', encoding='utf-8')
 
@@ -109,30 +110,25 @@ def of_data(settings: dict, identity: dict) -> list[str]:
     if name in SETS:
         lines += [f'- {SETS[name].about}', f'- licence: {SETS[name].licence}']
         return lines
-    for folder in (Path(name), Path(settings.get('data_dir', 'data')) / name,
-                   *sorted(Path(settings.get('data_dir', 'data')).glob(f'{glob_safe(name)}_*'))):
+    for path in sorted(Path(settings.get('data_dir', 'data')).glob('*/meta.json')) + [
+            Path(name) / 'meta.json']:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+            meta = json.loads(path.read_text(encoding='utf-8'))
             if meta['sha256'] != known:
                 continue
-            lines += [f'- {meta["about"]}', f'- licence: {meta["licence"]}',
-                      f'- {meta["documents"]:,} documents, {meta["bytes"]:,} bytes; tokenizer '
-                      f'{meta["tokenizer"]}; {meta["train_tokens"]:,} tokens to train on, '
-                      f'{meta["val_tokens"]:,} to validate on']
             removed = [f'- {step}: {a:,} -> {b:,} documents, {x:,} -> {y:,} characters'
                        for step, (a, x, b, y) in meta['steps'].items() if x != y]
-            return [*lines, *(['', 'What was removed before training:', '', *removed]
-                              if removed else ['- nothing was removed before training'])]
-    return [*lines, '- licence, size and what was removed: not known here, for the prepared data '
-                    'is not on this machine']
-
-
-def glob_safe(name: str) -> str:
-    """A name without what a pattern of file names would understand."""
-    return re.sub(r'[^\w.-]', '?', Path(name).name)
+            return [*lines, f'- {meta["about"]}', f'- licence: {meta["licence"]}',
+                    f'- {meta["documents"]:,} documents, {meta["bytes"]:,} bytes, after what was '
+                    f'removed; tokenizer {meta["tokenizer"]}; {meta["train_tokens"]:,} tokens to '
+                    f'train on, {meta["val_tokens"]:,} to validate on',
+                    '- removed before training:' + ' nothing' * (not removed),
+                    *(f'  {line}' for line in removed)]
+    return [*lines, '- licence, size and what was removed: not known here; the records of the '
+                    'prepared data are not on this machine']
 
 
 def number(value) -> str:
     """A number as a cell of a table."""
     return f'{value:,}' if isinstance(value, int) else \
-        f'{value:.4f}' if isinstance(value, float) else str(value)
+        f'{value:.5g}' if isinstance(value, float) else str(value)

@@ -72,7 +72,7 @@ def test_file_size_limit(run_train, monkeypatch, capsys):
 
 @pytest.mark.parametrize('target, name', [(os, 'fsync'), (os, 'rename'), (os, 'mkdir'),
                                           (checkpoint.hf, 'save_file'), (checkpoint, 'file_hash')])
-@pytest.mark.parametrize('code', [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize('code', [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)])
 def test_errors_of_the_disk(run_train, monkeypatch, capsys, target, name, code):
     """Injected where a save calls the system."""
     whole = run_train(out_dir='out/whole', **SETTINGS)['run_dir']

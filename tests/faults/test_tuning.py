@@ -14,8 +14,11 @@ SETTINGS = {'chat': ('finetune', dict(answers=1, answer_tokens=4)),
             'dpo': ('dpo', dict(learning_rate=1e-3))}
 
 
-KINDS = ['chat', 'dpo', *(pytest.param(kind, marks=pytest.mark.slow)
-                          for kind in ('classify', 'adapters'))]
+
+def one_of(fast: str) -> list:
+    """All kinds, of which one is not slow."""
+    return [pytest.param(kind, marks=() if kind == fast else pytest.mark.slow)
+            for kind in ('chat', 'dpo', 'classify', 'adapters')]
 
 
 def settings_of(kind, chats, texts, preferences, base):
@@ -24,7 +27,7 @@ def settings_of(kind, chats, texts, preferences, base):
     return dict(stage=stage, dataset=str(data), run_dir=base, **{**TUNED, **settings})
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', one_of('chat'))
 def test_two_ranks_are_one(tmp_path, chats, texts, preferences, base, kind):
     """With answers of unequal length, and a batch that does not divide by two."""
     settings = settings_of(kind, chats, texts, preferences, base) | {'batch_size': 5}
@@ -40,7 +43,7 @@ def test_two_ranks_are_one(tmp_path, chats, texts, preferences, base, kind):
                 assert two[name] == pytest.approx(one[name], rel=2e-5, abs=2e-6), (name, one, two)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', one_of('dpo'))
 def test_killed_and_resumed(tmp_path, chats, texts, preferences, base, kind):
     """Bitwise what an uninterrupted run has."""
     settings = settings_of(kind, chats, texts, preferences, base) | {

@@ -350,14 +350,21 @@ class Workers:
         self.asked += 1
         for question in self.questions:
             question.put((self.asked, what, arguments))
-        results = {}
+        results, asked = {}, None
         while len(results) < self.world:
             try:
-                asked, rank, result, error = self.answers.get(timeout=timeout)
+                asked, rank, result, error = self.answers.get(timeout=5)
             except queue.Empty:
-                raise AssertionError(f'no answer from {self.world - len(results)} ranks') from None
+                timeout -= 5
+                dead = {rank: process.exitcode for rank, process in enumerate(self.processes)
+                        if not process.is_alive()}
+                error = f'no answer; processes that ended: {dead}'
+                if timeout > 0 and not dead:
+                    continue
+            if error:
+                end_processes()     # the next test gets new ones
+                raise AssertionError(error if asked is None else f'rank {rank}: {error}')
             if asked == self.asked:     # not the late answer to another question
-                assert not error, f'rank {rank}: {error}'
                 results[rank] = result
         return [results[rank] for rank in range(self.world)]
 
@@ -381,6 +388,10 @@ started = []
 def processes_end():
     """The processes end with the tests of a file."""
     yield
+    end_processes()
+
+
+def end_processes() -> None:
     while started:
         started.pop().end()
     workers.cache_clear()

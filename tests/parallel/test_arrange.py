@@ -74,11 +74,12 @@ def test_coordinates():
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--device=cuda'], 'device=cuda: this machine'),
+    pytest.param(['--device=cuda'], 'device=cuda: this machine', marks=pytest.mark.slow),
     pytest.param(['--tp=3'], 'tp=3, pp=1: 2 processes cannot', marks=pytest.mark.slow),
     pytest.param(['--zero=4'], 'zero=4: must be at least 0 and at most 3', marks=pytest.mark.slow),
     (['--dataset=nowhere'], "dataset 'nowhere': neither"),    # rank 1 waits for rank 0's data
-    (['--tp=2', '--n_head=3', '--n_embd=48', '--dataset=text.txt'], 'tp=2: must divide n_head=3'),
+    pytest.param(['--tp=2', '--n_head=3', '--n_embd=48', '--dataset=text.txt'],
+                 'tp=2: must divide n_head=3', marks=pytest.mark.slow),
 ])
 def test_one_line_from_rank_0(tmp_path, text_file, flags, message):
     """Under torchrun, which adds a report of its own."""
@@ -168,11 +169,13 @@ def expected(rank: int, layout: dict, config: GPTConfig) -> int:
 COUNTED = [dict(zero=3), dict(zero=3, tp=8), dict(zero=2, tp=8, pp=8), dict(zero=3, tp=8, pp=4)]
 
 
-def test_parameters_per_rank_of_70b_on_1024():
+@pytest.mark.parametrize('layouts', [COUNTED[3:], pytest.param(COUNTED, marks=pytest.mark.slow)],
+                         ids=len)
+def test_parameters_per_rank_of_70b_on_1024(layouts):
     """Exact in four layouts, on ranks at both ends and in the middle."""
     config = plan.preset_config(plan.load_preset([str(ROOT / 'config/70b.py')]))
     with multiprocessing.get_context('forkserver').Pool(1) as pool:
-        for layout in COUNTED:
+        for layout in layouts:
             found = [pool.apply(counted, (rank, layout, config)) for rank in (0, 509, 1023)]
             assert found == [expected(rank, layout, config) for rank in (0, 509, 1023)]
             note_row('parameters of 70B per rank, of 1,024', 'layout, first, in between, last',

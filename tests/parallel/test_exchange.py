@@ -32,8 +32,9 @@ LOSS = 3 * 4 * BLOCK
      'for each micro-batch: W gathered, blocks once more to go back, W scattered'),
     (2, dict(tp=2), {}, BATCH * ((4 * L + 2) * A + LOSS),
      'for each row: 2 all-reduces of A a layer forward, 2 back, 1 for embedding and head each'),
-    (2, SP, {}, BATCH * ((8 * L + 4) * A + LOSS),
-     'for each row: 2 gathers and 2 scatters of A a layer forward, as many back, 4 at the ends'),
+    pytest.param(
+        2, SP, {}, BATCH * ((8 * L + 4) * A + LOSS), 'for each row: 2 gathers and 2 scatters of A '
+        'a layer forward, as many back, 4 at the ends', marks=pytest.mark.slow),
     (2, dict(pp=2), {}, BATCH * A, 'A for each row: on, or back'),
     pytest.param(4, dict(zero=2, tp=2), {}, W + BATCH // 2 * ((4 * L + 2) * A + LOSS),
                  'half of the weights each, half of the rows', marks=pytest.mark.slow),

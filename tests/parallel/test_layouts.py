@@ -82,7 +82,9 @@ def named(cases, slow=False):
 # of those the ones that take longest, each of a kind that others are of, too
 LONG = [Case(dict(zero=3, tp=2), settings=dict(activation_checkpointing=True)),
         Case(dict(zero=3, **SP), GPT2), Case(dict(zero=2, tp=2), {}, MUON),
-        Case(dict(zero=2, pp=2, **SP), TIED, MUON)]
+        Case(dict(zero=2, pp=2, **SP), TIED, MUON), Case(dict(zero=3, tp=2, pp=2), GPT2),
+        Case(dict(pp=2, **SP), TIED, MUON), Case(dict(zero=3, tp=2), dtype='float32'),
+        Case(dict(tp=2), GPT2)]
 
 
 @pytest.mark.parametrize('world, case', named(
