@@ -42,9 +42,10 @@ PROBES = ("It's 12,345 words: DON'T\n\n\t  stop…\r\n", 'naïve façade Ωμέ�
           '👩‍🚀 x_y(); ', '  lead and trail  ', '\x00\x7f\u2028\u3000')
 
 
-def export_hf(model, tokenizer, folder: Path, as_: str, chat: bool) -> dict:
+def export_hf(model, tokenizer, folder: Path, as_: str, state: dict) -> dict:
     """Write, read back, compare; returns the largest differences of logits that were found."""
-    hf.save(model, tokenizer, folder, DTYPES[as_], int(shard_gb * 1e9), chat)
+    hf.save(model, tokenizer, folder, DTYPES[as_], int(shard_gb * 1e9), state['task'] == 'chat',
+            state.get('labels', ()))
     for p in model.parameters():    # the file holds the weights rounded to dtype
         p.data = p.data.to(getattr(torch, DTYPES[as_])).float()
     ids = some_ids(model, tokenizer)
@@ -57,8 +58,9 @@ def export_hf(model, tokenizer, folder: Path, as_: str, chat: bool) -> dict:
     differences = {'read back': (logits - found(ids)).abs().max().item()}
     check_ids(tokenizer, again.encode, f'{folder}: the tokenizer that was written')
     if importlib.util.find_spec('transformers'):
-        theirs = logits_of_transformers(tokenizer, folder, ids)
-        differences['in transformers'] = (logits - theirs).abs().max().item()
+        theirs = logits_of_transformers(model.config, tokenizer, folder, ids)
+        mine = logits[:, -1] if model.config.n_classes else logits
+        differences['in transformers'] = (mine - theirs).abs().max().item()
     for where, difference in differences.items():
         if not difference <= 1e-3:
             stop(f'{folder}: {where}, logits differ by {difference:g}; nothing was exported')
@@ -78,21 +80,28 @@ def check_ids(tokenizer, encode, where: str) -> None:
             stop(f'{where} gives other ids for {text!r}; nothing was exported')
 
 
-def logits_of_transformers(tokenizer, folder: Path, ids):
-    """The logits that transformers computes from a folder. Stops if its tokenizer differs."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def logits_of_transformers(config, tokenizer, folder: Path, ids):
+    """The logits that transformers computes from a folder (a classifier's: of the last token).
+    Stops if its tokenizer differs."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
     from transformers.utils import logging
     logging.disable_progress_bar()
     again = AutoTokenizer.from_pretrained(folder)
     check_ids(tokenizer, lambda text: again(text, add_special_tokens=False).input_ids,
               f'{folder}: in transformers the tokenizer')
-    return AutoModelForCausalLM.from_pretrained(folder).float().eval()(ids).logits
+    kind = AutoModelForSequenceClassification if config.n_classes else AutoModelForCausalLM
+    return kind.from_pretrained(folder).float().eval()(ids).logits
 
 
 def some_ids(model, tokenizer) -> torch.Tensor:
-    """(2, T) random ids, for logits that can be compared."""
-    return torch.randint(len(tokenizer), (2, min(64, model.config.block_size)),
-                         generator=torch.Generator().manual_seed(0))
+    """(2, T) random ids of text, for logits that can be compared."""
+    return tokenizer.first + torch.randint(
+        len(tokenizer.ordinary), (2, min(64, model.config.block_size)),
+        generator=torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,9 +113,9 @@ N_CHECKED = 40      # tokens that llama.cpp is to say
 def export_gguf(model, tokenizer, path: Path, as_: str, chat: bool) -> dict:
     """Write, read back, compare; returns the largest differences of logits that were found."""
     gguf.save(model, tokenizer, path, as_, chat, Path(run_dir).stem)
-    found, again, chats = gguf.load(path)
+    found, again, read = gguf.load(path)
     check_ids(tokenizer, again.encode, f'{path}: the tokenizer that was written')
-    if chats != chat:
+    if (read['task'] == 'chat') != chat:
         stop(f'{path}: its chat template cannot be used; nothing was exported')
     ids = some_ids(model, tokenizer)
     n = len(tokenizer)      # ids behind them are padding
@@ -182,13 +191,17 @@ def main() -> dict:
     target = Path(export_dir or base + ending)
     if target.exists():
         stop(f'{target} is there already; delete it, or give another --export_dir')
-    model, tokenizer, state = models.load_run(run_dir, step)
-    chat, tmp = state.get('task') == 'chat', target.with_name(f'.tmp-{target.name}')
+    model, tokenizer, state = models.load_run(run_dir, step, classifier=None)
+    state = {'task': '', **state}
+    chat, tmp = state['task'] == 'chat', target.with_name(f'.tmp-{target.name}')
+    if model.config.n_classes and to != 'hf':
+        stop(f'to={to}: {run_dir} is a classifier, and llama.cpp has none with such a head; use '
+             '--to=hf')
     remove(tmp)
     try:
         facts = [f'step {state["step"]} of {run_dir}, exported as {as_}']
         if to == 'hf':
-            differences = export_hf(model, tokenizer, tmp, as_, chat)
+            differences = export_hf(model, tokenizer, tmp, as_, state)
         elif to == 'gguf':
             differences = export_gguf(model, tokenizer, tmp, as_, chat)
         else:

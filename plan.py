@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from core.data import named
-from core.formats import hf
+from core.formats import hf, hub
 from core.net.weights import build_model
 from core.run import checkpoint, models
 from core.run.begin import adapted, check_settings, from_model, model_config, tokenizer_wanted
@@ -35,8 +35,8 @@ def preset_config(preset: SimpleNamespace) -> GPTConfig:
     """The architecture that the settings of train.py describe, without data or weights."""
     n_tokens = named.count_tokens(preset.dataset, tokenizer_wanted(preset), preset.vocab_size)
     init_from = preset.init_from
-    if init_from in hf.GPT2_SIZES:  # known by heart
-        n_layer, n_head, n_embd = hf.GPT2_SIZES[init_from]
+    if init_from in hub.GPT2_SIZES:  # known by heart
+        n_layer, n_head, n_embd = hub.GPT2_SIZES[init_from]
         return adapted(preset, GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                          vocab_size=50_257), n_tokens)
     if from_model(preset):

@@ -1,6 +1,7 @@
 """export.py: a run becomes a Hugging Face folder, or nothing at all."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ import pytest
 import torch
 from conftest import stopped_at_last as stopped
 
+import classify
 import dpo
 import export
 import finetune
 import sample
 from core.formats import hf
 from core.run import models
+from core.run.log import read_log
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 ROOT = Path(export.__file__).parent
@@ -112,6 +115,53 @@ def test_a_chat_model_comes_back(tuned, base, run_export, monkeypatch, capsys, w
         assert seen[0][0] == tokenizer.encode_chat([{'role': 'user', 'content': 'x'}], reply=True)
     else:
         assert seen[0][0] == tokenizer.encode('x') and seen[0][1] == {tokenizer.eos}
+
+
+def test_a_classifier(run_stage, run_export, texts, monkeypatch, capsys):
+    """It becomes a sequence classification model: transformers and we say the same of each text."""
+    run = run_stage(classify, dataset=str(texts), max_steps=20, learning_rate=1e-2)['run_dir']
+    found = run_export(run_dir=run)
+    folder = found['folder']
+    assert found['differences']['in transformers'] < 1e-4
+    Path('two.txt').write_text('rise number 500\nfall number 501 and more\n')
+    said = []
+    for place in (run, folder):
+        with monkeypatch.context() as patch:
+            for name, value in dict(run_dir=place, classify_file='two.txt', device='cpu').items():
+                patch.setattr(sample, name, value)
+            said.append(sample.main()['classes'])
+    theirs = transformers.pipeline('text-classification', folder)(
+        ['rise number 500', 'fall number 501 and more'])
+    for ours, again, other in zip(*said, theirs, strict=True):
+        assert ours == again and ours['label'] == other['label']
+        assert ours['probability'] == pytest.approx(other['score'], abs=1e-5)
+    again = run_export(run_dir=folder, export_dir='out/again')['folder']
+    assert (Path(again) / hf.WEIGHTS).read_bytes() == (Path(folder) / hf.WEIGHTS).read_bytes()
+    assert 'is a classifier' in stopped(capsys, lambda: run_export(run_dir=run, to='gguf'))
+    assert 'is a classifier' in stopped(capsys, lambda: models.load_run(folder))
+    path = Path(folder) / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'id2label': {'0': 'up'}}))
+    assert 'id2label' in stopped(capsys, lambda: models.load_run(folder, classifier=True))
+
+
+def test_model_card(tuned, base, run_export, monkeypatch):
+    """What the records of all stages say; of what is not recorded it says so."""
+    page = (Path(run_export(run_dir=tuned)['folder']) / 'README.md').read_text()
+    assert page.startswith('---\nlibrary_name: transformers\n')
+    end = read_log(base, 'eval')[-1]
+    identity = read_log(base, 'start')[0]['identity']
+    for said in ('It answers messages', f'## Training: {tuned}', f'- goes on from {base}',
+                 f'## Training: {base}', f'{identity["data"]["sha256"]}', 'your own text',
+                 f'| {end["step"]} | {end["tokens"]:,} | {end["val_loss"]:.5g} |',
+                 '2 steps', '`interval` is half', '![losses](loss.png)', 'nothing'):
+        assert said in page, said
+    assert 'not recorded here' not in page and 'None' not in page
+    shutil.rmtree('data')
+    Path(base).rename('elsewhere')
+    page = (Path(run_export(run_dir=tuned, export_dir='again')['folder']) / 'README.md').read_text()
+    assert 'How the model that this began with was trained is not recorded here' in page
+    page = (Path(run_export(run_dir='elsewhere')['folder']) / 'README.md').read_text()
+    assert 'licence, size and what was removed: not known here' in page
 
 
 @pytest.mark.parametrize('mask', [0o022, 0o027])

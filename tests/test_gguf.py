@@ -57,8 +57,8 @@ def test_there_and_back(tmp_path, name):
     tok, path = tokenizer('llama3'), tmp_path / 'm.gguf'
     model = model_of(MODELS[name], tok)
     gguf.save(model, tok, path, 'f32', True, 'm')
-    again, read, chats = gguf.load(path)
-    assert same(model, again) and chats and read.template is None
+    again, read, more = gguf.load(path)
+    assert same(model, again) and more['task'] == 'chat' and read.template is None
     assert read.encode(TEXT) == tok.encode(TEXT) and read.special == tok.special
     config = vars(model.config) | {'norm_eps': pytest.approx(model.config.norm_eps)}
     expected = config | ({'bias': True} if name.startswith('gpt2') else {})
@@ -90,8 +90,8 @@ def test_precision(tmp_path, dtype):
     tok, path = tokenizer('llama3'), tmp_path / 'm.gguf'
     model = model_of(dict(MODELS['llama'], n_embd=96, n_head=3), tok)
     gguf.save(model, tok, path, dtype, False, 'm')
-    again, _, chats = gguf.load(path)
-    assert not chats
+    again, _, more = gguf.load(path)
+    assert more == {'task': ''}
     most = {'f32': 0, 'f16': 1e-3, 'bf16': 5e-3, 'q8_0': 1e-2, 'q5_0': 0.08, 'q5_1': 0.08,
             'q4_0': 0.16, 'q4_1': 0.16}[dtype]
     for (name, p), q in zip(model.named_parameters(), again.parameters()):

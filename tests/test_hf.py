@@ -18,6 +18,7 @@ from test_bpe import fuzz, nfc
 
 import plan
 from core.formats import hf
+from core.formats.hub import COMPLETE, find
 from core.net.engine import generate
 from core.net.weights import build_model
 from core.run import models
@@ -684,7 +685,7 @@ def test_from_the_hub(hub, tokenizer, tmp_path, monkeypatch):
     models.load_run('org/small')
     assert hub == []                                    # all of it is there
     assert not list(Path('data/downloads').rglob('*.part'))
-    (tmp_path / 'data' / 'downloads' / 'org' / 'small' / hf.COMPLETE).unlink()
+    (tmp_path / 'data' / 'downloads' / 'org' / 'small' / COMPLETE).unlink()
     (tmp_path / 'data' / 'downloads' / 'org' / 'small' / hf.INDEX).unlink()
     models.load_run('org/small')                    # interrupted: the rest is fetched
 
@@ -713,14 +714,14 @@ def test_gpt2_in_the_mirror_by_its_full_name(hub, folder, tmp_path, monkeypatch)
     mirror.mkdir(parents=True)
     folder.rename(mirror / 'gpt2')
     monkeypatch.setenv('DATA_MIRROR', str(mirror.parent))
-    assert hf.find('gpt2') == mirror / 'gpt2' and hub == []
+    assert find('gpt2') == mirror / 'gpt2' and hub == []
 
 
 def test_from_the_mirror(hub, folder, tmp_path, monkeypatch):
     monkeypatch.setenv('DATA_MIRROR', str(folder.parent))
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
-    assert hf.find('copy') == folder and hub == []
+    assert find('copy') == folder and hub == []
     assert models.find_model('copy') == folder
 
 

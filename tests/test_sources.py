@@ -26,7 +26,7 @@ import train
 from core import settings
 from core.data import named
 from core.data.build import build
-from core.formats import hf
+from core.formats import hub
 from core.read import download
 from core.read.documents import find_files
 from core.read.download import NoNetwork, fetch, kind_of, locked
@@ -411,15 +411,15 @@ def small(monkeypatch):
 
 def test_a_model_in_read_only_downloads(read_only, monkeypatch):
     folder, freeze = read_only
-    for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json', hf.COMPLETE):
+    for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json', hub.COMPLETE):
         write(folder / 'org/one' / name, '{}')
         write(folder / 'org/two' / name, '{}')
-    (folder / 'org/two' / hf.COMPLETE).unlink()
+    (folder / 'org/two' / hub.COMPLETE).unlink()
     os.mkdir(folder / 'here')
     monkeypatch.chdir(folder / 'here')
     freeze()
-    assert hf.find('org/one', folder) == folder / 'org/one'
-    assert hf.find('org/two', folder, weights=False) == folder / 'org/two'
+    assert hub.find('org/one', folder) == folder / 'org/one'
+    assert hub.find('org/two', folder, weights=False) == folder / 'org/two'
 
 
 def test_a_download_in_a_read_only_folder(read_only, serve):

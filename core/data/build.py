@@ -27,7 +27,7 @@ from core.data.named import content, is_made, is_there, is_url, read_meta, split
 from core.data.recipes import RECIPES
 from core.data.report import Tally, print_summary, write_report
 from core.device import cpu_count
-from core.formats import hf
+from core.formats import hub
 from core.ranks.processes import print0
 from core.read import documents
 from core.read.documents import Bad
@@ -287,7 +287,7 @@ def ready_tokenizer(tokenizer: str, data_dir: str):
     """A tokenizer that needs no training: gpt2, or that of a model (see find_model); or None."""
     if tokenizer in ('', *tokenizers.KINDS):
         return None
-    if tokenizer in hf.GPT2_SIZES:
+    if tokenizer in hub.GPT2_SIZES:
         return tokenizers.gpt2(Path(data_dir) / 'downloads')
     return models.load_tokenizer(tokenizer, data_dir)
 

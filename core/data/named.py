@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from core.data.recipes import RECIPES
-from core.formats import hf
+from core.formats import hub
 from core.read import documents
 from core.settings import stop
 from core.text import tokenizer as tokenizers
@@ -56,7 +56,7 @@ def tokenizer_label(dataset: str, tokenizer: str, vocab_size: int) -> str:
     """Names a tokenizer in one word: char, byte, gpt2, bpe4096, or of-<last part of a path>."""
     recipe = RECIPES.get(dataset)
     kind = tokenizer or (recipe.tokenizer if recipe else 'char')
-    known = kind in (*tokenizers.KINDS, *hf.GPT2_SIZES)
+    known = kind in (*tokenizers.KINDS, *hub.GPT2_SIZES)
     if not known and '/' not in kind and not Path(kind).exists():
         stop(f'tokenizer={kind}: must be char, byte, bpe, gpt2, or where a model is: a run, a '
              'folder, or a name on the hub such as Qwen/Qwen3-0.6B')
@@ -77,7 +77,7 @@ def count_tokens(dataset: str, tokenizer: str, vocab_size: int) -> int:
         return int(label[3:])
     if label == 'char' and dataset in RECIPES and RECIPES[dataset].tokenizer == 'char':
         return RECIPES[dataset].vocab_size
-    if label in hf.GPT2_SIZES:
+    if label in hub.GPT2_SIZES:
         return 50_257 + len(tokenizers.CHAT)
     return 256 + len(tokenizers.SPECIAL) if label == 'byte' else 0
 

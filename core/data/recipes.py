@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from core.formats import hf
+from core.formats.hub import endpoint
 from core.read import stdlib
 from core.read.documents import read
 from core.read.download import fetch
@@ -55,7 +55,7 @@ AUSTEN = {  # name -> repository of GITenberg, file, commit, SHA-256
 
 def hub(repository: str, revision: str, downloads: str, names: list[str]) -> list[Path]:
     """Files of a dataset on Hugging Face's hub; the first download's hashes are kept."""
-    url, headers = hf.hub()
+    url, headers = endpoint()
     return [fetch(f'{repository}/{name}', f'{url}/datasets/{repository}/resolve/{revision}/{name}',
                   downloads, headers=headers) for name in names]
 

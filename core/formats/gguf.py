@@ -251,8 +251,8 @@ def heads(name: str, kind: str, config: GPTConfig) -> int:
 
 
 @torch.no_grad()
-def load(path, device: str = 'cpu') -> tuple[GPT, Tokenizer, bool]:
-    """Model (fp32, in eval mode) and tokenizer of a file, and whether it chats."""
+def load(path, device: str = 'cpu') -> tuple[GPT, Tokenizer, dict]:
+    """Model (fp32, in eval mode) and tokenizer of a file, and its task ('' or 'chat')."""
     header = Header(Path(path))
     kind, config = read_config(header)
     tokenizer = read_tokenizer(header)
@@ -285,7 +285,8 @@ def load(path, device: str = 'cpu') -> tuple[GPT, Tokenizer, bool]:
               if (i := header.fields.get(f'tokenizer.ggml.{key}_token_id')) in names}
     ends = [i for key in ('eos', 'eot', 'eom')
             if (i := header.fields.get(f'tokenizer.ggml.{key}_token_id')) is not None]
-    return model.eval(), tokenizer, use_template(path, tokenizer, source, tokens, ends)
+    chats = use_template(path, tokenizer, source, tokens, ends)
+    return model.eval(), tokenizer, {'task': 'chat' if chats else ''}
 
 
 # ---------------------------------------------------------------------------------------------

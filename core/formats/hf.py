@@ -6,7 +6,6 @@ these have that we do not, is refused by its name. Nothing of a folder is execut
 opened.
 """
 import json
-import os
 import re
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_private
 
 from core.net.weights import build_model
-from core.read.download import fetch
 from core.settings import stop
 from core.text.hf_tokenizer import (
     read_json,
@@ -28,74 +26,11 @@ from core.text.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-# The names of openai-community: layers, heads, channels.
-GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
-              'gpt2-xl': (48, 25, 1600)}
 LLAMA3_ROPE = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
 KINDS = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM',
          'qwen3': 'Qwen3ForCausalLM'}
-COMPLETE = '.complete'      # in a downloaded folder: all of it is there
+CLASSIFIER = 'ForSequenceClassification'    # it classifies by the last token that is no padding
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.h5', '.msgpack')
-
-# ---------------------------------------------------------------------------------------------
-# Where a model is
-
-
-def is_folder(path) -> bool:
-    """Whether `path` looks like a Hugging Face folder."""
-    return (Path(path) / 'config.json').is_file()
-
-
-def find(name: str, downloads='data/downloads', weights: bool = True) -> Path | None:
-    """The folder of a model: a path, a name in DATA_MIRROR, or one on the hub ('Qwen/Qwen3-0.6B').
-
-    From the hub come only JSON and safetensors files, by plain HTTPS (HF_ENDPOINT for a mirror of
-    it, HF_TOKEN for what needs a login), without `weights` only the JSON. None if `name` cannot be
-    a model's; stops if the hub has no such model, raises NoNetwork if it cannot be reached.
-    """
-    full = f'openai-community/{name}' if name in GPT2_SIZES else name
-    places = [Path(name)]
-    if mirror := os.environ.get('DATA_MIRROR'):
-        places += [Path(mirror) / name, Path(mirror) / full]
-    for place in places:
-        if is_folder(place):
-            return place
-    organization = re.fullmatch(r'([\w-][\w.-]*)/[\w-][\w.-]*', full)
-    # a misspelt path, such as out/shakespear, is not asked for on the hub
-    if not organization or organization[1] == 'out' or Path(organization[1]).exists():
-        return None
-    folder = Path(downloads) / full
-    last = COMPLETE if weights else 'tokenizer_config.json'     # the file that is written last
-    if not (folder / COMPLETE).is_file() and not (folder / last).is_file():
-        download(full, downloads, weights)
-    return folder
-
-
-def hub() -> tuple[str, dict]:
-    """Where Hugging Face's hub is, and the headers of a request to it: HF_ENDPOINT, HF_TOKEN."""
-    token = os.environ.get('HF_TOKEN')
-    return (os.environ.get('HF_ENDPOINT', 'https://huggingface.co'),
-            {'Authorization': f'Bearer {token}'} if token else {})
-
-
-def download(name: str, downloads, weights: bool) -> None:
-    """Bring a model from the hub into the folder `name` in `downloads`."""
-    folder = Path(downloads) / name
-    url, headers = hub()
-    url = f'{url}/{name}/resolve/main'
-    get = lambda file, optional: fetch(f'{name}/{file}', f'{url}/{file}', downloads,
-                                       headers=headers, optional=optional, mirrored=False)
-    for file in ('config.json', 'tokenizer.json'):
-        get(file, False)
-    for file in ('tokenizer_config.json', *([INDEX] if weights else [])):
-        get(file, True)
-    if weights:
-        for file in shards(folder):
-            if not get(file, True):
-                stop(f'{url}/{file}: not there; the model may be kept as a pickle (.bin), which '
-                     'could run anything and is never loaded: convert it where you trust it')
-        (folder / COMPLETE).touch()
-
 
 # ---------------------------------------------------------------------------------------------
 # config.json
@@ -170,10 +105,23 @@ def read_config(folder) -> GPTConfig:
             stop(f'{path}: attention_bias=True without biases in the MLP is not supported')
     fields = {ours: found.get(theirs, type_, default) for ours, theirs, type_, default
               in (GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS)}
+    if n_classes := len(class_names(found)):
+        more |= dict(n_classes=n_classes, tied=False)
     try:
         return GPTConfig(**fields | more)
     except ValueError as e:
         stop(f'{path}: {e}')
+
+
+def class_names(found: Fields) -> list[str]:
+    """The classes of a sequence classification model; [] of a language model."""
+    architectures = found.get('architectures', list, [])
+    if not any(str(name).endswith(CLASSIFIER) for name in architectures):
+        return []
+    names = found.get('id2label', dict)
+    if len(names) < 2 or {*names} != {*map(str, range(len(names)))}:
+        stop(f'{found.path}: id2label does not name two or more classes from 0 on')
+    return [str(names[str(i)]) for i in range(len(names))]
 
 
 def rope_settings(found: Fields) -> dict:
@@ -196,7 +144,7 @@ def rope_settings(found: Fields) -> dict:
 
 def architecture(config: GPTConfig) -> str:
     """The public architecture that a model is, of KINDS. Stops if it is none."""
-    wanted = {'arch': 'gpt', 'window': 0, 'n_classes': 0}
+    wanted = {'arch': 'gpt', 'window': 0}
     if config.norm == 'layernorm':
         kind = 'gpt2'
         wanted |= {'position': 'learned', 'mlp': 'gelu', 'qk_norm': False, 'qkv_bias': False,
@@ -212,12 +160,18 @@ def architecture(config: GPTConfig) -> str:
     return kind
 
 
-def config_json(config: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict:
-    """The content of a model's config.json; the inverse of read_config."""
+def config_json(config: GPTConfig, tokenizer: Tokenizer, dtype: str, labels=()) -> dict:
+    """The content of a model's config.json; the inverse of read_config. `labels` are the names of a
+    classifier's classes."""
     kind = architecture(config)
     # transformers 4 and 5 spell the dtype and RoPE's theta differently: both spellings.
     found = {'architectures': [KINDS[kind]], 'model_type': kind, 'bos_token_id': tokenizer.bos,
              'eos_token_id': tokenizer.eos, 'dtype': dtype, 'torch_dtype': dtype}
+    if labels:
+        found['architectures'] = [re.sub('ForCausalLM|LMHeadModel', CLASSIFIER, KINDS[kind])]
+        found |= {'id2label': {str(i): name for i, name in enumerate(labels)},
+                  'label2id': {name: i for i, name in enumerate(labels)},
+                  'problem_type': 'single_label_classification', 'pad_token_id': tokenizer.eos}
     for ours, theirs, _, _ in GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS:
         found[theirs] = getattr(config, ours)
     if kind == 'gpt2':
@@ -251,9 +205,11 @@ PARAMETERS = re.compile(r'(wte|wpe|lm_head)\.weight|ln_f\.(weight|bias)|h\.\d+\.
                         r'([qkvo]_proj|[qk]_norm)|mlp\.(gate|up|down)_proj)\.(weight|bias)')
 
 
-def hf_name(name: str, kind: str) -> str:
+def hf_name(name: str, kind: str, n_classes: int = 0) -> str:
     """Hugging Face's name of our parameter: 'h.0.attn.q_proj.weight' for llama is
     'model.layers.0.self_attn.q_proj.weight'; GPT-2's q, k and v share one tensor."""
+    if n_classes and name == 'lm_head.weight':
+        return 'score.weight'
     names = GPT2_NAMES if kind == 'gpt2' else LLAMA_NAMES
     return '.'.join(names.get(part, part) for part in name.split('.'))
 
@@ -288,7 +244,8 @@ def to_hf(model: GPT) -> dict[str, torch.Tensor]:
     """The model's parameters under Hugging Face's names."""
     kind, tensors = architecture(model.config), {}
     for name, p in parameters_of(model, kind).items():      # q, k and v come in this order
-        p, key = p.T if is_transposed(name, kind) else p, hf_name(name, kind)
+        key = hf_name(name, kind, model.config.n_classes)
+        p = p.T if is_transposed(name, kind) else p
         tensors[key] = p if key not in tensors else torch.cat([tensors[key], p], dim=-1)
     return {key: p.contiguous() for key, p in tensors.items()}
 
@@ -339,7 +296,7 @@ def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
     prefix = 'transformer.' if kind == 'gpt2' and 'wte.weight' in files else ''
     found = {}
     for name, p in build_model(config, None, 'meta').named_parameters():
-        key = found[name] = hf_name(name, kind).removeprefix(prefix)
+        key = found[name] = hf_name(name, kind, config.n_classes).removeprefix(prefix)
         if key not in files:
             why = 'config.json asks for' if PARAMETERS.fullmatch(name) else \
                 'an edit of model.py has added'
@@ -361,8 +318,9 @@ def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer, bool]:
-    """Model (fp32, in eval mode) and tokenizer of a Hugging Face folder, and whether it chats."""
+def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer, dict]:
+    """Model (fp32, in eval mode) and tokenizer of a Hugging Face folder, and its task ('', 'chat',
+    'classify') with the labels of its classes."""
     folder = Path(folder)
     config, files = read_config(folder), open_weights(folder)
     keys = match(config, folder, files)
@@ -379,7 +337,9 @@ def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer, bool]:
         head = files['lm_head.weight'].get_tensor('lm_head.weight').to(device, torch.float32)
         if not torch.equal(head, model.lm_head.weight):
             stop(f'{folder}: tie_word_embeddings=True, but its lm_head.weight is not its embedding')
-    return model.eval(), tokenizer, read_template(folder, tokenizer)
+    labels = class_names(Fields(folder, read_json(folder / 'config.json')))
+    task = 'classify' if labels else 'chat' if read_template(folder, tokenizer) else ''
+    return model.eval(), tokenizer, {'task': task, 'labels': labels}
 
 
 def save_file(tensors: dict, path: Path, metadata: dict | None = None) -> None:
@@ -392,9 +352,9 @@ def save_file(tensors: dict, path: Path, metadata: dict | None = None) -> None:
 
 
 def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
-         shard_bytes: int = 5_000_000_000, chat: bool = False) -> None:
+         shard_bytes: int = 5_000_000_000, chat: bool = False, labels=()) -> None:
     """Write a folder that transformers 4 and 5 load without any code of ours; of a `chat` model
-    with its template, by which read_template knows it again."""
+    with its template, by which read_template knows it again; of a classifier with its labels."""
     config = model.config
     tensors = {key: p.to(getattr(torch, dtype)) for key, p in to_hf(model).items()}
     groups, room = [{}], shard_bytes
@@ -414,7 +374,7 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
     names = {i: name for name, i in tokenizer.special.items()}
     ends = sorted(tokenizer.turn_ends()) if chat else [eos]
     files = {
-        'config.json': config_json(config, tokenizer, dtype),
+        'config.json': config_json(config, tokenizer, dtype, labels),
         'generation_config.json': {'bos_token_id': bos, 'eos_token_id': ends, 'pad_token_id': eos},
         'tokenizer.json': tokenizer_json(tokenizer),
         'tokenizer_config.json': {

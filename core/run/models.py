@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import model as model_module
-from core.formats import gguf, hf
+from core.formats import gguf, hf, hub
 from core.net import lora
 from core.net.weights import build_model, named_weights
 from core.ranks import processes
@@ -29,12 +29,12 @@ NO_PICKLE = ' (a .pt, .bin or .ckpt file is a pickle, which could run anything: 
 
 def find_model(name: str, data_dir: str = 'data', weights: bool = True,
                setting: str = 'run_dir') -> Path:
-    """The folder of a run, or of a Hugging Face model (see hf.find). Stops if there is neither."""
+    """The folder of a run, or of a Hugging Face model (see hub.find). Stops if there is neither."""
     folder = Path(name)
     try:
         if folder.is_dir() and steps(folder) or is_gguf(folder):
             return folder
-        if found := hf.find(name, Path(data_dir) / 'downloads', weights):
+        if found := hub.find(name, Path(data_dir) / 'downloads', weights):
             return found
     except NoNetwork as e:
         stop(f'{setting}={name}: {e}; put its folder into DATA_MIRROR, or give a path')
@@ -77,30 +77,26 @@ def load_tokenizer(name: str, data_dir: str = 'data'):
 
 
 def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = 'data',
-             classifier: bool = False):
+             classifier: bool | None = False):
     """Model (in eval mode), tokenizer and state.json of a run: of its best step, or of `step`.
 
-    It may also be a Hugging Face model (see hf.find), whose step is 0. If the best one is damaged,
+    It may also be a Hugging Face model (see hub.find), whose step is 0. If the best one is damaged,
     warns and takes the newest one that is not. Stops if there is no undamaged checkpoint, or none
-    of that step, or it is a classifier where none is asked for, or the other way round.
+    of that step, or it is a classifier where none is asked for, or the other way round (classifier
+    None: it may be either).
     """
     folder = find_model(run_dir, data_dir)
     if not steps(folder):
         if step:
             stop(f'step={step}: {folder} is no run, and has no steps')
-        if classifier:
-            stop(f'run_dir={run_dir}: is no classifier; make one with classify.py')
-        model, tokenizer, chats = (gguf if is_gguf(folder) else hf).load(folder, device)
-        return model, tokenizer, {'step': 0, 'config': asdict(model.config), 'identity': {},
-                                  'task': 'chat' if chats else ''}
+        model, tokenizer, more = (gguf if is_gguf(folder) else hf).load(folder, device)
+        check_kind(model.config, run_dir, classifier)
+        return model, tokenizer, {'step': 0, 'config': asdict(model.config), 'identity': {}, **more}
     step = chosen_step(folder, step)
     state, checkpoint = read_state(folder, step), step_folder(folder, step)
     tokenizer = tokenizers.load(checkpoint / 'tokenizer.json')
     config = read_config(state['config'], checkpoint)
-    if bool(config.n_classes) != classifier:
-        stop(f'{folder}: ' + ('is no classifier; make one with classify.py'
-             if classifier else f'is a classifier of {config.n_classes} classes, not a language '
-             'model; it can be asked: python sample.py <run> --classify="text"'))
+    check_kind(config, folder, classifier)
     if config.vocab_size < len(tokenizer):
         stop(f'{folder}: its model has vocab_size={config.vocab_size}, its tokenizer.json '
              f'{len(tokenizer)} tokens; they do not belong together')
@@ -112,6 +108,14 @@ def load_run(run_dir: str, step: int = 0, device: str = 'cpu', data_dir: str = '
     model = build_model(config, None, device)
     load_weights(model, folder, step)
     return model.eval(), tokenizer, state
+
+
+def check_kind(config: GPTConfig, where, classifier: bool | None) -> None:
+    """Stop if a model is no classifier where one is asked for, or is one where none is."""
+    if classifier is not None and bool(config.n_classes) != classifier:
+        stop(f'{where}: ' + ('is no classifier; make one with classify.py'
+             if classifier else f'is a classifier of {config.n_classes} classes, not a language '
+             'model; it can be asked: python sample.py <run> --classify="text"'))
 
 
 def chosen_step(folder: Path, step: int) -> int:
