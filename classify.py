@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.data import clean, records
+from core.data import records
 from core.data.dataset import Rows, rows_of
 from core.device import fit_micro_batch
 from core.net import lora, optim
@@ -33,6 +33,7 @@ from core.run.learner import Learner, Step
 from core.run.run import Run
 from core.settings import check_bounds, check_choice, configure, settings_of, stop
 from core.source import source_hashes
+from core.text import clean
 
 POSITIONAL = ('run_dir',)
 CONFIG, FLAGS, GIVEN = '', (), ()   # filled by configure

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from core.data import card
 from core.formats import gguf, hf
-from core.run import card, models
+from core.run import models
 from core.settings import check_bounds, check_choice, configure, stop
 
 POSITIONAL = ('run_dir',)
@@ -44,8 +45,8 @@ PROBES = ("It's 12,345 words: DON'T\n\n\t  stop…\r\n", 'naïve façade Ωμέ�
 
 def export_hf(model, tokenizer, folder: Path, as_: str, state: dict) -> dict:
     """Write, read back, compare; returns the largest differences of logits that were found."""
-    hf.save(model, tokenizer, folder, DTYPES[as_], int(shard_gb * 1e9), state['task'] == 'chat',
-            state.get('labels', ()))
+    hf.save(model, tokenizer, folder, DTYPES[as_], int(shard_gb * 1e9),
+            chat=state['task'] == 'chat', labels=state.get('labels', ()))
     for p in model.parameters():    # the file holds the weights rounded to dtype
         p.data = p.data.to(getattr(torch, DTYPES[as_])).float()
     ids = some_ids(model, tokenizer)

@@ -3,7 +3,7 @@
 The pipeline, which `make` in core/data/build.py tells step by step:
 
     read            text, web pages, notebooks, JSON, tables, Parquet    core/read/documents.py
-    clean           normalize, mask, drop by quality rules, cut out      core/data/clean.py
+    clean           normalize, mask, drop by quality rules, cut out      core/text/clean.py
                     what benchmarks contain
     duplicates      drop equal and similar documents                     core/data/corpus.py
     split           take a share for validation                          core/data/corpus.py
@@ -23,10 +23,10 @@ import time
 
 from core.data import named
 from core.data.build import build
-from core.data.clean import SHORTEST
 from core.read.documents import is_encoding
 from core.read.download import NoNetwork
 from core.settings import check_bounds, check_choice, configure, settings_of, stop
+from core.text.clean import SHORTEST
 
 POSITIONAL = ('dataset',)
 
@@ -42,7 +42,7 @@ skip_bad = False            # leave out what cannot be read, and count it, inste
 # what is changed and removed
 normalize = 'NFC'           # Unicode normalization form: NFC, NFKC, or '': none
 mask_pii = False            # mask e-mail addresses, IP addresses and phone numbers
-quality = ''                # rules that are applied: gopher, c4 or gopher,c4 (core/data/clean.py)
+quality = ''                # rules that are applied: gopher, c4 or gopher,c4 (core/text/clean.py)
 count_quality = False       # count in report.html what both would remove
 equal = ''                  # texts are equal up to case and white space (loose), not even that
                             # (exact); '': loose for prose, exact for code and short records

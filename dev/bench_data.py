@@ -26,9 +26,9 @@ import core.start  # noqa: E402, F401  it comes first, before torch
 
 # isort: split
 import bench
-from core.data import clean
 from core.data.dataset import open_shard
 from core.settings import check_bounds, configure, stop
+from core.text import clean
 from core.text import tokenizer as tokenizers
 
 corpus_mb = 60              # megabytes of text

@@ -1,4 +1,4 @@
-"""core/data/clean.py: every measure by hand, every method against a slow one that does the same."""
+"""core/text/clean.py: every measure by hand, every method against a slow one that does the same."""
 import random
 import re
 import textwrap
@@ -9,8 +9,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from core.data import clean
-from core.data.clean import mask, ngram_hashes, outside, strip_gutenberg, word_hashes
+from core.text import clean
+from core.text.clean import mask, ngram_hashes, outside, strip_gutenberg, word_hashes
 from core.text.tokenizer import normalize
 
 BOOK = '''The Project Gutenberg EBook of Tales, by A. Writer

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import prepare
-from core.data import clean, corpus
+from core.data import corpus
 from core.data.build import build
-from core.data.clean import text_hash
 from core.data.dataset import Tokens, open_shard
+from core.text import clean
+from core.text.clean import text_hash
 from core.text.tokenizer import load
 from dev import bench_data
 

@@ -201,7 +201,8 @@ def test_a_run(run_train, monkeypatch, capsys, to):
         monkeypatch.setattr(export, name, value)
     place = Path(export.main()['folder'])
     if to == 'ollama':
-        assert sorted(path.name for path in place.iterdir()) == ['Modelfile', 'model-f32.gguf']
+        assert sorted(path.name for path in place.iterdir()) == [
+            'Modelfile', 'README.md', 'loss.png', 'model-f32.gguf']
         text = (place / 'Modelfile').read_text()
         assert text.startswith('FROM ./model-f32.gguf\n') and 'TEMPLATE {{ .Prompt }}' in text
         place = place / 'model-f32.gguf'

@@ -6,9 +6,9 @@ import random
 import pytest
 
 import prepare
-from core.data.clean import LIMITS
 from core.data.report import Tally, allowed, write_report
 from core.settings import settings_of
+from core.text.clean import LIMITS
 
 EVIL = '</pre><script src="http://evil.example/x.js">alert(1)</script><a href=\'//x\'>&amp;\n'
 META = {

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from core.data import clean, named
 from core.data import corpus as steps
+from core.data import named
 from core.data.corpus import Corpus, Split, complain, save_json
 from core.data.dataset import HEADER, Tokens, open_shard
 from core.data.named import content, is_made, is_there, is_url, read_meta, split_places
@@ -35,6 +35,7 @@ from core.read.download import fetch, file_hash, locked, stated
 from core.run import models
 from core.settings import read_settings, settings_of, stop, warn
 from core.source import source_hashes
+from core.text import clean
 from core.text import tokenizer as tokenizers
 
 PREPARE = named.ROOT / 'prepare.py'     # whose settings are the options here

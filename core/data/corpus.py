@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from core.data import clean
 from core.data.dataset import ShardWriter
 from core.data.report import Tally
 from core.read import documents
 from core.read.documents import Bad
 from core.settings import stop, warn
+from core.text import clean
 from core.text.tokenizer import normalize
 from core.workers import ordered_map
 

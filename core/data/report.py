@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from core.data.clean import LIMITS
 from core.settings import warn
+from core.text.clean import LIMITS
 
 
 class Tally:

@@ -426,7 +426,10 @@ def save(model: GPT, tokenizer: Tokenizer, path: Path, dtype: str, chat: bool, n
         for more in ('attention.value_length', 'rope.dimension_count'):
             writer.add_uint32(f'{kind}.{more}', config.head_dim)
     end = tokenizer.special['<|end|>'] if chat and not tokenizer.template else tokenizer.eos
-    for key, value in tokenizer_fields(tokenizer, config.vocab_size, end).items():
+    fields = tokenizer_fields(tokenizer, config.vocab_size, end)
+    if chat and tokenizer.template:     # the other ids at which an answer ends
+        fields |= zip(('eot_token_id', 'eom_token_id'), sorted(tokenizer.turn_ends() - {end}))
+    for key, value in fields.items():
         key = f'tokenizer.ggml.{key}'
         {str: writer.add_string, list: writer.add_array, int: writer.add_uint32,
          bool: writer.add_bool}[type(value)](key, value)

@@ -352,7 +352,7 @@ def save_file(tensors: dict, path: Path, metadata: dict | None = None) -> None:
 
 
 def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
-         shard_bytes: int = 5_000_000_000, chat: bool = False, labels=()) -> None:
+         shard_bytes: int = 5_000_000_000, *, chat: bool = False, labels=()) -> None:
     """Write a folder that transformers 4 and 5 load without any code of ours; of a `chat` model
     with its template, by which read_template knows it again; of a classifier with its labels."""
     config = model.config
