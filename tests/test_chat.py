@@ -207,6 +207,43 @@ def test_hostile_templates(tmp_path, monkeypatch, name):
     assert not (tmp_path.parent / 'jinja_was_here').exists()
 
 
+PIECES = (
+    *HOSTILE.values(), '{% generation %}', '{% endfor %}', '{% else %}', '| attr("__class__")',
+    '.__globals__', "[''.__class__]", '{{ messages.append(1) }}', '{{ self }}', '{{ caller() }}',
+    "{{ lipsum.__globals__['os'].system('touch jinja_was_here') }}", '{% macro m() %}{{ m() }}',
+    '{% set messages = 1 %}', '{{ namespace.__init__.__globals__ }}', "'" * 50, '{{ 1 / 0 }}',
+    '{{ joiner.__class__.__base__.__subclasses__() }}', '{% break %}', '\0', '{% raw %}', '{#',
+    '{{ "%s" % messages }}', '{{ dict(a=1).update(b=2) }}', "{{ strftime_now('%' * 99) }}")
+
+
+@pytest.mark.parametrize('n', [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_templates(tmp_path, monkeypatch, n):
+    """Pieces lost, doubled and put in: each is rendered or refused in words, with nothing done."""
+    monkeypatch.setattr(chat, 'SECONDS', 0.5)
+    monkeypatch.chdir(tmp_path)
+    r, sources, found = random.Random(0), list(TEMPLATES.values()), {'text': 0, 'refused': 0}
+    template = ChatTemplate(CHATML, {'bos_token': '<s>'}, [0])
+    messages = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+    for _ in range(n):
+        source = r.choice(sources)
+        for _ in range(r.randint(1, 4)):
+            a, b = sorted((r.randrange(len(source) + 1), r.randrange(len(source) + 1)))
+            b = min(b, a + 30)
+            source = source[:a] + r.choice(('', source[a:b] * 2, r.choice(PIECES))) + source[b:]
+        template.source = source
+        try:
+            if template.process:
+                template.ask({'template': source, 'tokens': template.tokens})
+            text = template.render(messages, True)
+            assert len(text) <= chat.CHARACTERS
+            found['text'] += 1
+        except ValueError as e:
+            assert 'the chat template' in str(e) and len(str(e)) < 400
+            found['refused'] += 1
+    template.close()
+    assert not list(tmp_path.iterdir()) and min(found.values()) > n / 10
+
+
 def test_saved_with_a_run_and_with_a_folder(tok, tmp_path, capsys):
     use(tok, CHATML)
     tok.save(tmp_path / 't.json')

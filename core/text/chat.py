@@ -52,14 +52,15 @@ def environment():
 
 
 def render_lines() -> None:
-    """Read a template, then conversations, one JSON object a line; answer each with one line."""
+    """Read templates and conversations for the last one, one JSON object a line; answer each with
+    one line."""
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     env, template, tokens = environment(), None, {}
     for line in sys.stdin:
         asked = json.loads(line)
         try:
-            if template is None:
+            if 'template' in asked:
                 template, tokens = env.from_string(asked['template']), asked['tokens']
                 found = {'text': ''}
             else:
