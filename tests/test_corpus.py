@@ -421,7 +421,7 @@ def test_killed_at_random_moments(kills):
             json.loads(path.read_text())
         if Path('data/it').exists() and killed < kills:
             shutil.rmtree('data/it')
-    assert contents('data/it') == whole and went_on > 0
+    assert contents('data/it') == whole and (went_on > 0 or kills == 1)
     assert not Path('data/.it.work').exists()
 
 
