@@ -201,8 +201,8 @@ def bench_train(preset) -> dict:
     batches = random_batches(preset, config, known, dev)
     learner = our_learner(preset, config, dev, preset.seed)
     n_parameters = count_parameters(learner.model)
-    flops = {'ours': flops_per_token(learner.model)}
-    sides = {'ours': lambda n: [train_step(learner, batches, 0, 1.0) for _ in range(n)]}
+    flops: dict = {'ours': flops_per_token(learner.model)}
+    sides: dict = {'ours': lambda n: [train_step(learner, batches, 0, 1.0) for _ in range(n)]}
     for name, compiled in (('nanogpt_eager', False), ('nanogpt_compiled', True)):
         if vs and compiled <= dev.compile:
             from dev import peers
@@ -264,8 +264,8 @@ def peak_memory(model, optimizers, step, dev) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                 profile_memory=True) as found:
         step()
-    events = sorted((e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events()
-                    if e.name() == '[memory]')
+    events = sorted((e.start_ns(), e.nbytes())  # type: ignore  # torch's stubs lack nbytes
+                    for e in found.profiler.kineto_results.events() if e.name() == '[memory]')
     return lasting + max(itertools.accumulate((n for _, n in events), initial=0))
 
 
@@ -360,7 +360,7 @@ def decoders(model, prompts: list, dev) -> dict:
     def ours(compiled=False):
         with dev.autocast():
             return list(generate(model, prompts, new_tokens, temperature=0, compiled=compiled))
-    sides = {'ours': ours}
+    sides: dict = {'ours': ours}
     if dev.compile:
         sides['ours_compiled'] = functools.partial(ours, compiled=True)
     if vs:
@@ -406,11 +406,11 @@ def load_preset(preset: dict | None) -> SimpleNamespace:
     """train.py's settings, or those of a preset. Stops if they are wrong or begin with a model."""
     settings = read_settings(TRAIN) if preset is None else preset
     begin.check_settings(settings)
-    preset = SimpleNamespace(**settings)
-    if begin.from_model(preset):
-        stop(f'init_from={preset.init_from}: leave it out; what is measured is the model that the '
+    found = SimpleNamespace(**settings)
+    if begin.from_model(found):
+        stop(f'init_from={found.init_from}: leave it out; what is measured is the model that the '
              'settings describe')
-    return preset
+    return found
 
 
 def report(result: dict) -> dict:
@@ -426,11 +426,11 @@ def main(preset: dict | None = None) -> dict:
             'runs': bench_runs}
     check_choice(globals(), what=tuple(ways))
     check_bounds(globals())
-    preset = load_preset(preset)
+    found = load_preset(preset)
     if vs and what in ('train', 'memory'):
         from dev import peers
         peers.nanogpt_source(vs)      # before ours takes its time
-    return report(ways[what](preset))
+    return report(ways[what](found))
 
 
 if __name__ == '__main__':

@@ -107,7 +107,7 @@ def check_settings() -> None:
 
 
 def train_step(learner: Learner, batches, step: int, factor: float, limit=math.inf, request=None
-               ) -> Step:
+               ) -> Step | None:
     """One optimizer step on micro-batches (x, y, doc, weight) of Rows, in which the only target of
     a text is its class, at its last token: the gradient of the weighted mean of their losses."""
     divisor, losses = learner.loss_divisor(sum(weight.sum() for *_, weight in batches)), []
@@ -258,7 +258,7 @@ def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> di
              'learnt from it; give the dataset, seed and fractions of that run')
     rows = micro_batch_size or fit_micro_batch(device, 64, size, 1, source.config.n_embd,
                                                local_world=ranks.local_world)
-    scores = evaluate(just_evaluating(source, device, ranks), data, rows)
+    scores = evaluate(just_evaluating(source, device, ranks), data, rows) or {}
     print0(f'{run_dir}, step {state["step"]}: {shown(scores)}')
     processes.finish()
     return scores
@@ -326,7 +326,7 @@ def main() -> dict:
 def test(run: Run, data: Rows, names: list[str], rows: int, device) -> dict:
     """The one look at the test part: the best step's scores, and a table of what it confuses."""
     best, _, _ = models.load_run(str(run.folder), device=device.name, classifier=True)
-    scores = evaluate(just_evaluating(best, device, run.ranks), data, rows)
+    scores = evaluate(just_evaluating(best, device, run.ranks), data, rows) or {}
     print0(f'on the test records: {shown(scores)}')
     width = max(map(len, names)) + 2
     print0('true \\ said'.ljust(width) + ''.join(name.rjust(width) for name in names))

@@ -154,7 +154,7 @@ def loss_sums(trained, batch) -> torch.Tensor:
 
 
 def train_step(learner: Learner, batches, step: int, factor: float, limit=math.inf, request=None
-               ) -> Step:
+               ) -> Step | None:
     """One optimizer step on micro-batches of Pairs: the gradient of the mean loss of the pairs.
     Rows of padding have no targets and do not count."""
     n_pairs = sum(int((y != IGNORE).any(dim=1).sum()) for _, y, *_ in batches) // 2
@@ -205,7 +205,7 @@ def load_pairs(tokenizer, size: int) -> tuple[Pairs, Pairs, dict]:
     longest = max(len(row) for part in parts for _, pair in part for row in pair.ids) - 1
     print0(f'{dataset}: {len(parts[0]):,} pairs to train on, {len(parts[1]):,} to validate on, of '
            f'at most {longest} tokens')
-    return *(Pairs(part, size) for part in parts), facts
+    return Pairs(parts[0], size), Pairs(parts[1], size), facts
 
 
 def encode(record, tokenizer, size: int) -> records.Encoded:

@@ -141,7 +141,7 @@ def said_by_llama_cpp(path: Path, prompt: list[int]) -> list[int] | None:
     """The ids that llama.cpp adds greedily to a prompt; None if it is not installed."""
     if not importlib.util.find_spec('xllamacpp'):
         return None
-    import xllamacpp
+    xllamacpp = importlib.import_module('xllamacpp')    # compiled: nothing says its types
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(path), 512, 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

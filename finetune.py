@@ -114,7 +114,7 @@ def check_settings() -> None:
 
 
 def train_step(learner: Learner, batches, step: int, factor: float, limit=math.inf, request=None
-               ) -> Step:
+               ) -> Step | None:
     """One optimizer step on micro-batches (x, y, doc, weight) of Rows: the gradient of the weighted
     mean of the losses of the assistant's tokens."""
     divisor, losses = learner.loss_divisor(sum(weight.sum() for *_, weight in batches)), []
@@ -237,15 +237,15 @@ def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> di
     rows = micro_batch_size or fit_micro_batch(device, 64, size, 1, source.config.n_embd,
                                                local_world=ranks.local_world)
     learner = Learner(source.to(device.name), source, [], optim.LossScale(False), device, ranks)
-    scores = evaluate(learner, data, rows)
+    scores = evaluate(learner, data, rows) or {}
     print0(f'{run_dir}, step {state["step"]}: {shown(scores)}')
     if against:
         other, known, found = models.load_run(against, device=device.name, data_dir=data_dir)
         if known.hash() != tokenizer.hash() or size > other.config.block_size:
             stop(f'against={against}: has another tokenizer, or knows fewer than {size} positions')
-        losses = metrics.sequence_losses(other, data, rows, device, ranks)
-        scores['difference'] = metrics.paired_interval(scores['losses'], losses)
-        print0(f'{against}, step {found["step"]}: loss {metrics.mean_interval(losses)[0]:.4f}; '
+        theirs = evaluate(replace(learner, model=other), data, rows) or {}
+        scores['difference'] = metrics.paired_interval(scores['losses'], theirs['losses'])
+        print0(f'{against}, step {found["step"]}: loss {theirs["val_loss"]:.4f}; '
                f'the difference is {metrics.shown(*scores["difference"])} (95%, pairs)')
     processes.finish()
     return scores
@@ -300,9 +300,9 @@ def main() -> dict:
         for i in run:
             if run.due(between):
                 scores = evaluate(learner, val_rows, rows, run.asked)
-                said = scores and answer(model, tokenizer, conversations, run.asked)
+                said = answer(model, tokenizer, conversations, run.asked) if scores else None
                 if run.score(None if said is None else scores, shown):
-                    note_answers(run, conversations, said)
+                    note_answers(run, conversations, said or [])
             run.save(between)
             if run.over:
                 break

@@ -280,7 +280,7 @@ def causal_mask(T: int, doc, window: int, device) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0):
+def generate(model, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0):
     """(B, T + max_new_tokens): token ids idx (B, T), continued. Call model.eval() before.
 
     The plain way: each token computes the whole window again. Scripts use core/net/engine.py, which
@@ -304,7 +304,7 @@ def generate(model: nn.Module, idx, max_new_tokens: int, temperature: float = 1.
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int, put=torch.Tensor.copy_) -> None:
+def init_weights(model, seed: int, put=torch.Tensor.copy_) -> None:
     """All of initialization. What constructors set by themselves (core/net/weights.py notes it in
     model.own) stays. put(p, values) fills a parameter that may be here in part only.
 
@@ -341,7 +341,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def flops_per_token(model: nn.Module, block_size: int = 0) -> int:
+def flops_per_token(model, block_size: int = 0) -> int:
     """Floating-point operations per token, forward and backward: 6 N + 12 L H D T.
 
     Chowdhery et al. 2022 (PaLM), appendix B: N are the weights that multiply (no norms, biases or

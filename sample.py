@@ -290,8 +290,10 @@ def main() -> dict:
             line = input('> ')
             with contextlib.suppress(Stop):     # a message about an unknown character was printed
                 talk.answer(line) if chats else write_samples(model, tokenizer, line, dev)
-    except UnicodeError as e:   # of standard input, or of a flag that holds other bytes
+    except (UnicodeDecodeError, UnicodeEncodeError) as e:   # of standard input, or of a flag
         stop(f'the text given is not valid {e.encoding.upper()} ({e.reason} at {e.start})')
+    except UnicodeError as e:   # UTF-16 without its mark, and the like
+        stop(f'the text given cannot be read: {e}')
     except (KeyboardInterrupt, EOFError):
         print(file=sys.stderr)
     return {'texts': []}

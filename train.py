@@ -131,7 +131,7 @@ tensorboard = False             # needs pip install tensorboard
 
 
 def train_step(learner: Learner, batches, step: int, factor: float, limit=math.inf, request=None
-               ) -> Step:
+               ) -> Step | None:
     """One optimizer step on this rank's micro-batches (x, y, doc), at `factor` times the learning
     rates. The gradient is that of the mean loss over the targets of all micro-batches of all ranks.
     It is not applied if its norm is above `limit`; `request` may ask the run to end.
@@ -227,7 +227,7 @@ def evaluate_run(ranks, device) -> dict:
     rows = micro_batch_size or fit_micro_batch(
         device, 64, config.block_size, 1, config.n_embd, local_world=ranks.local_world)
     learner = Learner(model, model, [], optim.LossScale(False), device, ranks)
-    scores = evaluate(learner, windows, known, rows)
+    scores = evaluate(learner, windows, known, rows) or {}
     print0(f'{base}, step {state["step"]}, on {data}: {shown(scores)}'
            + ', documents kept apart' * packed)
     processes.finish()

@@ -75,7 +75,7 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
     deterministic = kind == 'cpu' and compile
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore  # a property
     peak = peak_flops(kind, name, dtype)
     return Device(name, kind, dtype, compile, peak,
                   [f'device {name} ({why})', f'dtype {dtype} ({dtype_why})',

@@ -146,10 +146,10 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
     if '--help' in argv or '-h' in argv:
         print_help(script['__file__'])
         raise SystemExit(0)
-    known = {name: script for name in settings_of(script)}
-    known = {name: also for name in settings_of(also or {})} | known
+    also = also or {}
+    known = dict.fromkeys(settings_of(also), also) | dict.fromkeys(settings_of(script), script)
     positional = list(script.get('POSITIONAL', ()))
-    takes_configs = 'CONFIG' in script or 'CONFIG' in (also or {})
+    takes_configs = 'CONFIG' in script or 'CONFIG' in also
     words, flags, given, configs = [], [], [], []
     for word in argv:
         if word.startswith('-'):
@@ -182,8 +182,9 @@ def open_streams() -> None:
     that is closed (Python has None for it) takes all. Input must be in its encoding."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, 'w', encoding='utf-8')
                               for stream in (sys.stdout, sys.stderr))
-    for stream in filter(lambda x: isinstance(x, io.TextIOWrapper), (sys.stdin, sys.stdout)):
-        stream.reconfigure(errors='strict' if stream is sys.stdin else 'backslashreplace')
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='strict' if stream is sys.stdin else 'backslashreplace')
 
 
 def outlive(stream, ends: bool) -> None:
@@ -242,8 +243,9 @@ def read_config(path: str, known: dict) -> dict:
         stop(f'{path}: no such config file' + near_config(path))
     try:
         text = Path(path).read_bytes()
-        bound = {symbol.get_name(): symbol for symbol in symtable.symtable(
-            text, path, 'exec').get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+        table = symtable.symtable(text, path, 'exec')   # type: ignore  # which takes bytes, too
+        bound = {symbol.get_name(): symbol for symbol in table.get_symbols()
+                 if symbol.is_assigned() or symbol.is_imported()}
         for name, symbol in bound.items():
             if not (symbol.is_imported() or symbol.is_namespace() or name.startswith('_')):
                 find_owner(known, name, f'{path}: {name}', NOT_RUN)

@@ -13,7 +13,7 @@ MATHEMATICS = ('model.py', 'core/net/kernels.py')
 MESSAGES = {'stop', 'warn', 'print', 'print0', 'print_above', 'set_postfix_str'}
 
 
-def source_hashes(script: str) -> dict[str, str]:
+def source_hashes(script: str | Path) -> dict[str, str]:
     """{file: hash} of a script and of all files in its folder that it or they import: 'model.py',
     'core/net/optim.py', ... Takes a fifth of a second."""
     script, found, collecting = Path(script).resolve(), {}, gc.isenabled()
@@ -42,7 +42,7 @@ def read_source(path: Path, changed: int) -> tuple[str, list]:
     return hashlib.sha256(' '.join(words).encode()).hexdigest()[:16], imports
 
 
-def add_words(node: ast.AST, words: list[str], imports: list, message: bool = False) -> None:
+def add_words(node, words: list[str], imports: list, message: bool = False) -> None:
     """Append what a syntax tree says to `words`, and what it imports to `imports`; `message`: the
     node is part of a message, of which strings are left out."""
     kind = type(node)
@@ -58,7 +58,7 @@ def add_words(node: ast.AST, words: list[str], imports: list, message: bool = Fa
         imports += [(node.level, f'{module}/{name}'.strip('/'))
                     for name in ('', *(alias.name for alias in node.names))]
     elif kind is ast.Raise and type(node.exc) is ast.Call:
-        node.exc.raised = True
+        node.exc.raised = True  # type: ignore  # a mark of ours
     elif kind is ast.Call:      # what a message calls may do more than say something
         owner = getattr(node.func, 'value', None)
         name = getattr(node.func, 'id', None) or getattr(node.func, 'attr', '')

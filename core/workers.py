@@ -41,7 +41,7 @@ def ordered_map(function: Callable, items: Iterable, workers: int, *shared) -> I
                 future.cancel()
 
 
-job = None      # in a worker: the function and what it shares
+job: tuple = ()     # in a worker: the function and what it shares
 
 
 def begin(parent: int, function: Callable, shared: tuple) -> None:

@@ -127,7 +127,7 @@ def follow_rules(body: str, where: str, options: dict, banned: dict, tally: Tall
     families = {'gopher', 'c4'} if options['count_quality'] else applied
     if not families:
         return body
-    measures = {}
+    measures, kept = {}, body
     if 'c4' in families:
         kept = clean.c4_lines(body)
         tally.counts["characters outside of C4's lines"] += len(body) - len(kept)

@@ -3,6 +3,7 @@ docs/formats.md writes down every byte of a shard."""
 import bisect
 import os
 import struct
+from collections.abc import Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def open_shard(path: Path) -> np.ndarray:
 # The order of windows
 
 
-class Order:
+class Order(Sized):
     """The order in which len(self) samples are read, epoch by epoch: sample number g lies in epoch
     g // len(self). It is a pure function of (seed, epoch); with shuffle=False there is one."""
     epoch = order = None
@@ -159,6 +160,7 @@ class Windows(Order):
     the beginning. With `eos`, the id that ends a text, a window comes with the numbers of its
     documents, for the model to keep apart.
     """
+    about = ''      # what was packed, in words
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int = 0, shuffle: bool = True,
                  eos: int | None = None):
@@ -198,7 +200,7 @@ class Windows(Order):
         doc[end:] = -1
         return x, y, doc
 
-    def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def batch(self, samples) -> tuple:
         """Inputs, targets and document numbers (or None) of sample numbers: (B, block_size) each.
         """
         rows = zip(*(self.window(int(sample)) for sample in samples))
@@ -318,7 +320,7 @@ class Rows(Order):
             row[:len(found)] = found
         return torch.from_numpy(rows)
 
-    def batch(self, samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self, samples) -> tuple:
         """Inputs, targets, document numbers and the targets' weights, (B, T) each. Targets without
         weight are IGNORE; documents are numbered from 0 in each row, -1 is padding."""
         shape = len(samples), self.block_size

@@ -62,9 +62,9 @@ def hub(repository: str, revision: str, downloads: str, names: list[str]) -> lis
 
 def tinystories(downloads: str, max_files: int) -> tuple[list, list]:
     """The second version, all of it written by GPT-4."""
-    return tuple([path] for path in hub(
-        'roneneldan/TinyStories', 'f54c09fd23315a6f9c86f9dc80f725de7d8f9c64', downloads,
-        ['TinyStoriesV2-GPT4-train.txt', 'TinyStoriesV2-GPT4-valid.txt']))
+    train, val = hub('roneneldan/TinyStories', 'f54c09fd23315a6f9c86f9dc80f725de7d8f9c64',
+                     downloads, [f'TinyStoriesV2-GPT4-{part}.txt' for part in ('train', 'valid')])
+    return [train], [val]
 
 
 def wikitext(downloads: str, max_files: int) -> tuple[list, list]:

@@ -379,8 +379,8 @@ def check_known(tokenizer, where: str, texts: list[str]) -> None:
 
 class Encoded(NamedTuple):
     """A record as ids, cut to a window; of a preference two rows, of ids and of weights."""
-    ids: np.ndarray
-    weights: np.ndarray     # of each id as a target
+    ids: np.ndarray | tuple
+    weights: np.ndarray | tuple     # of each id as a target
     needed: int             # the window in tokens that would hold all of it
     whole: bool = True      # an answer is within the window up to its end
     lost: str = ''          # why nothing can be learnt from what the window holds

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from core.formats import hf
-from core.net.weights import allocate, build_model
+from core.net.weights import Model, allocate, build_model
 from core.settings import stop
 from core.text.hf_tokenizer import (
     EACH_DIGIT,
@@ -207,8 +207,8 @@ def read_config(header: Header) -> tuple[str, GPTConfig]:
     scaling = found.found.get('rope.scaling.type', 'none')
     if scaling != 'none':
         stop(f'{path}: rope.scaling.type={scaling!r:.80}: not supported, only that of Llama 3.1')
-    fields = {ours: found.get(theirs, type_, default)
-              for ours, theirs, type_, default in fields_of(kind)}
+    fields: dict = {ours: found.get(theirs, type_, default)
+                    for ours, theirs, type_, default in fields_of(kind)}
     if 'token_embd.weight' not in header.tensors:
         stop(f'{path}: has no token_embd.weight')
     fields |= {'vocab_size': header.tensors['token_embd.weight'][0][0],
@@ -251,7 +251,7 @@ def heads(name: str, kind: str, config: GPTConfig) -> int:
 
 
 @torch.no_grad()
-def load(path, device: str = 'cpu') -> tuple[GPT, Tokenizer, dict]:
+def load(path, device: str = 'cpu') -> tuple[Model, Tokenizer, dict]:
     """Model (fp32, in eval mode) and tokenizer of a file, and its task ('' or 'chat')."""
     header = Header(Path(path))
     kind, config = read_config(header)

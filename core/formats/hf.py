@@ -8,12 +8,13 @@ opened.
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as save_private
 
-from core.net.weights import build_model
+from core.net.weights import Model, build_model
 from core.settings import stop
 from core.text.hf_tokenizer import (
     read_json,
@@ -57,7 +58,7 @@ class Fields:
     def __init__(self, path: Path, found: dict):
         self.path, self.found = path, found
 
-    def get(self, name: str, kind: type, default=None):
+    def get(self, name: str, kind: type, default=None) -> Any:
         """The field `name`, or `default` where it is missing or null; stops if that is None, too.
         Numbers must be positive and of a sensible size."""
         value = self.found.get(name)
@@ -93,7 +94,7 @@ def read_config(folder) -> GPTConfig:
     if kind == 'gpt2':
         found.refuse(activation_function='gelu_new', add_cross_attention=False,
                      scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-        more = dict(norm='layernorm', position='learned', mlp='gelu', bias=True)
+        more: dict = dict(norm='layernorm', position='learned', mlp='gelu', bias=True)
     else:
         found.refuse(hidden_act='silu', use_sliding_window=False)
         more = dict(norm='rmsnorm', position='rope', mlp='swiglu', **rope_settings(found))
@@ -103,8 +104,8 @@ def read_config(folder) -> GPTConfig:
         if found.get('attention_bias', bool, False) and (
                 kind != 'llama' or not found.get('mlp_bias', bool, False)):
             stop(f'{path}: attention_bias=True without biases in the MLP is not supported')
-    fields = {ours: found.get(theirs, type_, default) for ours, theirs, type_, default
-              in (GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS)}
+    fields: dict = {ours: found.get(theirs, type_, default) for ours, theirs, type_, default
+                    in (GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS)}
     if n_classes := len(class_names(found)):
         more |= dict(n_classes=n_classes, tied=False)
     try:
@@ -318,7 +319,7 @@ def match(config: GPTConfig, folder: Path, files: dict) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load(folder, device: str = 'cpu') -> tuple[GPT, Tokenizer, dict]:
+def load(folder, device: str = 'cpu') -> tuple[Model, Tokenizer, dict]:
     """Model (fp32, in eval mode) and tokenizer of a Hugging Face folder, and its task ('', 'chat',
     'classify') with the labels of its classes."""
     folder = Path(folder)
@@ -371,7 +372,7 @@ def save(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str = 'float32',
         save_file(group, folder / file, metadata={'format': 'pt'})
         index |= dict.fromkeys(group, file)
     eos, bos = tokenizer.eos, tokenizer.bos
-    names = {i: name for name, i in tokenizer.special.items()}
+    names: dict = {i: name for name, i in tokenizer.special.items()}
     ends = sorted(tokenizer.turn_ends()) if chat else [eos]
     files = {
         'config.json': config_json(config, tokenizer, dtype, labels),

@@ -18,7 +18,7 @@ def is_folder(path) -> bool:
     return (Path(path) / 'config.json').is_file()
 
 
-def find(name: str, downloads='data/downloads', weights: bool = True) -> Path | None:
+def find(name: str, downloads: str | Path = 'data/downloads', weights: bool = True) -> Path | None:
     """The folder of a model: a path, a name in DATA_MIRROR, or one on the hub ('Qwen/Qwen3-0.6B').
 
     From the hub come only JSON and safetensors files, by plain HTTPS (HF_ENDPOINT for a mirror of
@@ -63,7 +63,7 @@ def download(name: str, downloads, weights: bool) -> None:
         get(file, True)
     if weights:
         for file in shards(folder):
-            if not get(file, True):
+            if not get(file, True).is_file():
                 stop(f'{url}/{file}: not there; the model may be kept as a pickle (.bin), which '
                      'could run anything and is never loaded: convert it where you trust it')
         (folder / COMPLETE).touch()

@@ -3,13 +3,12 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 from core.formats import hf
 from core.net.lora import adapters
 
 
-def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
+def save(model, folder: Path, base: str, dropout: float) -> None:
     """Write the adapters as PEFT has them: adapter_config.json and adapter_model.safetensors.
 
     `base` is where the model is that they belong to, in Hugging Face's format. GPT-2's q, k and v
@@ -31,7 +30,7 @@ def save(model: nn.Module, folder: Path, base: str, dropout: float) -> None:
                     f'base_model.model.{module}.lora_B.weight': B.contiguous()}
         # two parts of the name, since GPT-2's attention and MLP both have a c_proj
         ranks['.'.join(module.split('.')[-2:])] = len(A)
-    rank, scale = min(ranks.values()), layer.scale
+    rank, scale = min(ranks.values()), next(iter(adapters(model).values())).scale
     larger = {target: n for target, n in ranks.items() if n != rank}
     config = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base,
               'r': rank, 'lora_alpha': scale * rank, 'rank_pattern': larger,

@@ -96,7 +96,7 @@ def autocast_once(x):
 CAUSAL_BLOCK = 128
 GPU = 'cuda'    # where there is flex-attention, and cuDNN among SDPA's kernels
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-compiled = functools.cache(torch.compile)
+compiled = functools.cache(lambda f: torch.compile(f))
 
 
 def attend(q, k, v, mask, dropout: float):

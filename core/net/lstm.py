@@ -20,6 +20,7 @@ class LSTM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False      # a setting of GPT, whose blocks it is about
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.lstm = nn.LSTM(config.n_embd, config.n_embd, config.n_layer, batch_first=True,
                             dropout=config.dropout if config.n_layer > 1 else 0.0)

@@ -12,7 +12,7 @@ OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 
 
-def schedule(step: int, max_steps: int, kind: str, warmup_steps: int = 0,
+def schedule(step: float, max_steps: int, kind: str, warmup_steps: int = 0,
              decay_fraction: float = 0.5, min_lr_fraction: float = 0.0) -> float:
     """The factor on every learning rate at `step` (0 .. max_steps - 1): a pure function.
 
@@ -130,8 +130,8 @@ def make_optimizers(model: nn.Module, optimizer: str, learning_rate: float, weig
               for group in groups for mesh in dict.fromkeys(map(mesh_of, group['params']))]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)]
     if optimizer == 'muon':
-        optimizers.append(Muon(hidden, muon_learning_rate, muon_momentum, muon_weight_decay,
-                               ns_steps, muon_dtype, spread))
+        optimizers = [*optimizers, Muon(hidden, muon_learning_rate, muon_momentum,
+                                        muon_weight_decay, ns_steps, muon_dtype, spread)]
     for group in (group for o in optimizers for group in o.param_groups):
         group['base_lr'] = group['lr']
     return optimizers

@@ -11,10 +11,12 @@ from core.device import freed_at_once
 from core.net.kernels import Linear
 from core.net.lstm import LSTM
 from core.settings import stop
-from model import GPTConfig, init_weights
+from model import GPT, GPTConfig, init_weights
+
+Model = GPT | LSTM
 
 
-def build_model(config: GPTConfig, seed: int | None = 0, device='cpu') -> nn.Module:
+def build_model(config: GPTConfig, seed: int | None = 0, device='cpu') -> Model:
     """A model with initialized fp32 weights on `device`; the same weights for the same seed. With
     seed None, for loading others, weights that init_weights would fill have any values; on the
     device 'meta' they have no memory."""
@@ -26,7 +28,7 @@ def build_model(config: GPTConfig, seed: int | None = 0, device='cpu') -> nn.Mod
     return model
 
 
-def construct(config: GPTConfig, seed: int, real=()) -> nn.Module:
+def construct(config: GPTConfig, seed: int, real=()) -> Model:
     """A model on the device 'meta'. It remembers by name, in
 
     own      what its constructors set and init_weights has no rule for: buffers, and parameters
@@ -50,14 +52,14 @@ def construct(config: GPTConfig, seed: int, real=()) -> nn.Module:
         torch.default_generator.manual_seed(seed)
         model = LSTM(config) if config.arch == 'lstm' else model_module.GPT(config)
     first = {}
-    model.shared = {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)
-                    if first.setdefault(p, name) != name}
-    model.own = {name: t for name, t in (*model.named_parameters(), *model.named_buffers())
-                 if not has_rule(model.get_submodule(name.rpartition('.')[0]), name, t)}
-    model.saved = set(model.state_dict())
-    if any(t.is_meta for t in model.own.values()):
+    shared = {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)
+              if first.setdefault(p, name) != name}
+    own = {name: t for name, t in (*model.named_parameters(), *model.named_buffers())
+           if not has_rule(model.get_submodule(name.rpartition('.')[0]), name, t)}
+    vars(model).update(own=own, shared=shared, saved=set(model.state_dict()))
+    if any(t.is_meta for t in own.values()):
         # parameters that are no longer there are needed, too: others may derive from them
-        ruled = {id(p) for name, p in model.named_parameters() if name not in model.own}
+        ruled = {id(p) for name, p in model.named_parameters() if name not in own}
         needed = {i for i, p in enumerate(made) if p not in ruled}
         return construct(config, seed, needed if needed - {*real} else range(len(made)))
     model.to('meta')
@@ -77,7 +79,7 @@ def quick_init():
         nn.init.normal_ = normal
 
 
-def is_torchs(layer: nn.Module) -> bool:
+def is_torchs(layer) -> bool:
     """Whether torch's constructor alone makes a layer, of a kind that init_weights knows."""
     return any(type(layer).__init__ is known.__init__
                and type(layer).reset_parameters is known.reset_parameters
@@ -92,7 +94,7 @@ def has_rule(layer: nn.Module, name: str, t: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def allocate(model: nn.Module, device, put=torch.Tensor.copy_) -> None:
+def allocate(model, device, put=torch.Tensor.copy_) -> None:
     """Give a model memory on `device`, with its constructors' own values, else without any; shared
     parameters share theirs. put(tensor, values) fills one that may be here in part only."""
     # Module.to_empty(), whose torch.empty_like() imports sympy for whole tensors: half a second
@@ -105,7 +107,7 @@ def allocate(model: nn.Module, device, put=torch.Tensor.copy_) -> None:
     model.own = dict.fromkeys(model.own)    # the names stay
 
 
-def tie(model: nn.Module) -> None:
+def tie(model) -> None:
     """Share parameters again, such as the matrix of embedding and head, after some were replaced.
     """
     for name, first in model.shared.items():
@@ -114,7 +116,7 @@ def tie(model: nn.Module) -> None:
             setattr(model.get_submodule(owner), key, model.get_parameter(first))
 
 
-def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def named_weights(model) -> dict[str, torch.Tensor]:
     """The parameters by name, shared ones once, and the persistent buffers. A tied head is
     'wte.weight', also on a pipeline stage that has only the head."""
     found = dict(model.named_parameters())
@@ -124,7 +126,7 @@ def named_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module, put=torch.Tensor.copy_) -> None:
+def copy_weights(source: Model, target: Model, put=torch.Tensor.copy_) -> None:
     """Fill a model with the weights of another that may know fewer tokens, or more positions, or
     have another kind of head, which is then 0. put(p, values) fills a parameter.
 

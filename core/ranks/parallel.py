@@ -241,13 +241,13 @@ def gathered(x):
     return x.full_tensor() if is_cut(x) else x
 
 
-def local(x: torch.Tensor) -> torch.Tensor:
+def local(x) -> torch.Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return x.to_local() if is_cut(x) else x
 
 
 @torch.no_grad()
-def put(target: torch.Tensor, values: torch.Tensor) -> None:
+def put(target, values: torch.Tensor) -> None:
     """Fill a tensor, or the part of it on this rank, from its whole values."""
     if is_cut(target):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -317,7 +317,7 @@ def spread(ranks: Ranks, iterate, matrices: list, dtype) -> list:
     done = DTensor.from_local(iterate(dealt.to_local()), mesh, dealt.placements, **shape)
     parts = done.redistribute(placements=placements).to_local().to(first.dtype).unbind()
     if not is_cut(first):
-        return parts
+        return [*parts]
     return [DTensor.from_local(part, mesh, first.placements, run_check=False, shape=first.shape,
                                stride=first.stride()) for part in parts]
 

@@ -153,7 +153,8 @@ def start(ranks: Ranks, device, timeout_minutes: float) -> None:
     if device.kind == 'mps':
         stop('device=mps: PyTorch cannot train on several Apple GPUs; use one process, and zero=0')
     # gloo connects each rank with each other, for each group
-    resource.setrlimit(resource.RLIMIT_NOFILE, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[1:])
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     backend = 'cpu:gloo,cuda:nccl' if device.kind == 'cuda' else 'gloo'
     timeout = timedelta(minutes=timeout_minutes)
     if ranks.world == 1:    # to measure what sharding costs

@@ -81,10 +81,10 @@ class TryAgain(Exception):
 
 def fetch(name: str, url: str, folder, sha256: str = '', *, size: int = 0,
           headers: dict | None = None, optional: bool = False, mirrored: bool = True,
-          any_kind: bool = False) -> Path | None:
+          any_kind: bool = False) -> Path:
     """The path of the file `name`: in DATA_MIRROR (unless not `mirrored`), of an earlier download,
     or from `url`. Raises NoNetwork if no server can be reached; stops at an answer that is not the
-    file, or returns None if the server has no such file and it is `optional`.
+    file, unless the server has no such file and it is `optional`: then nothing is at the path.
 
     A download goes to `folder`, appears under its final name only when whole and right, and leaves
     its hash in `<name>.sha256`, which later ones must have. `sha256` (64 hex digits) and `size`
@@ -110,7 +110,7 @@ def fetch(name: str, url: str, folder, sha256: str = '', *, size: int = 0,
             if not path.is_file():      # another process may have brought it meanwhile
                 content_type = download(url, part, size, headers=headers, optional=optional)
                 if content_type is None:
-                    return None
+                    return path
                 verify(part, sha256 or first, size, url)
                 kind = kind_of(part, content_type) if any_kind else ''
                 path = record.with_name(Path(name).name.removesuffix(kind) + kind)

@@ -46,8 +46,8 @@ def functions() -> Iterator[Function]:
             continue    # a few are in other encodings, or templates
         package = path.relative_to(library).parts[0].removesuffix('.py')
         lines = text.split('\n')    # the lines of ast; str.splitlines splits elsewhere, too
-        for node in ast.walk(tree):
-            found = isinstance(node, ast.FunctionDef) and function(node, lines)
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+            found = function(node, lines)
             if found and found[2] not in seen:
                 seen.add(found[2])
                 yield Function(f'{path}:{node.lineno}', package, *found)

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import charset_normalizer  # comes with requests
 
@@ -40,7 +40,7 @@ class Bad(Exception):
 class Record(NamedTuple):
     """A piece of a file, unparsed."""
     where: str              # file, file:line or file:row
-    data: bytes | str | dict
+    data: Any               # bytes or str; the list or dict of a row
     kind: str = 'text'      # text, json, row, html, or bad: the data say what is wrong with it
     encoding: str = 'utf-8'
     continued: bool = False     # goes on with the document of the record before it
@@ -213,8 +213,8 @@ def read_table(path, f, encoding: str, errors: str, columns) -> Iterator[Record]
 def csv_rows(path, lines: Iterator[str], encoding: str) -> Iterator[Record]:
     """The rows of a table as lists, the first line among them."""
     csv.field_size_limit(LONGEST_LINE - 1)
-    rows = csv.reader(lines, **({'delimiter': '\t', 'quoting': csv.QUOTE_NONE}
-                                if suffix(path) == '.tsv' else {'strict': True}))
+    rows = csv.reader(lines, delimiter='\t', quoting=csv.QUOTE_NONE) if suffix(path) == '.tsv' \
+        else csv.reader(lines, strict=True)
     while True:
         where = f'{path}:{rows.line_num + 1}'
         try:
@@ -231,4 +231,4 @@ def csv_rows(path, lines: Iterator[str], encoding: str) -> Iterator[Record]:
                           'close it') from e
             yield bad_record(where, f'{e}; correct the row')
         except Bad as e:
-            yield row._replace(data=str(e), kind='bad')
+            yield Record(f'{path}:{rows.line_num}', str(e), 'bad', encoding)

@@ -61,8 +61,8 @@ def model_config(settings: SimpleNamespace, n_tokens: int) -> GPTConfig:
     size, depth = settings.vocab_size, settings.depth
     if size and size < n_tokens:
         stop(f'vocab_size={size}: the tokenizer has {n_tokens} tokens; use 0 to derive it')
-    chosen = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)
-              if hasattr(settings, f.name)} | {'vocab_size': size or padded(n_tokens)}
+    chosen: dict = {f.name: getattr(settings, f.name) for f in fields(GPTConfig)
+                    if hasattr(settings, f.name)} | {'vocab_size': size or padded(n_tokens)}
     if depth:
         chosen |= {'n_layer': depth, 'n_head': depth, 'n_embd': 64 * depth}
     try:

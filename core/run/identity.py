@@ -1,5 +1,4 @@
 """Which run a command goes on with: what must be unchanged for a run to be the same run."""
-import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -65,13 +64,15 @@ def find_run(base: Path, identity: dict, ranks, insist: bool) -> tuple[Saver, di
         state = read_newest(saver)
         check_changes(base, differences(state['identity'], identity))
         return saver, state
-    stem, why, edited = base.resolve() if base.name in ('', '..') else base, '', ''
-    for number in itertools.count(1):
+    stem = base.resolve() if base.name in ('', '..') else base
+    number, why, edited = 0, '', ''
+    while True:
+        number += 1
         folder = base if number == 1 else Path(f'{stem}-{number}')
         if is_finished(folder):
             why = why or f'{folder} is finished'
             continue
-        if changes := checkpoint.steps(folder) and differences(identity_of(folder), identity):
+        if checkpoint.steps(folder) and (changes := differences(identity_of(folder), identity)):
             source = [change for change in changes if change[0].split('.')[0] == 'source']
             # A setting that only one of the two knows comes with another source.
             if any(None not in change for change in changes if change not in source):

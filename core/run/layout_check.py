@@ -82,7 +82,7 @@ def difference(ranks, device, config, settings, make_optimizers, layout: str) ->
 
     def loss_alone() -> torch.Tensor:
         losses = [lm_loss(alone, to_device(batch, device)) for batch in batches]
-        return sum(losses) / count_targets(batches)
+        return sum(losses, torch.zeros(())) / count_targets(batches)
 
     try:
         with torch.no_grad():

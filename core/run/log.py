@@ -99,7 +99,7 @@ def service_loggers(run: Path, settings: dict) -> list:
     """Functions (step, {name: number}) that send a run's numbers to the services asked for."""
     loggers = []
     if settings.get('wandb'):
-        import wandb as service
+        import wandb as service  # type: ignore  # not in requirements-dev.txt
         service.init(project='scratchgpt', name=run.name, dir=run, config=settings)
         loggers.append(lambda step, numbers: service.log(numbers, step=step))
     if settings.get('tensorboard'):

@@ -158,7 +158,7 @@ def weights_hash(model) -> str:
     digest = hashlib.sha256()
     for name, p in sorted(named_weights(model).items()):
         digest.update(name.encode())
-        digest.update(p.detach().contiguous().numpy())
+        digest.update(p.detach().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 

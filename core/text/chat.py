@@ -25,6 +25,7 @@ def environment():
     from datetime import datetime
 
     import jinja2.ext
+    import jinja2.nodes
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
@@ -32,7 +33,7 @@ def environment():
 
         def parse(self, parser):
             line = next(parser.stream).lineno
-            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
             mark = lambda text: jinja2.nodes.Output([jinja2.nodes.TemplateData(text)])
             return jinja2.nodes.Scope([mark(BEGIN), *body, mark(END)]).set_lineno(line)
 
@@ -112,7 +113,7 @@ class ChatTemplate:
         try:
             self.process.stdin.write(json.dumps(question) + '\n')
             self.process.stdin.flush()
-            ready, _, _ = select.select([self.process.stdout], [], [], SECONDS)
+            ready, _, _ = select.select([self.process.stdout.fileno()], [], [], SECONDS)
             line = self.process.stdout.readline() if ready else ''
         except OSError:
             line = ''
@@ -212,7 +213,7 @@ class ChatTemplate:
     def size(self, tokenizer, text: str) -> int:
         """Bytes of the tokens of rendered text."""
         text = re.sub(f'[{GUARD}{BEGIN}{END}]', '', text)
-        form = getattr(tokenizer, 'normalize', '')
+        form = getattr(tokenizer, 'normalize', None)
         text = unicodedata.normalize(form, text) if form else text
         return len(tokenizer.known(text).encode())
 

@@ -81,7 +81,7 @@ def lower(text: str) -> str:
     return low if len(low) == len(text) else ''.join(c.lower()[:1] for c in text)
 
 
-def word_pattern(text: str) -> re.Pattern:
+def word_pattern(text: str) -> re.Pattern | regex.Pattern:
     """The pattern that finds the words of a text in lower case."""
     return MARKED_WORD if MARK.search(text) else WORD
 
@@ -279,7 +279,7 @@ def c4(kept: str, bad_words: dict) -> Iterator[tuple[str, float]]:
     yield 'sentences', len(SENTENCE_END.findall(kept))
     yield 'lorem_ipsum', kept.lower().count('lorem ipsum')
     yield 'curly_brackets', kept.count('{')
-    words = word_hashes(kept)[0] if bad_words else ()
+    words = word_hashes(kept if bad_words else '')[0]
     yield 'bad_words', sum(int(np.isin(ngram_hashes(words, n), known).sum())
                            for n, known in bad_words.items())
 
@@ -405,7 +405,7 @@ def join(first: list | np.ndarray, i: int, j: int) -> None:
     first[max(i, j)] = min(i, j)
 
 
-def root(first: list | np.ndarray, i: int) -> int:
+def root(first, i: int) -> int:
     """The first member of i's cluster."""
     while first[i] != i:
         first[i] = i = first[first[i]]

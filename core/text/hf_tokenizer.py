@@ -53,10 +53,10 @@ def merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | Non
             return None
         i = pairs.index(best)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return tuple(parts)
+    return parts[0], parts[1]
 
 
-def merges_of(tokenizer: BPETokenizer) -> list[tuple[bytes, bytes]]:
+def merges_of(tokenizer: BPETokenizer) -> list[tuple[bytes, bytes] | None]:
     """The merge that makes each token of more than one byte, in the order of their ids; None for
     a token that no merge makes, only a piece as a whole."""
     ranks = {token: i for i, token in enumerate(tokenizer.ordinary)}
@@ -167,7 +167,7 @@ def make_tokenizer(found: dict, folder: Path) -> Tokenizer:
 def in_order(vocab: dict[str, int]) -> tuple[list[str], int]:
     """Tokens in the order of their ids, and the first id. Raises NotSupported if an id is missing.
     """
-    ordinary = sorted(vocab, key=vocab.get)
+    ordinary = sorted(vocab, key=vocab.__getitem__)
     first = vocab[ordinary[0]]
     if [vocab[token] for token in ordinary] != list(range(first, first + len(ordinary))):
         raise NotSupported('the ids of its ordinary tokens are not one after another')
@@ -236,7 +236,7 @@ def bos_and_eos(folder: Path, special: dict[str, int]) -> tuple[str, str]:
     '' if nothing begins it."""
     config, model = (optional_json(folder / name)
                      for name in ('tokenizer_config.json', 'config.json'))
-    names = {i: name for name, i in special.items()}
+    names: dict = {i: name for name, i in special.items()}
 
     def stated(key: str) -> str:
         name, i = config.get(key), model.get(f'{key}_id')

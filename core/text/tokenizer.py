@@ -47,7 +47,7 @@ PATTERNS = {
 }
 
 
-def normalize(text: str, form: str) -> str:
+def normalize(text: str, form) -> str:
     """The text in Unicode normalization form NFC or NFKC ('': as it is), with \\n line ends and
     without NUL characters and a byte order mark at its start."""
     text = text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n').replace('\0', '')
@@ -58,14 +58,14 @@ class Tokenizer:
     """What all kinds share; a kind adds `encode` and its entry in KINDS."""
     kind = ''
     corpus_normalize = 'NFC'    # of the text that it is used on: NFC, NFKC, or '' for none
-    template = None             # the ChatTemplate of a model that another program has trained
+    template: ChatTemplate | None = None    # of a model that another program has trained
 
     def __init__(self, ordinary: list[bytes], special: dict[str, int] | None = None,
-                 first: int = 0):
+                 first: int = 0, eos: str = '<|endoftext|>'):
         end = first + len(ordinary)
         self.ordinary, self.first = ordinary, first     # of which the first has this id
         self.special = special or {name: end + i for i, name in enumerate(SPECIAL)}
-        self.bos, self.eos, self.add_bos = None, self.special.get('<|endoftext|>'), False
+        self.bos, self.eos, self.add_bos = None, self.special[eos], False
         taken = set(self.special.values())
         if len(taken) < len(self.special) or taken & {*range(first, end)} or min(taken) < 0:
             raise ValueError('two tokens with one id, or an id below 0')
@@ -117,8 +117,8 @@ class Tokenizer:
 
     def prompt(self, text: str) -> list[int]:
         """The ids to continue from: those of the text, after bos where the model is used to it."""
-        ids = self.encode(self.as_corpus(text))
-        return ([self.bos] if self.add_bos else []) + ids or self.start()
+        before: list = [self.bos] if self.add_bos else []
+        return before + self.encode(self.as_corpus(text)) or self.start()
 
     def turn_ends(self) -> set[int]:
         """The ids at which an answer ends: <|end|>, and what can only come after it."""
@@ -145,6 +145,10 @@ class Tokenizer:
             stop(f'this tokenizer has no {missing}: it knows no chats; its special tokens are '
                  f'{", ".join(list(self.special)[:8])}')
 
+    def with_chat(self) -> 'Tokenizer':
+        """The same with the tokens of chats, which only a BPETokenizer may lack."""
+        return self
+
     def encode_chat(self, messages: list[dict], reply: bool = False) -> list[int]:
         """The ids of a conversation: <|role|>content<|end|>, turn by turn (like ChatML); bos before
         them where the model is used to it. With `reply` they end where the assistant begins.
@@ -169,7 +173,7 @@ class Tokenizer:
         if self.template:
             yield from self.template.turns(self, messages)
             return
-        before = [self.bos] if self.add_bos else []
+        before: list = [self.bos] if self.add_bos else []
         for role, content in ((message['role'], message['content']) for message in messages):
             if role not in ROLES:
                 raise ValueError(f'role {role!r}: must be one of {", ".join(ROLES)}')
@@ -194,7 +198,7 @@ class Tokenizer:
         """Write the tokenizer to `path` as one JSON file."""
         more = {'corpus_normalize': self.corpus_normalize} if self.corpus_normalize != 'NFC' else {}
         if self.template:
-            more['template'] = self.template.state()
+            more |= {'template': self.template.state()}
         Path(path).write_text(self.to_json(**more), encoding='utf-8')
 
 
@@ -257,23 +261,22 @@ class BPETokenizer(Tokenizer):
     def __init__(self, pattern: str, ranks: list[str], special: dict[str, int], *, bos: str = '',
                  eos: str = '<|endoftext|>', add_bos: bool = False, normalize: str = '',
                  written: Iterable[str] = (), first: int = 0):
-        super().__init__([unprintable(token) for token in ranks], special, first)
+        super().__init__([unprintable(token) for token in ranks], special, first, eos)
         self.pattern, self.normalize, self.add_bos = pattern, normalize, add_bos
         self.written = {name: special[name] for name in written}
         self.bos = special[bos] if bos else None
-        self.eos = special[eos]
         if normalize not in ('', 'NFC'):
             raise ValueError(f'normalize={normalize!r}')
-        ranks = {token: first + i for i, token in enumerate(self.ordinary)}
-        if len(ranks) < len(self.ordinary):
+        ids = {token: first + i for i, token in enumerate(self.ordinary)}
+        if len(ids) < len(self.ordinary):
             raise ValueError('two tokens are alike')
-        lost = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
+        lost = [bytes([i]) for i in range(256) if bytes([i]) not in ids]
         if len(lost) > 64:      # SmolLM2 lacks 21
             raise ValueError(f'{len(lost)} of the 256 bytes have no token')
-        ranks |= {byte: len(self) + i for i, byte in enumerate(lost)}   # tiktoken needs all 256
+        ids |= {byte: len(self) + i for i, byte in enumerate(lost)}   # tiktoken needs all 256
         self.lost = re.compile(b'[%s]' % b''.join(map(re.escape, lost))) if lost else None
         self.told = False       # that something was lost
-        self.encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ranks,
+        self.encoding = tiktoken.Encoding('bpe', pat_str=pattern, mergeable_ranks=ids,
                                           special_tokens=self.written)
 
     @classmethod
@@ -288,7 +291,7 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Stops if the pattern fails on it, as one that backtracks may."""
         if self.normalize:
-            text = unicodedata.normalize(self.normalize, text)
+            text = unicodedata.normalize('NFC', text)
         if self.lost and self.lost.search(text.encode()):
             return self.encode_without(text)
         try:
@@ -345,7 +348,7 @@ class BPETokenizer(Tokenizer):
         return super().blocks(text) if self.pattern in PATTERNS.values() else [text]
 
     def state(self) -> dict:
-        names = {i: name for name, i in self.special.items()}
+        names: dict = {i: name for name, i in self.special.items()}
         return {'pattern': self.pattern, 'bos': names.get(self.bos, ''), 'eos': names[self.eos],
                 'add_bos': self.add_bos, 'normalize': self.normalize, 'written': [*self.written],
                 'first': self.first, 'ranks': [printable(token) for token in self.ordinary]}
@@ -380,7 +383,7 @@ def gpt2(downloads) -> BPETokenizer:
                         special={name: end + i for i, name in enumerate(SPECIAL)})
 
 
-KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer)}
+KINDS: dict = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer)}
 
 
 def load(path) -> Tokenizer:
