@@ -7,6 +7,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.envi
 import argparse
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,11 +167,23 @@ def texts(chats):
     return path
 
 
+@pytest.fixture(scope='session')
+def made(tmp_path_factory):
+    """Where the base is kept that the first test has trained."""
+    return tmp_path_factory.mktemp('made')
+
+
 @pytest.fixture
-def base(run_train):
-    """A run whose tokenizer knows all bytes, for stages that go on with it."""
-    return run_train(tokenizer='byte', block_size=96, max_steps=2, eval_interval=2,
-                     out_dir='out/base')['run_dir']
+def base(run_train, made, tmp_path):
+    """A run whose tokenizer knows all bytes, for stages that go on with it, and its dataset."""
+    if not (made / 'out').exists():
+        run_train(tokenizer='byte', block_size=96, max_steps=2, eval_interval=2,
+                  out_dir='out/base')
+        shutil.copytree('data', made / 'data')
+        shutil.copytree('out', made / 'out')
+    else:
+        shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return 'out/base'
 
 
 @pytest.fixture

@@ -350,7 +350,9 @@ def test_save_and_load(all_tokenizers, tmp_path):
 def test_damaged_files(all_tokenizers, tmp_path, capsys, change):
     path = tmp_path / 't.json'
     path.write_text(json.dumps(json.loads(all_tokenizers['llama3'].to_json()) | change))
-    assert stopped(capsys, lambda: load(path)).startswith(f'{path}: not a tokenizer file (')
+    message = stopped(capsys, lambda: load(path))
+    assert message.startswith(f'{path}: ') and (
+        'not a tokenizer file (' in message or 'its special tokens' in message)
 
 
 def test_bytes_without_a_token(all_tokenizers, capsys):

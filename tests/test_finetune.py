@@ -322,9 +322,10 @@ def test_no_test_text_of_sms_spam_has_a_near_copy_elsewhere(class_parts, n):
 
 
 @pytest.mark.parametrize('run, settings', [
-    (chat, dict(dropout=0.1)), (chat, dict(lora_rank=2, lora_dropout=0.1)),
-    (classes, dict(lora_rank=2)), (classes, dict(layers='1', balance=True))],
-    ids=['dropout', 'adapters', 'class adapters', 'class layers'])
+    (chat, dict(lora_rank=2, lora_dropout=0.1)), (classes, dict(layers='1', balance=True)),
+    pytest.param(chat, dict(dropout=0.1), marks=pytest.mark.slow),
+    pytest.param(classes, dict(lora_rank=2), marks=pytest.mark.slow)],
+    ids=['adapters', 'class layers', 'dropout', 'class adapters'])
 def test_interrupted_and_resumed(run_stage, chats, texts, monkeypatch, run, settings):
     """Weights, adapters and optimizer state bitwise those of an uninterrupted run."""
     data = texts if run is classes else chats

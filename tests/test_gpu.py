@@ -275,7 +275,8 @@ def test_where_there_is_no_flex_attention(capsys, monkeypatch, head_dim, wrong, 
 # The loss
 
 
-@pytest.mark.parametrize('reduction', ['sum', 'mean', 'none'])
+@pytest.mark.parametrize('reduction', [
+    'mean', *(pytest.param(name, marks=pytest.mark.slow) for name in ('sum', 'none'))])
 @pytest.mark.parametrize('chunk, apart', [(7, True), (20, True), (40, False)])
 def test_chunks_stay_out_of_graphs(monkeypatch, reduction, chunk, apart):
     """No graph has the logits or the head's gradient of a chunk; a single one is in the graph."""

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,8 +125,8 @@ def run(command: str, folder) -> None:
 @pytest.mark.parametrize('where', ['README.md', *(
     pytest.param(where, marks=pytest.mark.slow) for where in ('docs', 'second chain'))])
 def test_commands(folder, where):
-    """In their order, since each may use what those before it made; those that use nothing beside
-    them. None has a placeholder. Those that only docs/ has, and those in SECOND, are slow."""
+    """In their order, since each may use what those before it made. None has a placeholder. Those
+    that only docs/ has, and those in SECOND, are slow."""
     assert len(COMMANDS) > 8
     lines = once(['python train.py config/shakespeare.py', *COMMANDS])      # the quick start's end
     if where == 'second chain':
@@ -136,10 +135,8 @@ def test_commands(folder, where):
         shown = '\n'.join(blocks(README))
         lines = [line for line in lines if not SECOND.search(line)
                  and (where == 'docs' or line in shown)]
-    lanes = [[c for c in lines if bool(re.search(r'(prepare|bench\w*|plan)\.py', c)) == alone]
-             for alone in (False, True)]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda lane: [run(command, folder) for command in lane], lanes))
+    for command in lines:
+        run(command, folder)
 
 
 @pytest.mark.parametrize('runs', [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -108,7 +108,7 @@ def check_signals(tmp_path, text, tries) -> None:
 
 
 def test_signals(tmp_path, long_text):
-    check_signals(tmp_path, long_text, 3)
+    check_signals(tmp_path, long_text, 2)
 
 @pytest.mark.slow
 def test_thirty_signals(tmp_path, long_text):

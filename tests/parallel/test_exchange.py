@@ -30,8 +30,9 @@ LOSS = 3 * 4 * BLOCK
     (2, dict(zero=2), {}, 2 * W, 'W weights gathered once, W gradients scattered once'),
     (2, dict(zero=3), {}, BATCH // 2 * (2 * W + BLOCKS),
      'for each micro-batch: W gathered, blocks once more to go back, W scattered'),
-    (2, dict(tp=2), {}, BATCH * ((4 * L + 2) * A + LOSS),
-     'for each row: 2 all-reduces of A a layer forward, 2 back, 1 for embedding and head each'),
+    pytest.param(
+        2, dict(tp=2), {}, BATCH * ((4 * L + 2) * A + LOSS), 'for each row: 2 all-reduces of A a '
+        'layer forward, 2 back, 1 for embedding and head each', marks=pytest.mark.slow),
     pytest.param(
         2, SP, {}, BATCH * ((8 * L + 4) * A + LOSS), 'for each row: 2 gathers and 2 scatters of A '
         'a layer forward, as many back, 4 at the ends', marks=pytest.mark.slow),

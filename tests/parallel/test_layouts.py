@@ -84,7 +84,7 @@ LONG = [Case(dict(zero=3, tp=2), settings=dict(activation_checkpointing=True)),
         Case(dict(zero=3, **SP), GPT2), Case(dict(zero=2, tp=2), {}, MUON),
         Case(dict(zero=2, pp=2, **SP), TIED, MUON), Case(dict(zero=3, tp=2, pp=2), GPT2),
         Case(dict(pp=2, **SP), TIED, MUON), Case(dict(zero=3, tp=2), dtype='float32'),
-        Case(dict(tp=2), GPT2)]
+        Case(dict(tp=2), GPT2), Case(dict(tp=2), TIED, MUON), Case(dict(tp=2, pp=2), GPT2)]
 
 
 @pytest.mark.parametrize('world, case', named(
@@ -205,8 +205,8 @@ def test_scale_is_the_same_on_all_ranks(layout):
     assert third != pytest.approx(expected[2], abs=1e-6)    # there the second step was made
 
 
-@pytest.mark.parametrize('layout', [dict(tp=2), pytest.param(SP, marks=pytest.mark.slow),
-                                    dict(pp=2), dict(zero=3)], ids=str)
+@pytest.mark.parametrize('layout', [dict(pp=2), dict(zero=3), *(
+    pytest.param(layout, marks=pytest.mark.slow) for layout in (dict(tp=2), SP))], ids=str)
 def test_logits_in_chunks(layout):
     """Where all logits of a micro-batch would be too many."""
     case = Case(layout, chunk=100)
@@ -229,7 +229,7 @@ def do(world, what, *arguments):
 
 @pytest.mark.parametrize('world, layout, new_world, new_layout', [
     pytest.param(*pair, id=f'{pair[0]}-{Case(pair[1])}-to-{pair[2]}-{Case(pair[3])}',
-                 marks=() if i % 11 == 4 else pytest.mark.slow) for i, pair in enumerate(PAIRS)])
+                 marks=() if i % 22 == 4 else pytest.mark.slow) for i, pair in enumerate(PAIRS)])
 def test_saved_here_resumed_there(tmp_path_factory, world, layout, new_world, new_layout):
     """Weights and optimizer state bitwise, and the next losses are those of one process."""
     model, settings = (GPT2, MUON) if len(layout) % 2 else (TIED, {})
