@@ -66,9 +66,9 @@ SHORT = {
     'prepare.py': '', 'plan.py': '', 'export.py': '',   # short as they are
 }
 
-# The second chain from a base model to an assistant, and what others do much like it.
+# The second chain from a base model to an assistant, and what takes long or is much like others.
 SECOND = re.compile(r'laptop.py --dataset=austen|tune/(sft|dpo|spam)\.py|out/(spam|sft) |'
-                    r'shakespeare_best|out/two')
+                    r'shakespeare_best|out/two|out/four|tune/dpo_gpt2')
 
 
 def once(lines: list[str]) -> list[str]:
