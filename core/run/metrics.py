@@ -37,7 +37,9 @@ def summed(model, data, rows: int, device, ranks, *, asked, k: int, values):
     """(n, k): for each sequence of Rows the sum of values(batch) (B, T, k) over its positions."""
     found = torch.zeros(len(data.ids), k, dtype=torch.float64)
     with parallel.looking_on(model):
-        for samples in share(0, len(data), ranks.dp_rank, ranks.dp, rows):
+        parts = share(0, len(data), ranks.dp_rank, ranks.dp, rows)
+        for samples in tqdm(parts, 'scores', delay=5, leave=False,
+                            disable=True if ranks.rank else None):
             if asked():
                 return None
             with device.autocast():
