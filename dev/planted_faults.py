@@ -6,6 +6,7 @@ let pass meets the whole default suite (not with --quick). What survives that is
 """
 import argparse
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,8 @@ FAULTS = [
 
 
 def tests_of(name: str) -> list[str]:
-    """The test files that import a file of the project, the one of its name first."""
+    """The test files that import a file of the project: the one of its name first, and those that
+    take minutes last."""
     module, found = name.removesuffix('.py').replace('/', '.'), []
     for path in sorted((ROOT / 'tests').rglob('test_*.py')):
         imported = set()
@@ -84,7 +86,9 @@ def tests_of(name: str) -> list[str]:
                 imported |= {a.name for a in node.names}
         if module in imported:
             found.append(path.relative_to(ROOT).as_posix())
-    return sorted(found, key=lambda path: (Path(path).stem != f'test_{Path(name).stem}', path))
+    long = re.findall(r"'(test_\w+)'", (ROOT / 'tests/conftest.py').read_text(encoding='utf-8'))
+    return sorted(found, key=lambda path: (Path(path).stem != f'test_{Path(name).stem}',
+                                           Path(path).stem in long, '/parallel/' in path, path))
 
 
 def failing(copy: Path, tests: list[str], limit: int) -> str:
@@ -119,8 +123,7 @@ def main() -> None:
             if source.count(old) != 1:
                 raise SystemExit(f'fault {number}: {old!r} does not stand once in {name}')
             (copy / name).write_text(source.replace(old, new), encoding='utf-8')
-            first, *others = tests_of(name)     # its own one catches most
-            caught = failing(copy, ['-n0', first], 600) or failing(copy, others, 1200)
+            caught = failing(copy, ['-n0', *tests_of(name)], 1800)
             if not caught and not asked.quick:
                 caught = failing(copy, [], 3600)
             (copy / name).write_text(source, encoding='utf-8')

@@ -42,7 +42,8 @@ def pytest_collection_modifyitems(config, items):
                   if path.parent.name not in ('faults', 'parallel')]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
-    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+    if hasattr(config, 'workerinput'):
+        items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
 
 
 def pytest_sessionfinish(session):
