@@ -12,8 +12,8 @@
     last_positions(x, n)                x[:, -n:]
 
 To understand the model, read the right-hand side and skip the rest of this file.
-tests/test_kernels.py puts these lines into the model and finds the same numbers; docs/LOG.md says
-what each kernel is worth.
+tests/net/test_kernels.py puts these lines into the model and finds the same numbers; docs/LOG.md
+says what each kernel is worth.
 """
 import contextlib
 import functools

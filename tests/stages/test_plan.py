@@ -12,7 +12,7 @@ import train
 from core.net.weights import build_model
 from model import count_parameters
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PRESETS = sorted(path.stem for path in ROOT.glob('config/*.py'))
 
 

@@ -148,7 +148,7 @@ def test_attention_by_hand():
 def test_flex_attention_equals_masked_attention(monkeypatch, window, n_key):
     monkeypatch.setattr(kernels, 'GPU', 'cpu')
     monkeypatch.setattr(kernels, 'has_flex', lambda device, head_dim: True)
-    monkeypatch.setattr(kernels, 'compiled', lambda f: f)     # tests/test_gpu.py compiles it
+    monkeypatch.setattr(kernels, 'compiled', lambda f: f)     # tests/net/test_gpu.py compiles it
     T, generator = 200, torch.Generator().manual_seed(0)         # more than one block of 128
     q, k, v = (torch.randn(2, n, T, 16, generator=generator) for n in (4, n_key, n_key))
     doc = torch.arange(T).div(70, rounding_mode='floor').repeat(2, 1)

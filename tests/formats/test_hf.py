@@ -29,7 +29,7 @@ from model import GPTConfig
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 transformers = pytest.importorskip('transformers')
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 VOCAB = 704     # more than the tokenizer's 600: padded, as trained models are
 
 # In a context of 32 positions some frequencies of 32 channels turn more than 4 times, some not
