@@ -124,21 +124,16 @@ def run(command: str, folder) -> None:
     assert done.returncode == 0, f'{shown}\n{done.stderr[-2000:]}'
 
 
-@pytest.mark.parametrize('where', ['README.md', *(
-    pytest.param(where, marks=pytest.mark.slow) for where in ('docs', 'second chain'))])
-def test_commands(folder, where):
-    """In their order, since each may use what those before it made. None has a placeholder. Those
-    that only docs/ has, and those in SECOND, are slow."""
-    assert len(COMMANDS) > 8
-    lines = once(['python train.py config/shakespeare.py', *COMMANDS])      # the quick start's end
-    if where == 'second chain':
-        lines = [line for line in lines if SECOND.search(line)]
-    else:
-        shown = '\n'.join(blocks(README))
-        lines = [line for line in lines if not SECOND.search(line)
-                 and (where == 'docs' or line in shown)]
-    for command in lines:
-        run(command, folder)
+def test_quick_start_is_two_commands():
+    first, second = (block.strip() for block in blocks(README) if 'requirements' in block)
+    assert first.endswith('pip install -r requirements.txt && '
+                          'python train.py config/shakespeare.py')
+    assert second.endswith('pip install -r requirements-dev.txt && python -m pytest')
+    for line in (first, second):
+        assert line.startswith('python3 -m venv .venv && . .venv/bin/activate && ')
+        assert '\n' not in line
+    for part in ('python train.py config/shakespeare.py', 'python -m pytest'):
+        assert any(line.endswith(part) and len(line) <= 80 for line in README.splitlines())
 
 
 @pytest.mark.parametrize('runs', [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -157,24 +152,29 @@ def test_worked_edit(folder, tmp_path, edit, runs):
             run(line, copy)
 
 
-def test_quick_start_is_two_commands():
-    first, second = (block.strip() for block in blocks(README) if 'requirements' in block)
-    assert first.endswith('pip install -r requirements.txt && '
-                          'python train.py config/shakespeare.py')
-    assert second.endswith('pip install -r requirements-dev.txt && python -m pytest')
-    for line in (first, second):
-        assert line.startswith('python3 -m venv .venv && . .venv/bin/activate && ')
-        assert '\n' not in line
-    for part in ('python train.py config/shakespeare.py', 'python -m pytest'):
-        assert any(line.endswith(part) and len(line) <= 80 for line in README.splitlines())
-
-
 def test_ci_runs_the_test_command():
     """Word for word what stands in the README."""
     found = re.search(r'^test_command=.*?\)$', (ROOT / '.ci/run').read_text(), re.M | re.S)[0]
     said = subprocess.run(['bash', '-ec', f'{found}\necho "$test_command"'], cwd=ROOT, check=True,
                           capture_output=True, text=True).stdout
     assert said.strip() in [block.strip() for block in blocks(README)]
+
+
+@pytest.mark.parametrize('where', ['README.md', *(
+    pytest.param(where, marks=pytest.mark.slow) for where in ('docs', 'second chain'))])
+def test_commands(folder, where):
+    """In their order, since each may use what those before it made. None has a placeholder. Those
+    that only docs/ has, and those in SECOND, are slow."""
+    assert len(COMMANDS) > 8
+    lines = once(['python train.py config/shakespeare.py', *COMMANDS])      # the quick start's end
+    if where == 'second chain':
+        lines = [line for line in lines if SECOND.search(line)]
+    else:
+        shown = '\n'.join(blocks(README))
+        lines = [line for line in lines if not SECOND.search(line)
+                 and (where == 'docs' or line in shown)]
+    for command in lines:
+        run(command, folder)
 
 
 def test_readme_fits():
