@@ -40,7 +40,9 @@ def write_card(folder: Path, run_dir: str, state: dict, model, facts: list[str])
     for stage, log in stages:
         page += ['', f'## {stage}', '', *of_stage(log, (folder / 'loss.png').is_file() and
                                                   stage == stages[0][0])]
-    if not stages or stages[-1][1][0]['settings'].get('init_from') != 'scratch':
+    if not stages:
+        page += ['', 'How this model was trained is not recorded here.']
+    elif stages[-1][1][0]['settings'].get('init_from') != 'scratch':
         page += ['', 'How the model that this began with was trained is not recorded here.']
     (folder / 'README.md').write_text('\n'.join(page) + '\n', encoding='utf-8')
 
