@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_bpe import fuzz
 
 import export
 import sample
@@ -24,6 +25,24 @@ def test_it_answers_under_its_own_template(monkeypatch, capsys):
                             max_new_tokens=20, device='cpu').items():
         monkeypatch.setattr(sample, name, value)
     assert sample.main()['texts'] == ['The capital of France is Paris.']
+
+
+def test_ids_are_those_of_hugging_faces_tokenizers():
+    """With the splits of SmolLM2's own tokenizer.json: each digit, then GPT-2's way."""
+    tokenizers, library = pytest.importorskip('tokenizers'), pytest.importorskip('gguf')
+    ours = gguf.read_tokenizer(gguf.Header(FILES[0]))
+    fields = library.GGUFReader(FILES[0]).fields
+    texts = lambda field: [bytes(field.parts[i]).decode() for i in field.data]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab={text: i for i, text in enumerate(texts(fields['tokenizer.ggml.tokens']))},
+        merges=[tuple(text.split(' ')) for text in texts(fields['tokenizer.ggml.merges'])]))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    plain = [text for text in fuzz(3300, seed=4) if '<|' not in text]
+    assert len(plain) >= 2500
+    for text in plain:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
 
 
 def test_what_is_learnt_of_two_rounds():
