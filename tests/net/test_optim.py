@@ -218,3 +218,12 @@ def test_adamw_is_the_papers():
             want[name] = want[name] * (1 - lr * (decay if p.ndim > 1 else 0)) - lr * step
         adamw.step()
     close({name: p.data for name, p in named.items()}, want, atol=1e-6)
+
+
+@pytest.mark.parametrize('clip, factor', [(0.0, 1.0), (2.5, 0.5), (5.0, 1.0), (100.0, 1.0)])
+def test_clipping_by_hand(clip, factor):
+    """A gradient of norm 5 and one that was scaled by 8; a short one is not made longer."""
+    for scale in (1.0, 8.0):
+        grads = [torch.tensor([3.0]) * scale, torch.tensor([4.0]) * scale]
+        optim.clip_gradients(grads, clip, 5.0, scale)
+        assert [g.item() for g in grads] == pytest.approx([3 * factor, 4 * factor], rel=1e-5)
