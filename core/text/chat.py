@@ -132,7 +132,7 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], reply: bool = False) -> str:
         """The conversation as text; with `reply` it ends where the assistant begins."""
-        return re.sub(f'[{BEGIN}{END}]', '', self.marked(messages, reply))
+        return unmarked(self.marked(messages, reply))
 
     def guarded(self, messages: list[dict], tokenizer) -> list[dict]:
         """The messages with a GUARD in each name of a special token, so that it stays text. A name
@@ -140,7 +140,7 @@ class ChatTemplate:
         names = any_of(tokenizer.special.keys() - {*getattr(tokenizer, 'written', ())})
         part = lambda match: match[0][0] + GUARD + match[0][1:]
         return [{'role': m['role'],
-                 'content': re.sub(names, part, re.sub(f'[{GUARD}{BEGIN}{END}]', '', m['content']))}
+                 'content': re.sub(names, part, unmarked(m['content'].replace(GUARD, '')))}
                 for m in messages]
 
     def encode(self, tokenizer, messages: list[dict], reply: bool = False) -> list[int]:
@@ -167,7 +167,7 @@ class ChatTemplate:
         """
         messages = self.guarded(messages, tokenizer)
         marked = self.marked(messages)
-        ids = self.ids(tokenizer, re.sub(f'[{BEGIN}{END}]', '', marked))
+        ids = self.ids(tokenizer, unmarked(marked))
         ends = [*accumulate(len(tokenizer.tokens[i]) for i in ids)]     # in bytes
         answers = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
         at = lambda character: self.size(tokenizer, marked[:character])
@@ -212,10 +212,15 @@ class ChatTemplate:
 
     def size(self, tokenizer, text: str) -> int:
         """Bytes of the tokens of rendered text."""
-        text = re.sub(f'[{GUARD}{BEGIN}{END}]', '', text)
+        text = unmarked(text.replace(GUARD, ''))
         form = getattr(tokenizer, 'normalize', None)
         text = unicodedata.normalize(form, text) if form else text
         return len(tokenizer.known(text).encode())
+
+
+def unmarked(text: str) -> str:
+    """A text without BEGIN and END."""
+    return re.sub(f'[{BEGIN}{END}]', '', text)
 
 
 def any_of(names) -> str:
