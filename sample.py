@@ -19,7 +19,9 @@ import torch
 
 from core import device as hardware
 from core.data import records
-from core.net.engine import generate, pad_rows
+from core.net import quant
+from core.net.draw import Sampling
+from core.net.engine import pad_rows, steps_of
 from core.read.documents import Bad, read, suffix
 from core.run import models
 from core.settings import Stop, check_bounds, configure, stop, warn
@@ -47,33 +49,10 @@ stop_strings = ''           # end before any of these, comma-separated; \n is a 
 seed = 1337                 # sample i uses seed + i
 device = ''                 # '': cuda, else mps, else cpu
 dtype = ''                  # '': bfloat16 where the GPU has it, else float16; float32 on a CPU
+quantize = ''               # int8 or int4: round the weights, for less memory and more speed
+speculate = True            # try what followed the same three tokens before; off where it is slower
 compile = False             # compile the steps, for long texts: 40 s, later 10; 1.1 times the speed
 threads = 0                 # CPU threads; 0: torch's choice
-
-
-class StopStrings:
-    """Passes text on piece by piece, up to the first stop string (which is left out). Text that may
-    be the beginning of a stop string is kept back until that is decided."""
-
-    def __init__(self, stops: list[str]):
-        self.stops, self.pending, self.found = stops, '', False
-
-    def feed(self, text: str) -> str:
-        """The part of all text so far that is sure and has not been returned yet."""
-        self.pending += text
-        hits = [at for s in self.stops if (at := self.pending.find(s)) >= 0]
-        if hits:
-            self.found = True
-            return self.pending[:min(hits)]
-        kept = max((n for s in self.stops for n in range(1, len(s))
-                    if self.pending.endswith(s[:n])), default=0)
-        out = self.pending[:len(self.pending) - kept]
-        self.pending = self.pending[len(out):]
-        return out
-
-    def rest(self) -> str:
-        """What was kept back, when no more text comes."""
-        return '' if self.found else self.pending
 
 
 def read_prompt() -> str | None:
@@ -109,23 +88,20 @@ def check_flags(chats: bool, asked: bool) -> None:
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
               chatting: bool = False) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
-    ends = tokenizer.turn_ends() if chatting else {tokenizer.eos}
-    stops = StopStrings([tokenizer.as_corpus(s.replace('\\n', '\n'))
-                         for s in stop_strings.split(',') if s])
-    to_text, written, n = tokenizer.stream(), '', 0
+    sampling = Sampling(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, sample_seed,
+        stop_tokens=tokenizer.turn_ends() if chatting else {tokenizer.eos},
+        stop_strings=[tokenizer.as_corpus(s.replace('\\n', '\n'))
+                      for s in stop_strings.split(',') if s])
+    written, n = '', 0
     with dev.autocast():
-        for new, in generate(model, [ids], max_new_tokens, temperature=temperature, top_k=top_k,
-                             top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-                             seed=sample_seed, stop_tokens=ends, n_tokens=len(tokenizer),
-                             compiled=dev.compile):
-            n += 1
-            text = '' if new in ends else stops.feed(to_text(new))
-            print(text, end='', flush=True)
-            written += text
-            if stops.found:
-                break
-    print(stops.rest(), flush=True)
-    return written + stops.rest(), n
+        for found in steps_of(model, [ids], [sampling], tokenizer=tokenizer, compiled=dev.compile,
+                              speculate=speculate):
+            for _, new, text in found:
+                print(text, end='', flush=True)
+                written, n = written + text, n + len(new)
+    print(flush=True)
+    return written, n
 
 
 def write_samples(model, tokenizer, text: str, dev) -> list[str]:
@@ -275,7 +251,10 @@ def main() -> dict:
         text = None if asked else read_prompt()
         dev = hardware.choose(device, dtype, compile and not asked, threads, training=False)
         model, tokenizer, state = models.load_run(run_dir, step, dev.name, classifier=asked)
-        print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:3])}', file=sys.stderr)
+        if quantize:
+            quant.quantize(model, quantize)
+        print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:3])}' +
+              f'; weights in {quantize}' * bool(quantize), file=sys.stderr)
         chats = chat and state.get('task') == 'chat'
         check_flags(chats, asked)
         if asked:

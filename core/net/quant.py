@@ -1,0 +1,132 @@
+"""Weight-only quantization: matrices as small integers with scales, for models that only write.
+
+    int8    w = scale q, one scale for each output channel, q from -127 to 127
+    int4    w = scale (q - 8) + zero for each 32 weights of a row, q from 0 to 15
+
+Integers are rounded to nearest (Jacob et al. 2018, section 2.1; no calibration), scales are
+bfloat16. `quantize` puts a QuantLinear into the place of each linear layer, and a QuantEmbedding,
+which looks rows up in the head's integers, into that of a tied embedding. Norms, biases and
+positions stay as they are.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+KINDS = ('int8', 'int4')
+GROUP = 32          # weights of a row that share a scale in int4
+FEW_ROWS = 32       # up to so many, torch's kernels for integers are faster than dequantizing
+
+
+class QuantLinear(nn.Module):
+    """x W^T + b, where W (O, I) is what `dequantized` gives, however many rows x has.
+
+    On a CPU, x is rounded to bfloat16 and y comes in bfloat16, as torch's kernels for integers want
+    it; a few rows take these.
+    """
+
+    def __init__(self, layer: nn.Linear, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.out_features, self.in_features = layer.weight.shape
+        q, scale, zero = (to_int8 if kind == 'int8' else to_int4)(layer.weight.detach().float())
+        self.register_buffer('q', q)
+        self.register_buffer('scale', scale)
+        self.register_buffer('bias', None if layer.bias is None else layer.bias.bfloat16())
+        self.register_buffer('zero', zero)
+        self.register_buffer('packed', None)    # int4 once more, in the order of torch's kernel
+        self.register_buffer('scales', None)
+        if kind == 'int4' and q.device.type == 'cpu':
+            pad = (0, 0, 0, -len(q) % 16)       # it takes rows in sixteens
+            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+                F.pad(nibbles(q), pad).int(), 1)
+            self.scales = F.pad(torch.stack([scale, zero]), pad).permute(2, 1, 0).contiguous()
+
+    def forward(self, x):
+        """x (.., I) to y (.., O)."""
+        if x.device.type != 'cpu':
+            y = F.linear(x, self.dequantized().type_as(x))
+            return y if self.bias is None else y + self.bias
+        flat = x.reshape(-1, self.in_features).bfloat16()
+        if len(flat) > FEW_ROWS:
+            y = F.linear(flat.float(), self.dequantized()).bfloat16()
+        elif self.kind == 'int8':
+            y = torch.ops.aten._weight_int8pack_mm(flat, self.q, self.scale)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales)
+            if len(self.packed) > self.out_features:
+                y = y[:, :self.out_features]
+        if self.bias is not None:
+            y += self.bias
+        return y.view(*x.shape[:-1], -1)
+
+    def dequantized(self) -> torch.Tensor:
+        """W, (O, I) in fp32."""
+        return self.rows(slice(None))
+
+    def rows(self, i) -> torch.Tensor:
+        """Rows i of W: of all indices that a tensor takes in its first dimension."""
+        scale = self.scale[i][..., None].float()
+        if self.kind == 'int8':
+            return self.q[i] * scale
+        q = nibbles(self.q[i]).unflatten(-1, (-1, GROUP)).float() - 8
+        return (q * scale + self.zero[i][..., None].float()).flatten(-2)
+
+
+class QuantEmbedding(nn.Module):
+    """An embedding that shares the matrix of a quantized head."""
+
+    def __init__(self, head: QuantLinear):
+        super().__init__()
+        self.head = head
+
+    def forward(self, idx):
+        return self.head.rows(idx)
+
+
+def to_int8(w: torch.Tensor):
+    """(q, scale, None) of W (O, I): int8 (O, I), bfloat16 (O,)."""
+    scale = (w.abs().amax(dim=1) / 127).bfloat16()
+    q = (w / scale.float().clamp(min=1e-30)[:, None]).round().clamp(-127, 127)
+    return q.to(torch.int8), scale, None
+
+
+def to_int4(w: torch.Tensor):
+    """(q, scale, zero) of W (O, I): two weights in a byte of (O, I / 2), the first in the low half,
+    and bfloat16 (O, I / 32)."""
+    groups = w.unflatten(1, (-1, GROUP))
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    scale = ((high - low) / 15).bfloat16()
+    zero = (low + 8 * scale.float()).bfloat16()
+    q = (groups - zero.float()[..., None]) / scale.float().clamp(min=1e-30)[..., None]
+    q = (q.round() + 8).clamp(0, 15).to(torch.uint8).flatten(1)
+    return q[:, ::2] | q[:, 1::2] << 4, scale, zero
+
+
+def nibbles(q: torch.Tensor) -> torch.Tensor:
+    """(.., I / 2) bytes as (.., I) numbers from 0 to 15."""
+    return torch.stack([q & 15, q >> 4], dim=-1).flatten(-2)
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, kind: str) -> None:
+    """Replace the matrices of a GPT. Raises ValueError for another kind of model, for one that is
+    in training mode, for one of which another process has a part, and for rows that int4 cannot
+    divide."""
+    if kind not in KINDS:
+        raise ValueError(f'quantize={kind}: must be one of {", ".join(KINDS)}, or empty')
+    if model.config.arch != 'gpt':
+        raise ValueError(f'quantize={kind}: only for a GPT, not for an {model.config.arch}')
+    if model.training:
+        raise ValueError(f'quantize={kind}: rounded weights cannot learn; only a model that is not '
+                         'trained any more is quantized')
+    layers = {name: layer for name, layer in model.named_modules()
+              if isinstance(layer, nn.Linear)}
+    for name, layer in layers.items():
+        if kind == 'int4' and layer.in_features % GROUP:
+            raise ValueError(f'quantize=int4: the rows of {name}.weight have {layer.in_features} '
+                             f'weights, which {GROUP} does not divide; use int8')
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition('.')
+        setattr(model.get_submodule(parent), last, QuantLinear(layer, kind))
+    if model.config.tied:
+        model.wte = QuantEmbedding(model.lm_head)
