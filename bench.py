@@ -3,8 +3,10 @@
 train      whole training steps (forward, backward, clipping, optimizer) of a preset on ready-made
            random batches. --vs: nanoGPT trains its own model of the same shape on the same batches
 memory     the most that weights, gradients, optimizer and all else take in it; --vs as above
-decode     new tokens after a prompt, one by one, with the KV cache, eager and compiled.
-           --vs=transformers: its generate with the same weights
+decode     new tokens after a prompt, one by one, eager and compiled, of a preset's model or of one
+           that exists: bench.py decode [MODEL] [--weights=float32,int8] [--rows=1,8].
+           --vs=transformers or --vs=llama.cpp: with the same weights, for int8 and int4 their
+           nearest (Q8_0, Q4_0)
 runs       python bench.py runs out/*: draws the losses of runs over steps, tokens, seconds, FLOPs
 
 What a machine can do is measured, too, by one large product of matrices and by reading memory, and
@@ -15,16 +17,16 @@ Presets and flags may set whatever train.py knows. In a pipe or a file the last 
 import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
+import copy
 import functools
 import gc
-import importlib.util
 import itertools
 import json
 import math
 import statistics
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,13 +36,12 @@ from tqdm import tqdm
 from core import device as hardware
 from core.data import named
 from core.data.chosen import get_data
-from core.formats import hf
-from core.net import optim
+from core.net import optim, quant
 from core.net.engine import generate
 from core.net.weights import build_model
 from core.ranks import parallel
 from core.ranks.processes import Ranks, share
-from core.run import begin, log
+from core.run import begin, log, models
 from core.run.learner import Learner
 from core.settings import check_bounds, check_choice, configure, read_settings, stop
 from core.text import tokenizer as tokenizers
@@ -48,18 +49,20 @@ from model import count_parameters, flops_per_token
 from train import train_step
 
 POSITIONAL = ('what', 'folders')
+KINDS = {'float32': 'f32', 'bfloat16': 'bf16', 'int8': 'q8_0', 'int4': 'q4_0'}  # in llama.cpp
 TRAIN = Path(__file__).with_name('train.py')     # whose settings presets and flags may set
 
 what = 'train'              # train, memory, decode or runs
-folders = ''                # runs: the run directories
-vs = ''                     # the peer: a checkout of nanoGPT, or transformers
+folders = ''                # runs: the run directories; decode: a model, instead of a preset's
+vs = ''                     # the peer: a checkout of nanoGPT, transformers or llama.cpp
 rounds = 5                  # times that each side is measured
 steps = 20                  # train: training steps in a round
 warmup = 5                  # train: steps before the first round
 profile = False             # train, decode: a trace for chrome://tracing, and the costliest lines
 prompt_tokens = 64          # decode: tokens in a prompt
 new_tokens = 128            # decode: tokens that are generated
-rows = 1                    # decode: prompts at a time
+rows = '1'                  # decode: prompts at a time, or several such numbers: 1,8,32
+weights = ''                # decode: some of float32,bfloat16,int8,int4; '': float32 on a CPU
 
 
 def choose_device(preset) -> hardware.Device:
@@ -302,74 +305,95 @@ def bench_memory(preset) -> dict:
 
 
 def bench_decode(preset) -> dict:
-    """New tokens per second of a preset's model with random weights, and the fraction of memory
-    bandwidth; of transformers' generate too, and the ratio."""
-    if vs not in ('', 'transformers'):
-        stop(f'vs={vs}: decode is compared with transformers')
-    if vs and not importlib.util.find_spec('transformers'):
-        stop('vs=transformers: it is not installed: pip install transformers')
+    """New tokens per second, the prompt's time included, and the fraction of the memory's
+    bandwidth, for each number of rows and each kind of weights; a peer's, and the ratios."""
     dev = hardware.choose(preset.device, preset.dtype, preset.compile, preset.threads,
                           training=False)
-    limit = hardware.bandwidth(dev.name)
     print(*dev.why[:3], sep='\n')
-    config, known = our_config(preset)
-    if prompt_tokens + new_tokens > config.block_size:
+    model, tokenizer, known = model_to_decode(preset, dev)
+    kinds = (weights or dev.dtype).split(',')
+    for kind in kinds:
+        if kind not in KINDS:
+            stop(f'weights={weights}: must be some of {", ".join(KINDS)}, comma-separated')
+    counts = [int(n) if n.isdigit() and int(n) else stop(
+        f'rows={rows}: must be numbers from 1 on, comma-separated') for n in rows.split(',')]
+    if vs not in ('', 'transformers', 'llama.cpp'):
+        stop(f'vs={vs}: decode is compared with transformers or llama.cpp')
+    if prompt_tokens + new_tokens > model.config.block_size:
         stop(f'prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: together more than '
-             f'block_size={config.block_size}')
-    model = build_model(config, preset.seed, dev.name).eval()
-    for p in model.parameters():    # zero matrices would make all tokens alike
-        torch.nn.init.normal_(p, 1.0 if p.ndim < 2 else 0.0, 0.02)
-    generator = torch.Generator().manual_seed(preset.seed)
-    prompts = torch.randint(known, (rows, prompt_tokens), generator=generator).tolist()
-    sides = decoders(model, prompts, dev)
-    first = {name: run() for name, run in sides.items()}    # the warm-up
-    same = None
-    if vs:
-        wanted = torch.tensor(first.pop('transformers'))[:, prompt_tokens:]
-        same = min((torch.tensor(found).T == wanted).sum().item() for found in first.values())
-        print(f'{same} of {rows * new_tokens} greedy tokens are the same')
-    times = in_turn(sides, dev)
-    limit = max(limit, hardware.bandwidth(dev.name))    # others may have had a part of it
-    print(f'reading memory {limit / 1e9:,.1f} GB/s (measured before and after, the limit of MBU)')
-    weights = sum(p.numel() for name, p in model.named_parameters()
-                  if config.tied or name != 'wte.weight')
-    cached = (prompt_tokens + new_tokens / 2) * 2 * config.n_kv_head * config.head_dim
-    size = torch.finfo(hardware.DTYPES[dev.dtype]).bits // 8
-    each = size * (weights + rows * config.n_layer * cached)
-    print(f'{rows} x {prompt_tokens} prompt tokens, {new_tokens} new ones; a step reads '
-          f'{each / 2 ** 20:,.0f} MiB')
+             f'block_size={model.config.block_size}')
     result = {'what': 'decode', 'device': dev.why[:3], 'parameters': count_parameters(model),
-              'rows': rows, 'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens,
-              'bandwidth_gb_per_second': round(limit / 1e9, 2), 'same_tokens': same}
-    for name, found in times.items():
-        speeds = [rows * new_tokens / seconds for seconds in found]
-        mbu = each * new_tokens / statistics.median(found) / limit
-        result |= {f'{name}_tokens_per_second': round(statistics.median(speeds), 2),
-                   f'{name}_mbu': round(mbu, 4)}
-        print(f'{name:13} {spread(speeds, 1)} tokens/s with the prompt, MBU {mbu:.1%}')
-    if vs:
-        for name in list(sides)[:-1]:
-            result |= ratio_of(times, 'transformers', name)
-    if profile:
-        write_profile(sides.get('ours_compiled', sides['ours']))
+              'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens, 'vs': vs, 'ratio': {},
+              'runs': []}
+    print(f'{result["parameters"]:,} parameters, {prompt_tokens} prompt tokens, {new_tokens} new')
+    for n, kind in itertools.product(counts, kinds):
+        generator = torch.Generator().manual_seed(preset.seed)
+        prompts = torch.randint(known, (n, prompt_tokens), generator=generator).tolist()
+        found = decode_in_turn(model, tokenizer, prompts, kind, dev)
+        result['runs'].append({'rows': n, 'weights': kind} | found)
+        if vs and n == counts[0] and f'{vs}_ratio' in found:
+            result['ratio'][kind] = found.get(f'{vs}_ratio_compiled', found[f'{vs}_ratio'])
     return result
 
 
-def decoders(model, prompts: list, dev) -> dict:
-    """The sides of bench_decode: functions that generate new_tokens after the prompts."""
+def model_to_decode(preset, dev):
+    """The model of `folders`, or one of the preset's shape with random weights; its tokenizer, and
+    how many ids it has."""
+    if folders:
+        model, tokenizer, _ = models.load_run(folders, device=dev.name)
+        return model, tokenizer, len(tokenizer)
+    config, known = our_config(preset)
+    model = build_model(config, preset.seed, dev.name).eval()
+    for p in model.parameters():    # zero matrices would make all tokens alike
+        torch.nn.init.normal_(p, 1.0 if p.ndim < 2 else 0.0, 0.02)
+    return model, tokenizers.ByteTokenizer(), known
+
+
+def decode_in_turn(model, tokenizer, prompts: list, kind: str, dev) -> dict:
+    """Tokens per second and fraction of bandwidth of our ways of decoding and of the peer's."""
+    limit, as_given = hardware.bandwidth(dev.name), model
+    if kind in quant.KINDS:
+        model = copy.deepcopy(model)
+        quant.quantize(model, kind)
+    else:
+        dev = replace(dev, dtype=kind, compile=dev.compile and kind == 'float32')
+
     def ours(compiled=False):
         with dev.autocast():
             return list(generate(model, prompts, new_tokens, temperature=0, compiled=compiled))
     sides: dict = {'ours': ours}
-    if dev.compile:
+    if dev.compile and len(prompts) == 1:
         sides['ours_compiled'] = functools.partial(ours, compiled=True)
     if vs:
         from dev import peers
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save(model, tokenizers.ByteTokenizer(), Path(folder) / 'hf')
-            theirs = peers.Apart(peers.transformers_generate, Path(folder) / 'hf', dev)
-        sides['transformers'] = functools.partial(theirs, prompts, new_tokens)
-    return sides
+        if theirs := peers.decoder(vs, as_given, tokenizer, KINDS[kind], len(prompts),
+                                   prompt_tokens + new_tokens, dev):
+            sides[vs] = functools.partial(theirs, prompts, new_tokens)
+    first, result = {name: run() for name, run in sides.items()}, {}     # the warm-up
+    if wanted := first.pop(vs, None):
+        result['same_tokens'] = min((torch.tensor(found).T == torch.tensor(wanted)).sum().item()
+                                    for found in first.values())
+    times, config = in_turn(sides, dev), model.config
+    limit = max(limit, hardware.bandwidth(dev.name))    # others may have had a part of it
+    size = 4 if kind == 'float32' else 2
+    cached = (prompt_tokens + new_tokens / 2) * 2 * config.n_kv_head * config.head_dim * size
+    each = quant.bytes_read(model, size) + len(prompts) * config.n_layer * cached
+    same = f'; {result["same_tokens"]} of {len(prompts) * new_tokens} greedy tokens are the same' \
+        if result else ''
+    print(f'rows {len(prompts)}, {kind}: a step reads {each / 2 ** 20:,.0f} MiB, memory gives '
+          f'{limit / 1e9:,.1f} GB/s{same}')
+    for name, found in times.items():
+        speeds = [len(prompts) * new_tokens / seconds for seconds in found]
+        mbu = each * new_tokens / statistics.median(found) / limit
+        result |= {f'{name}_tokens_per_second': round(statistics.median(speeds), 2),
+                   f'{name}_mbu': round(mbu, 4)}
+        print(f'{name:13} {spread(speeds, 1)} tokens/s, MBU {mbu:.1%}')
+    for name in sides if vs in sides else ():
+        if name != vs:
+            result |= ratio_of(times, vs, name)
+    if profile:
+        write_profile(sides.get('ours_compiled', ours))
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -427,6 +451,8 @@ def main(preset: dict | None = None) -> dict:
     check_choice(globals(), what=tuple(ways))
     check_bounds(globals())
     found = load_preset(preset)
+    if weights and what != 'decode':
+        stop(f'weights={weights}: only for decode; a model that is trained is not quantized')
     if vs and what in ('train', 'memory'):
         from dev import peers
         peers.nanogpt_source(vs)      # before ours takes its time

@@ -41,7 +41,7 @@ OTHER_NAMES = {
 # At least, at most: of a setting in all scripts that have it. None: no limit on that side.
 BOUNDS = {name: bounds for bounds, names in (
     ((1, None), 'batch_size log_interval sample_tokens answer_tokens max_new_tokens num_samples tp '
-                'pp ns_steps rope_theta rounds steps warmup rows prompt_tokens new_tokens '
+                'pp ns_steps rope_theta rounds steps warmup prompt_tokens new_tokens '
                 'shard_tokens'),
     ((0, None), 'micro_batch_size block_size depth max_steps max_minutes warmup_steps '
                 'learning_rate embed_learning_rate weight_decay muon_learning_rate '

@@ -1,17 +1,19 @@
-"""Other people's code, run beside ours on the same work: nanoGPT and transformers. None of it is
-here: it is installed, or the folder of a checkout is given.
+"""Other people's code, run beside ours on the same work: nanoGPT, transformers and llama.cpp. None
+of it is here: it is installed, or the folder of a checkout is given.
 """
 import contextlib
 import importlib.util
 import math
 import multiprocessing
 import signal
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from core.formats import gguf, hf
 from core.settings import stop
 from model import count_parameters
 
@@ -184,12 +186,29 @@ def nanogpt_steps(folder: str, recipe: NanoRecipe, vocab_size: int, dev, batches
 
 
 # ---------------------------------------------------------------------------------------------
-# transformers
+# Decoding by transformers and llama.cpp
+
+
+def decoder(vs: str, model, tokenizer, kind: str, rows: int, size: int, dev) -> Apart | None:
+    """A function (prompts, n_new) -> ids, B lists of n_new, or None where the peer does not tell
+    them: greedy decoding of our model by a peer, with weights as `kind` of GGUF. None if the peer
+    has no such weights. Stops if it is not installed."""
+    package = vs.replace('llama.cpp', 'xllamacpp')
+    if not importlib.util.find_spec(package):
+        stop(f'vs={vs}: it is not installed: pip install {package}')
+    if vs == 'transformers' and kind not in ('f32', 'bf16'):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        if vs == 'transformers':
+            hf.save(model, tokenizer, Path(folder) / 'hf')
+            return Apart(transformers_generate, Path(folder) / 'hf', dev)
+        path = Path(folder) / 'model.gguf'
+        gguf.save(model, tokenizer, path, kind, False, 'model')
+        return Apart(llama_cpp_generate, path, rows, size)
 
 
 def transformers_generate(folder: Path, dev):
-    """A function (prompts, n_new) -> ids, B lists of T + n_new: greedy decoding of the model in a
-    Hugging Face folder by transformers, with its KV cache."""
+    """The function of `decoder` for a Hugging Face folder, with transformers' KV cache."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder).to(dev.name).eval()
     model.generation_config.eos_token_id = None     # as many tokens as ours
@@ -198,6 +217,26 @@ def transformers_generate(folder: Path, dev):
     def run(prompts, n_new):
         idx = torch.tensor(prompts, device=dev.name)
         with dev.autocast():
-            return model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
-                                  max_new_tokens=n_new, pad_token_id=0, use_cache=True).tolist()
+            ids = model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
+                                 max_new_tokens=n_new, pad_token_id=0, use_cache=True)
+        return ids[:, idx.size(1):].tolist()
+    return run
+
+
+def llama_cpp_generate(path: Path, rows: int, size: int):
+    """The function of `decoder` for a GGUF file, by llama.cpp's server within this process, with as
+    many slots as rows and as many threads as torch has."""
+    xllamacpp = importlib.import_module('xllamacpp')
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel, params.n_ctx = str(path), rows, rows * (size + 64)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = xllamacpp.Server(params)
+
+    def run(prompts, n_new):
+        found = server.handle_completions({
+            'prompt': prompts if rows > 1 else prompts[0], 'n_predict': n_new, 'temperature': 0,
+            'ignore_eos': True, 'cache_prompt': False, 'return_tokens': True, 'verbose': True})
+        if found['usage']['completion_tokens'] != n_new:
+            raise RuntimeError(f'llama.cpp gave {found["usage"]} instead of {n_new} tokens')
+        return [found['__verbose']['tokens']] if rows == 1 else None
     return run

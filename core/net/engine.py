@@ -5,6 +5,7 @@ engine where it can. model.generate does the same for one prompt, plainly. Of th
 knows only the cache's methods `room`, `positions`, `mask`, `update` and `advance`.
 """
 import copy
+import functools
 from collections import deque
 from collections.abc import Sequence
 
@@ -332,11 +333,22 @@ def refusal(model) -> str:
 
 
 def compiled_step(model):
-    """The model, compiled for steps of a cache of any length. It must not change any more: looking
-    before each step whether its layers have would take as long as a tenth of a step."""
-    options = compile_options(next(model.parameters()).device.type)
+    """The model, compiled for steps of a cache of any length."""
+    device = next(model.parameters()).device.type
+    return functools.partial(compiled_for(f'{model} {model.config}', device), model)
+
+
+@functools.cache
+def compiled_for(structure: str, device: str):
+    """A function of a model and its arguments, compiled, for models of one structure. It does not
+    look before each step whether a layer has changed, which takes up to a twentieth of a step. So
+    models of another structure must not find its graphs, which belong to its code object."""
+    def step(model, *args, **options):
+        return model(*args, **options)
+    step.__code__ = step.__code__.replace(co_name='step')
+    options = compile_options(device)
     options['guard_filter_fn'] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    return torch.compile(model, dynamic=True, options=options)
+    return torch.compile(step, dynamic=True, options=options)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 
 KINDS = ('int8', 'int4')
 GROUP = 32          # weights of a row that share a scale in int4
-FEW_ROWS = 32       # up to so many, torch's kernels for integers are faster than dequantizing
+FEW_ROWS = {'int8': 64, 'int4': 128}    # up to so many, dequantizing costs more than it saves
 
 
 class QuantLinear(nn.Module):
@@ -38,7 +38,7 @@ class QuantLinear(nn.Module):
         if kind == 'int4' and q.device.type == 'cpu':
             pad = (0, 0, 0, -len(q) % 16)       # it takes rows in sixteens
             self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-                F.pad(nibbles(q), pad).int(), 1)
+                F.pad(nibbles(q).flatten(1), pad).int(), 1)
             self.scales = F.pad(torch.stack([scale, zero]), pad).permute(2, 1, 0).contiguous()
 
     def forward(self, x):
@@ -47,7 +47,7 @@ class QuantLinear(nn.Module):
             y = F.linear(x, self.dequantized().type_as(x))
             return y if self.bias is None else y + self.bias
         flat = x.reshape(-1, self.in_features).bfloat16()
-        if len(flat) > FEW_ROWS:
+        if len(flat) > FEW_ROWS[self.kind]:
             y = F.linear(flat.float(), self.dequantized()).bfloat16()
         elif self.kind == 'int8':
             y = torch.ops.aten._weight_int8pack_mm(flat, self.q, self.scale)
@@ -59,6 +59,9 @@ class QuantLinear(nn.Module):
             y += self.bias
         return y.view(*x.shape[:-1], -1)
 
+    def extra_repr(self) -> str:
+        return f'{self.in_features}, {self.out_features}, {self.kind}'
+
     def dequantized(self) -> torch.Tensor:
         """W, (O, I) in fp32."""
         return self.rows(slice(None))
@@ -68,8 +71,8 @@ class QuantLinear(nn.Module):
         scale = self.scale[i][..., None].float()
         if self.kind == 'int8':
             return self.q[i] * scale
-        q = nibbles(self.q[i]).unflatten(-1, (-1, GROUP)).float() - 8
-        return (q * scale + self.zero[i][..., None].float()).flatten(-2)
+        zero = self.zero[i][..., None].float() - 8 * scale
+        return torch.addcmul(zero, nibbles(self.q[i]).float(), scale).flatten(-2)
 
 
 class QuantEmbedding(nn.Module):
@@ -91,20 +94,20 @@ def to_int8(w: torch.Tensor):
 
 
 def to_int4(w: torch.Tensor):
-    """(q, scale, zero) of W (O, I): two weights in a byte of (O, I / 2), the first in the low half,
-    and bfloat16 (O, I / 32)."""
+    """(q, scale, zero) of W (O, I): bytes (O, I / 32, 16), the low halves of which are the first 16
+    weights of a group, and bfloat16 (O, I / 32)."""
     groups = w.unflatten(1, (-1, GROUP))
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     scale = ((high - low) / 15).bfloat16()
     zero = (low + 8 * scale.float()).bfloat16()
     q = (groups - zero.float()[..., None]) / scale.float().clamp(min=1e-30)[..., None]
-    q = (q.round() + 8).clamp(0, 15).to(torch.uint8).flatten(1)
-    return q[:, ::2] | q[:, 1::2] << 4, scale, zero
+    q = (q.round() + 8).clamp(0, 15).to(torch.uint8)
+    return q[..., :GROUP // 2] | q[..., GROUP // 2:] << 4, scale, zero
 
 
 def nibbles(q: torch.Tensor) -> torch.Tensor:
-    """(.., I / 2) bytes as (.., I) numbers from 0 to 15."""
-    return torch.stack([q & 15, q >> 4], dim=-1).flatten(-2)
+    """(.., 16) bytes as (.., 32) numbers from 0 to 15."""
+    return torch.cat([q & 15, q >> 4], dim=-1)
 
 
 @torch.no_grad()
@@ -130,3 +133,15 @@ def quantize(model: nn.Module, kind: str) -> None:
         setattr(model.get_submodule(parent), last, QuantLinear(layer, kind))
     if model.config.tied:
         model.wte = QuantEmbedding(model.lm_head)
+
+
+def bytes_read(model: nn.Module, size: int) -> int:
+    """The bytes of weights that a step of decoding reads, of which those that are no integers take
+    `size` bytes each: all but what is looked up."""
+    looked_up = ('wpe.', 'wte.head.') if model.config.tied else ('wpe.', 'wte.')
+    total = 0
+    for name, t in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False)):
+        quantized = isinstance(model.get_submodule(name.rpartition('.')[0]), QuantLinear)
+        if not name.startswith(looked_up) and not name.endswith(('.packed', '.scales')):
+            total += t.nbytes if quantized else t.numel() * size
+    return total

@@ -64,7 +64,7 @@ def test_what_is_learnt_of_two_rounds():
 @pytest.mark.slow
 @torch.no_grad()
 def test_as_in_transformers_and_llama_cpp(monkeypatch, tmp_path):
-    """Logits of 20 prompts, 64 greedy tokens of 4, and 40 of llama.cpp from an exported f16 file."""
+    """Logits of 20 prompts, 64 greedy tokens of 4; 40 in llama.cpp from an f16 file of ours."""
     transformers = pytest.importorskip('transformers')
     model, tokenizer, _ = models.load_run(str(FILES[0]))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
