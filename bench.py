@@ -26,7 +26,6 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,9 +306,9 @@ def bench_memory(preset) -> dict:
 def bench_decode(preset) -> dict:
     """New tokens per second, the prompt's time included, and the fraction of the memory's
     bandwidth, for each number of rows and each kind of weights; a peer's, and the ratios."""
-    dev = hardware.choose(preset.device, preset.dtype, preset.compile, preset.threads,
-                          training=False)
-    print(*dev.why[:3], sep='\n')
+    choose = functools.partial(hardware.choose, preset.device, compile=preset.compile,
+                               threads=preset.threads, training=False)
+    dev = choose(preset.dtype)
     model, tokenizer, known = model_to_decode(preset, dev)
     kinds = (weights or dev.dtype).split(',')
     for kind in kinds:
@@ -329,6 +328,9 @@ def bench_decode(preset) -> dict:
     for n, kind in itertools.product(counts, kinds):
         generator = torch.Generator().manual_seed(preset.seed)
         prompts = torch.randint(known, (n, prompt_tokens), generator=generator).tolist()
+        quantized = kind in quant.KINDS
+        dev = choose('float32' if quantized else kind, quantized=quantized)
+        print(f'rows {n}, weights {kind}', *dev.why[:3], sep='\n  ')
         found = decode_in_turn(model, tokenizer, prompts, kind, dev)
         result['runs'].append({'rows': n, 'weights': kind} | found)
         if vs and n == counts[0] and f'{vs}_ratio' in found:
@@ -355,8 +357,6 @@ def decode_in_turn(model, tokenizer, prompts: list, kind: str, dev) -> dict:
     if kind in quant.KINDS:
         model = copy.deepcopy(model)
         quant.quantize(model, kind)
-    else:
-        dev = replace(dev, dtype=kind, compile=dev.compile and kind == 'float32')
 
     def ours(compiled=False):
         with dev.autocast():
@@ -380,14 +380,14 @@ def decode_in_turn(model, tokenizer, prompts: list, kind: str, dev) -> dict:
     each = quant.bytes_read(model, size) + len(prompts) * config.n_layer * cached
     same = f'; {result["same_tokens"]} of {len(prompts) * new_tokens} greedy tokens are the same' \
         if result else ''
-    print(f'rows {len(prompts)}, {kind}: a step reads {each / 2 ** 20:,.0f} MiB, memory gives '
+    print(f'  a step reads {each / 2 ** 20:,.0f} MiB, memory gives '
           f'{limit / 1e9:,.1f} GB/s{same}')
     for name, found in times.items():
         speeds = [len(prompts) * new_tokens / seconds for seconds in found]
         mbu = each * new_tokens / statistics.median(found) / limit
         result |= {f'{name}_tokens_per_second': round(statistics.median(speeds), 2),
                    f'{name}_mbu': round(mbu, 4)}
-        print(f'{name:13} {spread(speeds, 1)} tokens/s, MBU {mbu:.1%}')
+        print(f'  {name:13} {spread(speeds, 1)} tokens/s, MBU {mbu:.1%}')
     for name in sides if vs in sides else ():
         if name != vs:
             result |= ratio_of(times, vs, name)

@@ -249,7 +249,8 @@ def main() -> dict:
     try:
         ''.join((prompt, system, classify)).encode()
         text = None if asked else read_prompt()
-        dev = hardware.choose(device, dtype, compile and not asked, threads, training=False)
+        dev = hardware.choose(device, dtype, compile and not asked, threads, training=False,
+                              quantized=bool(quantize))
         model, tokenizer, state = models.load_run(run_dir, step, dev.name, classifier=asked)
         if quantize:
             quant.quantize(model, quantize)

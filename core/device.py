@@ -54,9 +54,10 @@ class Device:
 
 
 def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int = 0, *,
-           local_rank: int = 0, local_world: int = 1, training: bool = True) -> Device:
-    """Decide what the settings leave open ('' or 0). Stops if they ask for a device or dtype that
-    this machine does not have."""
+           local_rank: int = 0, local_world: int = 1, training: bool = True,
+           quantized: bool = False) -> Device:
+    """Decide what the settings leave open ('' or 0), for training, or for decoding with weights
+    that may be quantized. Stops if they ask for a device or dtype that this machine lacks."""
     kind, name, why = choose_device(device, local_rank)
     if kind == 'cpu':
         threads = threads or (torch.get_num_threads() if local_world == 1
@@ -68,7 +69,7 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
         torch.cuda.set_device(name)
     dtype, dtype_why = choose_dtype(kind, dtype, training)
     torch.set_float32_matmul_precision('high' if dtype == 'tf32' else 'highest')
-    compile, compile_why = choose_compile(kind, name, compile, dtype, training)
+    compile, compile_why = choose_compile(kind, name, compile, dtype, training, quantized)
     # Compiled for a CPU, the backward pass of an embedding adds in whatever order threads come,
     # unless told not to, which is no slower. Eager training is deterministic anyway; there the
     # switch would cost the second in which it imports the compiler.
@@ -208,7 +209,7 @@ def is_intel() -> bool:
 
 
 def choose_compile(kind: str, name: str, compile: bool, dtype: str = 'float32',
-                   training: bool = True) -> tuple[bool, str]:
+                   training: bool = True, quantized: bool = False) -> tuple[bool, str]:
     """Whether torch.compile is used, and why: a small function is compiled to see if it works."""
     if not compile:
         return False, 'as asked'
@@ -216,7 +217,8 @@ def choose_compile(kind: str, name: str, compile: bool, dtype: str = 'float32',
         return False, 'not dependable on Apple GPUs yet'
     if not training and DTYPES[dtype] != torch.float32:
         return False, f'to decode in {dtype}, it would convert all weights again for each token'
-    if not training and kind == 'cpu' and torch.backends.mkl.is_available() and not is_intel():
+    if not training and not quantized and kind == 'cpu' and torch.backends.mkl.is_available() \
+            and not is_intel():
         return False, 'it would leave single rows to MKL, which is slow for them on this CPU'
     if why := no_compiler(kind, name):
         return False, f'it fails on this machine: {why}'

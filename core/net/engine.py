@@ -261,8 +261,6 @@ class Engine:
         for row, *_ in found:
             if row.ended:
                 self.leave(self.rows.index(row))
-        if not self.rows and not self.waiting:
-            self.cache = None
         return found
 
     @torch.no_grad()
@@ -304,13 +302,16 @@ class Engine:
         return new, text
 
     def leave(self, i: int) -> None:
-        """Take a row out; the last row that has a cache gets its slot."""
+        """Take a row out; the last row that has a cache gets its slot. Without rows, no memory is
+        kept."""
         n = sum(row.cached > 0 for row in self.rows)
         if i < n - 1:
             self.cache.move(n - 1, i, self.rows[n - 1].cached)
             self.rows[i], self.rows[n - 1] = self.rows[n - 1], self.rows[i]
             i = n - 1
         del self.rows[i]
+        if not self.rows:
+            self.cache = None
 
     def draft(self, row: Request) -> list[int]:
         """Ids to try: none where drafts have given fewer ids than a step of them costs steps."""

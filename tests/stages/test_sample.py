@@ -13,6 +13,7 @@ import export
 import finetune
 import sample
 import train
+from core.net.engine import StopStrings
 from core.settings import Stop
 
 ROOT = Path(sample.__file__).parent
@@ -87,7 +88,7 @@ def test_stop_strings(run_sample):
     (['xEND', 'STOP'], 'x', True),
 ])
 def test_stop_strings_across_pieces(pieces, expected, found):
-    stops = sample.StopStrings(['STOP', 'END'])
+    stops = StopStrings(['STOP', 'END'])
     out = ''
     for piece in pieces:
         out += stops.feed(piece)
