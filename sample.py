@@ -95,11 +95,10 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
                       for s in stop_strings.split(',') if s])
     written, n = '', 0
     with dev.autocast():
-        for found in steps_of(model, [ids], [sampling], tokenizer=tokenizer, compiled=dev.compile,
-                              speculate=speculate):
-            for _, new, text in found:
-                print(text, end='', flush=True)
-                written, n = written + text, n + len(new)
+        for [(_, new, text)] in steps_of(model, [ids], [sampling], tokenizer=tokenizer,
+                                         compiled=dev.compile, speculate=speculate):
+            print(text, end='', flush=True)
+            written, n = written + text, n + len(new)
     print(flush=True)
     return written, n
 

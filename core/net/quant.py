@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.settings import stop
+
 KINDS = ('int8', 'int4')
 GROUP = 32          # weights of a row that share a scale in int4
 FEW_ROWS = {'int8': 64, 'int4': 128}    # up to so many, dequantizing costs more than it saves
@@ -112,22 +114,20 @@ def nibbles(q: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def quantize(model: nn.Module, kind: str) -> None:
-    """Replace the matrices of a GPT. Raises ValueError for another kind of model, for one that is
-    in training mode, for one of which another process has a part, and for rows that int4 cannot
-    divide."""
-    if kind not in KINDS:
-        raise ValueError(f'quantize={kind}: must be one of {", ".join(KINDS)}, or empty')
-    if model.config.arch != 'gpt':
-        raise ValueError(f'quantize={kind}: only for a GPT, not for an {model.config.arch}')
-    if model.training:
-        raise ValueError(f'quantize={kind}: rounded weights cannot learn; only a model that is not '
-                         'trained any more is quantized')
+    """Replace the matrices of a GPT. Stops at another kind of model, at one that is in training
+    mode, and at rows that int4 cannot divide."""
     layers = {name: layer for name, layer in model.named_modules()
               if isinstance(layer, nn.Linear)}
+    if kind not in KINDS:
+        stop(f'quantize={kind}: must be one of {", ".join(KINDS)}, or empty')
+    if model.config.arch != 'gpt':
+        stop(f'quantize={kind}: only for a GPT, not for an {model.config.arch}; leave it out')
+    if model.training:
+        stop(f'quantize={kind}: rounded weights cannot learn; quantize a model after its training')
     for name, layer in layers.items():
         if kind == 'int4' and layer.in_features % GROUP:
-            raise ValueError(f'quantize=int4: the rows of {name}.weight have {layer.in_features} '
-                             f'weights, which {GROUP} does not divide; use int8')
+            stop(f'quantize=int4: the rows of {name}.weight have {layer.in_features} weights, '
+                 f'which {GROUP} does not divide; use int8')
     for name, layer in layers.items():
         parent, _, last = name.rpartition('.')
         setattr(model.get_submodule(parent), last, QuantLinear(layer, kind))
