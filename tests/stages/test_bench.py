@@ -129,14 +129,40 @@ def test_decode_beside_transformers(run_bench, capsys, monkeypatch):
     pytest.importorskip('transformers')
     run_bench.preset['compile'] = True
     monkeypatch.setattr(hardware, 'is_intel', lambda: True)
-    found = run_bench(what='decode', vs='transformers', rows=2, prompt_tokens=4, new_tokens=5,
-                      rounds=2)
+    found = run_bench(what='decode', vs='transformers', prompt_tokens=4, new_tokens=5, rounds=2)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
-    assert found['same_tokens'] == 10 and found['transformers_ratio'] > 0
-    assert 0 < found['ours_mbu'] < 1 and found['transformers_ratio_compiled'] > 0
-    assert 'no peer' in refused(capsys, run_bench, what='decode', vs='no peer')
-    assert 'more than block_size' in refused(capsys, run_bench, what='decode', vs='',
-                                             prompt_tokens=10 ** 4)
+    [one] = found['runs']
+    assert one['same_tokens'] == 5 and one['transformers_ratio'] > 0 and one['rows'] == 1
+    assert 0 < one['ours_mbu'] < 1
+    assert found['ratio'] == {'float32': one['transformers_ratio_compiled']}
+
+
+def test_decode_beside_llama_cpp(run_bench, capsys, monkeypatch):
+    """Each kind of weights beside its nearest, one row and several; of a model that exists, too."""
+    pytest.importorskip('xllamacpp')
+    run_bench.preset |= {'n_embd': 64, 'n_head': 2, 'n_hidden': 96}
+    options = dict(what='decode', prompt_tokens=4, new_tokens=5, rounds=1)
+    found = run_bench(vs='llama.cpp', weights='float32,int8,int4', rows='1,2', **options)
+    assert set(found['ratio']) == {'float32', 'int8', 'int4'}
+    assert [(one['rows'], one['weights']) for one in found['runs']] == [
+        (n, kind) for n in (1, 2) for kind in ('float32', 'int8', 'int4')]
+    assert found['runs'][0]['same_tokens'] == 5 and 'same_tokens' not in found['runs'][3]
+    assert all(one['llama.cpp_ratio'] > 0 for one in found['runs'])
+    model = build_model(bench.our_config(SimpleNamespace(**run_bench.preset))[0])
+    monkeypatch.setattr(bench.models, 'load_run', lambda name, device: (
+        model.eval(), bench.tokenizers.ByteTokenizer(), {}))
+    found = run_bench(vs='', folders='out/some', weights='bfloat16', **options)
+    assert found['ratio'] == {} and found['runs'][0]['ours_tokens_per_second'] > 0
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(vs='no peer'), 'vs=no peer: decode is compared with transformers or llama.cpp'),
+    (dict(prompt_tokens=10 ** 4), 'more than block_size'),
+    (dict(weights='int3'), 'weights=int3: must be some of float32, bfloat16, int8, int4'),
+    (dict(rows='1,0'), 'rows=1,0: must be numbers from 1 on'),
+    (dict(weights='int8', what='train'), 'a model that is trained is not quantized')])
+def test_decode_refuses(run_bench, capsys, settings, message):
+    assert message in refused(capsys, run_bench, **{'what': 'decode'} | settings)
 
 
 def refused(capsys, run_bench, **settings) -> str:
