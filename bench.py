@@ -92,22 +92,6 @@ def our_learner(preset, config, dev, seed: int) -> Learner:
                    seed if preset.dropout else None)
 
 
-def nanogpt_like(preset, config, compiled: bool):
-    """nanoGPT's model of the same shape, trained with the same settings in the same dtype."""
-    from dev import peers
-    return peers.NanoRecipe(
-        config.n_layer, config.n_head, config.n_embd, config.block_size, preset.batch_size,
-        preset.max_steps, config.dropout, config.bias, preset.learning_rate, preset.warmup_steps,
-        preset.weight_decay, preset.beta2, preset.grad_clip, compiled, True)
-
-
-def check_size(theirs: int, ours: int) -> None:
-    """Stop if the peer's model has another number of parameters than ours."""
-    if theirs != ours:
-        stop(f'vs={vs}: its model has {theirs:,} parameters, ours {ours:,}; compare at the GPT-2 '
-             'architecture (no preset)')
-
-
 def rows_at_once(preset, config, dev) -> int:
     """Sequences in a micro-batch, as train.py chooses it."""
     return preset.micro_batch_size or hardware.fit_micro_batch(
@@ -208,11 +192,11 @@ def bench_train(preset) -> dict:
     for name, compiled in (('nanogpt_eager', False), ('nanogpt_compiled', True)):
         if vs and compiled <= dev.compile:
             from dev import peers
-            recipe = nanogpt_like(preset, config, compiled)
+            recipe = peers.nanogpt_like(preset, config, compiled)
             sides[name] = peers.Apart(peers.nanogpt_steps, vs, recipe, config.vocab_size, dev,
                                       batches)
             found, flops[name] = sides[name](0)
-            check_size(found, n_parameters)
+            peers.check_size(vs, found, n_parameters)
     tokens = preset.batch_size * config.block_size
     print(f'{n_parameters:,} parameters, {tokens:,} tokens a step in {len(batches)} micro-batches; '
           f'{rounds} rounds of {steps} steps')
@@ -289,9 +273,9 @@ def bench_memory(preset) -> dict:
         from dev import peers
         del learner, step       # the other side must not find them in memory
         gc.collect()
-        recipe = nanogpt_like(preset, config, dev.compile)
+        recipe = peers.nanogpt_like(preset, config, dev.compile)
         peer = peers.NanoGPT(vs, recipe, config.vocab_size, dev)
-        check_size(count_parameters(peer.model), n_parameters)
+        peers.check_size(vs, count_parameters(peer.model), n_parameters)
         step = functools.partial(peer.step, batches)
         theirs = peak_memory(peer.model, [peer.optimizer], step, dev) / 2 ** 20
         print(f'nanogpt {theirs:,.0f} MiB at most; ours takes {ours / theirs:.2f} times as much')

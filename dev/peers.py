@@ -107,6 +107,21 @@ NANO_RECIPES = {
     'gpu': NanoRecipe(6, 6, 384, 256, 64, 5000, dropout=0.2, compile=True, autocast=True)}
 
 
+def nanogpt_like(preset, config, compiled: bool) -> NanoRecipe:
+    """nanoGPT's model of the same shape, trained with the same settings in the same dtype."""
+    return NanoRecipe(
+        config.n_layer, config.n_head, config.n_embd, config.block_size, preset.batch_size,
+        preset.max_steps, config.dropout, config.bias, preset.learning_rate, preset.warmup_steps,
+        preset.weight_decay, preset.beta2, preset.grad_clip, compiled, True)
+
+
+def check_size(vs: str, theirs: int, ours: int) -> None:
+    """Stop if the peer's model has another number of parameters than ours."""
+    if theirs != ours:
+        stop(f'vs={vs}: its model has {theirs:,} parameters, ours {ours:,}; compare at the GPT-2 '
+             'architecture (no preset)')
+
+
 def nanogpt_source(folder: str) -> Path:
     """The model in a checkout of nanoGPT. Stops if there is none."""
     path = Path(folder) / 'model.py'

@@ -4,14 +4,14 @@
     int4    w = scale (q - 8) + zero for each 32 weights of a row, q from 0 to 15
 
 Integers are rounded to nearest (Jacob et al. 2018, section 2.1; no calibration), scales are
-bfloat16. `quantize` puts a QuantLinear into the place of each linear layer, and a QuantEmbedding,
-which looks rows up in the head's integers, into that of a tied embedding. Norms, biases and
-positions stay as they are.
+bfloat16. `quantize` puts a QuantLinear into the place of each linear layer, and a QuantEmbedding
+into that of a tied embedding. Norms, biases and positions stay.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.net.weights import Model
 from core.settings import stop
 
 KINDS = ('int8', 'int4')
@@ -26,22 +26,27 @@ class QuantLinear(nn.Module):
     it; a few rows take these.
     """
 
+    q: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor          # int4 only, as the next two
+    packed: torch.Tensor        # the integers once more, in the order of torch's kernel
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, layer: nn.Linear, kind: str):
         super().__init__()
         self.kind = kind
         self.out_features, self.in_features = layer.weight.shape
         q, scale, zero = (to_int8 if kind == 'int8' else to_int4)(layer.weight.detach().float())
-        self.register_buffer('q', q)
-        self.register_buffer('scale', scale)
-        self.register_buffer('bias', None if layer.bias is None else layer.bias.bfloat16())
-        self.register_buffer('zero', zero)
-        self.register_buffer('packed', None)    # int4 once more, in the order of torch's kernel
-        self.register_buffer('scales', None)
+        bias = None if layer.bias is None else layer.bias.bfloat16()
+        made = dict(q=q, scale=scale, zero=zero, bias=bias, packed=None, scales=None)
+        for name, t in made.items():
+            self.register_buffer(name, t)
         if kind == 'int4' and q.device.type == 'cpu':
             pad = (0, 0, 0, -len(q) % 16)       # it takes rows in sixteens
             self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
                 F.pad(nibbles(q).flatten(1), pad).int(), 1)
-            self.scales = F.pad(torch.stack([scale, zero]), pad).permute(2, 1, 0).contiguous()
+            self.scales = F.pad(torch.stack([scale, self.zero]), pad).permute(2, 1, 0).contiguous()
 
     def forward(self, x):
         """x (.., I) to y (.., O)."""
@@ -55,8 +60,7 @@ class QuantLinear(nn.Module):
             y = torch.ops.aten._weight_int8pack_mm(flat, self.q, self.scale)
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales)
-            if len(self.packed) > self.out_features:
-                y = y[:, :self.out_features]
+            y = y if len(self.packed) == self.out_features else y[:, :self.out_features]
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], -1)
@@ -113,11 +117,10 @@ def nibbles(q: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, kind: str) -> None:
+def quantize(model: Model, kind: str) -> None:
     """Replace the matrices of a GPT. Stops at another kind of model, at one that is in training
     mode, and at rows that int4 cannot divide."""
-    layers = {name: layer for name, layer in model.named_modules()
-              if isinstance(layer, nn.Linear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if kind not in KINDS:
         stop(f'quantize={kind}: must be one of {", ".join(KINDS)}, or empty')
     if model.config.arch != 'gpt':
@@ -132,10 +135,10 @@ def quantize(model: nn.Module, kind: str) -> None:
         parent, _, last = name.rpartition('.')
         setattr(model.get_submodule(parent), last, QuantLinear(layer, kind))
     if model.config.tied:
-        model.wte = QuantEmbedding(model.lm_head)
+        model.wte = QuantEmbedding(model.lm_head)   # type: ignore  # which took its place above
 
 
-def bytes_read(model: nn.Module, size: int) -> int:
+def bytes_read(model: Model, size: int) -> int:
     """The bytes of weights that a step of decoding reads, of which those that are no integers take
     `size` bytes each: all but what is looked up."""
     looked_up = ('wpe.', 'wte.head.') if model.config.tied else ('wpe.', 'wte.')

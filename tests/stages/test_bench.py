@@ -148,7 +148,8 @@ def test_decode_beside_llama_cpp(run_bench, capsys, monkeypatch):
         (n, kind) for n in (1, 2) for kind in ('float32', 'int8', 'int4')]
     assert found['runs'][0]['same_tokens'] == 5 and 'same_tokens' not in found['runs'][3]
     assert all(one['llama.cpp_ratio'] > 0 for one in found['runs'])
-    model = build_model(bench.our_config(SimpleNamespace(**run_bench.preset))[0])
+    larger = SimpleNamespace(**run_bench.preset | {'vocab_size': 300})
+    model = build_model(bench.our_config(larger)[0])
     monkeypatch.setattr(bench.models, 'load_run', lambda name, device: (
         model.eval(), bench.tokenizers.ByteTokenizer(), {}))
     found = run_bench(vs='', folders='out/some', weights='bfloat16', **options)
