@@ -293,7 +293,6 @@ def bench_decode(preset) -> dict:
     choose = functools.partial(hardware.choose, preset.device, compile=preset.compile,
                                threads=preset.threads, training=False)
     dev = choose(preset.dtype)
-    model, tokenizer, known = model_to_decode(preset, dev)
     kinds = (weights or dev.dtype).split(',')
     for kind in kinds:
         if kind not in KINDS:
@@ -302,6 +301,7 @@ def bench_decode(preset) -> dict:
         f'rows={rows}: must be numbers from 1 on, comma-separated') for n in rows.split(',')]
     if vs not in ('', 'transformers', 'llama.cpp'):
         stop(f'vs={vs}: decode is compared with transformers or llama.cpp')
+    model, tokenizer, known = model_to_decode(preset, dev)
     if prompt_tokens + new_tokens > model.config.block_size:
         stop(f'prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: together more than '
              f'block_size={model.config.block_size}')

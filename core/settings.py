@@ -164,7 +164,8 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
                 given.append(name)
             configs.append(word)
         elif not positional or takes_configs and not Path(word).exists() and any(
-                Path('config').rglob(f'{word}.py')):
+                f'/{path.with_suffix("")}'.endswith(f'/{word}')
+                for path in Path('config').rglob('*.py')):
             stop(f'{word}: unexpected word; {script_name(script)} takes config files (*.py) and '
                  f'flags (--setting=value)' + (near_config(word) or '; --help lists the settings'))
         else:

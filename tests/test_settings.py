@@ -528,6 +528,15 @@ def test_the_name_of_a_preset_alone(capsys, monkeypatch, script, word):
     assert f'{word}.py?' in message and 'did you mean config/' in message
 
 
+@pytest.mark.parametrize('word', ['/no/such/run', '[', 'a*/**b', '../out/none', '.'])
+def test_a_word_is_no_pattern(monkeypatch, word):
+    """Whatever a run is called, the name is taken, and the stage says what is wrong with it."""
+    monkeypatch.chdir(ROOT)
+    scope = read_settings(ROOT / 'classify.py')
+    configure(scope, [word])
+    assert scope['run_dir'] == word
+
+
 def test_help_that_nobody_reads_to_its_end():
     done = subprocess.run(f'{sys.executable} train.py --help | head -1', shell=True, cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
