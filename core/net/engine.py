@@ -174,7 +174,7 @@ class Request:
 
 GRAM = 3        # ids that must be the same for a draft
 DRAFT = 4       # ids in a draft
-COST = 2.0      # of a step of 1 + DRAFT ids, in steps of one: a rule, since a clock would choose
+COST = 3.0      # of a step of 1 + DRAFT ids, in steps of one: a rule, since a clock would choose
                 # differently from run to run, and with it the last digits of logits
 REST = 64       # tokens without a draft after drafts that did not pay
 
