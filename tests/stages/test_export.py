@@ -104,9 +104,9 @@ def test_a_chat_model_comes_back(tuned, base, run_export, monkeypatch, capsys, w
     assert (state['task'] == 'chat') == (way != 'base')
     assert bool(tokenizer.template) == (way == 'theirs') and not capsys.readouterr().err
     seen = []
-    monkeypatch.setattr(sample, 'generate', lambda model, prompts, n, stop_tokens, **options: (
-        seen.append((prompts[0], stop_tokens)) or iter([[tokenizer.encode('n')[0]],
-                                                        [tokenizer.special['<|end|>']]])))
+    monkeypatch.setattr(sample, 'steps_of', lambda model, prompts, wanted, **options: (
+        seen.append((prompts[0], wanted[0].stop_tokens)) or iter([[(None, [1], 'n')],
+                                                                  [(None, [2], '')]])))
     monkeypatch.setattr(sample, 'run_dir', str(folder))
     monkeypatch.setattr(sample, 'prompt', 'x')
     texts = sample.main()['texts']
