@@ -5,9 +5,12 @@ import os
 os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
 
 import argparse
+import contextlib
 import gc
+import http.server
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,23 @@ LONGEST = ('test_readme', 'test_layouts', 'test_train', 'test_corpus', 'test_ide
 
 TABLES = {}     # what tests/parallel compared and counted: title -> rows of cells, header first
 FAULTS = {}     # what tests/faults did: fault -> (number of tries, what came of it)
+
+
+class Quiet:
+    """For a handler of an HTTP server that says nothing of its requests."""
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """An HTTP server on this machine, with a free port, whose requests the handler answers."""
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def pytest_addoption(parser):

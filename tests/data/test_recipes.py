@@ -3,10 +3,10 @@ import functools
 import gzip
 import http.server
 import json
-import threading
 from pathlib import Path
 
 import pytest
+from conftest import Quiet, serving
 from conftest import stopped_at_last as stopped
 from test_corpus import documents_of, prose
 
@@ -22,18 +22,14 @@ def site(tmp_path, monkeypatch):
     folder = tmp_path / 'site'
     folder.mkdir()
     handler = functools.partial(Handler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    address = f'http://127.0.0.1:{server.server_port}'
-    monkeypatch.setenv('HF_ENDPOINT', address)
-    yield Site(folder, address)
-    server.shutdown()
-    server.server_close()
+    with serving(handler) as server:
+        address = f'http://127.0.0.1:{server.server_port}'
+        monkeypatch.setenv('HF_ENDPOINT', address)
+        yield Site(folder, address)
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+class Handler(Quiet, http.server.SimpleHTTPRequestHandler):
+    pass
 
 
 class Site:

@@ -10,10 +10,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
+from conftest import Quiet, serving
 from conftest import stopped_at_last as stopped
 from test_prepare import decoded, meta_of, raising, run_main, snapshot, write
 
@@ -57,7 +57,7 @@ ANGLES = 'if a < b and c > d: <nobody> & "nothing"\n' * 3
 TABLE = 'id,text\n1,"of a, table"\n2,another row\n'
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(Quiet, http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         kind, body, headers = self.server.answer
         self.send_response(200)
@@ -68,18 +68,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture(scope='module')
 def running():
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as server:
+        yield server
 
 
 @pytest.fixture

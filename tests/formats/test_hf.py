@@ -7,12 +7,11 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import stopped
+from conftest import Quiet, serving, stopped
 from safetensors.torch import load_file, save_file
 from test_bpe import fuzz, nfc
 
@@ -648,7 +647,7 @@ def hub(monkeypatch, tmp_path):
     """A server that answers as the hub does, from tmp_path/hub; its list of requests."""
     asked = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(Quiet, http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append((self.path, self.headers.get('Authorization')))
             path = tmp_path / 'hub' / self.path[1:].replace('/resolve/main/', '/')
@@ -659,17 +658,11 @@ def hub(monkeypatch, tmp_path):
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
-    monkeypatch.delenv('DATA_MIRROR', raising=False)
-    monkeypatch.chdir(tmp_path)
-    yield asked
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as server:
+        monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+        monkeypatch.delenv('DATA_MIRROR', raising=False)
+        monkeypatch.chdir(tmp_path)
+        yield asked
 
 
 def test_from_the_hub(hub, tokenizer, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import Quiet, serving
 from conftest import stopped_at_last as stopped
 
 from core.read.download import NoNetwork, download, fetch
@@ -20,7 +21,7 @@ SMALL = b'a small file\n'
 SMALL_SHA = hashlib.sha256(SMALL).hexdigest()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(Quiet, http.server.BaseHTTPRequestHandler):
     """Gives each request to the next of the server's answers; the last one takes the rest."""
 
     def do_GET(self):
@@ -41,18 +42,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture(scope='module')
 def running():
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as server:
+        yield server
 
 
 @pytest.fixture
