@@ -89,7 +89,8 @@ def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
               chatting: bool = False) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
     sampling = Sampling(
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, sample_seed,
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
+        f'{sample_seed} 0',     # as the first row of a call of `generate` draws
         stop_tokens=tokenizer.turn_ends() if chatting else {tokenizer.eos},
         stop_strings=[tokenizer.as_corpus(s.replace('\\n', '\n'))
                       for s in stop_strings.split(',') if s])

@@ -35,7 +35,6 @@ def as_dtype(model, tokenizer, dtype: str, chat: bool):
         again, size = copy.deepcopy(model), 2 if dtype == 'bfloat16' else 4
         if dtype in quant.KINDS:
             quant.quantize(again, dtype)
-            size = 4
         cpu.dtype = 'bfloat16' if dtype == 'bfloat16' else 'float32'
         return again, quant.bytes_read(again, size) / 1e6, cpu
     with tempfile.TemporaryDirectory() as folder:

@@ -279,11 +279,10 @@ class Engine:
         """Logits (B, n_logits, V) of ids (B, T), which go on the rows from number `first` on."""
         lengths = [row.cached for row in self.rows[first:first + len(ids)]]
         needed = max(lengths) + len(ids[0])
-        if self.cache is None or self.cache.size < needed:
-            size = min(self.size, max(256, 1 << (needed - 1).bit_length()))
-            if self.cache is None:
-                self.cache = KVCache(self.slots, size, self.device)
-            self.cache.grow(size)
+        if self.cache is None:
+            self.cache = KVCache(self.slots, 0, self.device)
+        if self.cache.size < needed:
+            self.cache.grow(min(self.size, max(256, 1 << (needed - 1).bit_length())))
         idx = torch.tensor(ids, device=self.device)
         return run(idx, cache=self.cache.part(first, lengths), n_logits=n_logits)
 
