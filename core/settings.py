@@ -113,9 +113,9 @@ def check_bounds(settings: dict, **bounds) -> None:
     """Stop if a setting lies outside of its BOUNDS, or of those that are given for this script, as
     in check_bounds(globals(), block_size=(1, None))."""
     for name, (low, high) in (BOUNDS | bounds).items():
-        if name not in settings:
+        value = settings.get(name)
+        if not is_setting(name, value):
             continue
-        value = settings[name]
         if (low is not None and value < low) or (high is not None and value > high):
             limits = [f'at least {low}' if low is not None else '',
                       f'at most {high}' if high is not None else '']

@@ -131,13 +131,14 @@ def arrange(ranks: Ranks, *, tp: int = 1, pp: int = 1, zero: int = 0, replicas: 
 
 
 def begin(device: str, dtype: str, compile: bool, threads: int, timeout_minutes: float,
-          layout: dict | None = None) -> tuple:
+          layout: dict | None = None, **purpose) -> tuple:
     """The ranks, which have found each other, and the device on which they agree, as a script's
-    settings ask for them; prints both. `layout` has arguments of `arrange`."""
+    settings ask for them; prints both. `layout` has arguments of `arrange`, `purpose` of
+    `device.choose`."""
     ranks = find_ranks()
     said = arrange(ranks, **layout or {})
     found = hardware.choose(device, dtype, compile, threads, local_rank=ranks.local_rank,
-                            local_world=ranks.local_world)
+                            local_world=ranks.local_world, **purpose)
     start(ranks, found, timeout_minutes)
     found = hardware.agree(found, exchange)
     print0(*found.why, *said, sep='\n')

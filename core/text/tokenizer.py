@@ -59,6 +59,7 @@ class Tokenizer:
     kind = ''
     corpus_normalize = 'NFC'    # of the text that it is used on: NFC, NFKC, or '' for none
     template: ChatTemplate | None = None    # of a model that another program has trained
+    written: dict[str, int] = {}    # special tokens that text may spell, as <think> in Qwen3
 
     def __init__(self, ordinary: list[bytes], special: dict[str, int] | None = None,
                  first: int = 0, eos: str = '<|endoftext|>'):
@@ -106,9 +107,17 @@ class Tokenizer:
 
     def byte_lengths(self) -> np.ndarray:
         """(len(self),) UTF-8 bytes of each token, 0 for special ones: for bits per byte."""
-        lengths = np.array([len(token) for token in self.tokens], dtype=np.int64)
-        lengths[list(self.special.values())] = 0
-        return lengths
+        return self.counts(len)
+
+    def character_counts(self) -> np.ndarray:
+        """(len(self),) characters that begin in each token, 0 for special ones."""
+        return self.counts(lambda token: sum(byte & 0xC0 != 0x80 for byte in token))
+
+    def counts(self, count) -> np.ndarray:
+        """(len(self),) count(bytes of the token), 0 for special ones that no text may spell."""
+        found = np.array([count(token) for token in self.tokens], dtype=np.int64)
+        found[list(set(self.special.values()) - set(self.written.values()))] = 0
+        return found
 
     def start(self) -> list[int]:
         """The ids to begin from without a prompt: bos, a line break, or the end of another text."""
@@ -329,12 +338,6 @@ class BPETokenizer(Tokenizer):
                 if known := self.lost.sub(b'', piece.encode()):
                     ids += self.encoding._encode_single_piece(known)
         return ids
-
-    def byte_lengths(self) -> np.ndarray:
-        lengths = super().byte_lengths()
-        for name, i in self.written.items():
-            lengths[i] = len(name.encode())
-        return lengths
 
     def with_chat(self) -> 'BPETokenizer':
         """The same with the tokens of chats behind all others, where it lacks them."""

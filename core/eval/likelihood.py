@@ -1,0 +1,258 @@
+"""How probable a model finds continuations of contexts: what tests by multiple choice are made of.
+
+The rules are those of EleutherAI's lm-evaluation-harness, so that scores can be compared. What
+continuations have in common is computed once: the context of all choices of an item, and the
+examples that all items of a task begin with.
+"""
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from core.net.engine import KVCache
+from core.ranks import processes
+from core.ranks.processes import IGNORE
+
+BATCH_TOKENS = 2048     # tokens computed at a time, 8 times as many on a GPU
+BATCH_LOGITS = 1 << 26  # logits held at a time, 256 MiB in fp32
+LEAST_PREFIX = 16       # shorter beginnings are not worth a computation of their own
+
+
+class Pair(NamedTuple):
+    """A continuation, and what stands before it, as ids."""
+    context: list[int]
+    continuation: list[int]
+
+
+class Scored(NamedTuple):
+    """Log-probability of a continuation in nats, and whether each of its ids is the likeliest."""
+    log_probability: float
+    greedy: bool
+
+
+def encode_pair(tokenizer, context: str, continuation: str) -> Pair:
+    """Ids of a context and what follows it, encoded together and cut where the context's own ids
+    end. Spaces at the end of the context go to the continuation, as tokens begin with a space.
+    Without a context, the model's first id stands before the continuation."""
+    context, continuation = tokenizer.as_corpus(context), tokenizer.as_corpus(continuation)
+    before = [tokenizer.bos] if tokenizer.add_bos else []
+    if not context:
+        ids = tokenizer.encode(continuation)
+        first = first_id(tokenizer)
+        return Pair([first], ids) if ids[:1] != [first] else Pair(ids[:1], ids[1:])
+    stripped = context.rstrip()
+    whole = before + tokenizer.encode(context + continuation)
+    ids = before + tokenizer.encode(stripped)
+    return Pair(ids, whole[len(ids):])
+
+
+def first_id(tokenizer) -> int:
+    """The id that stands before a text: bos, or else eos, the end of another text."""
+    return tokenizer.eos if tokenizer.bos is None else tokenizer.bos
+
+
+def windows(ids: list[int], first: int, size: int, stride: int) -> list[Pair]:
+    """A text of any length as pairs that predict each id once. Windows of `size` ids begin `stride`
+    apart: an id has at least size - stride + 1 ids before it, but for those of the first window;
+    the last one is filled up from the left. (`get_rolling_token_windows` in the harness, whose
+    stride is the size.)"""
+    found, done = [Pair([first], ids[:size])], min(size, len(ids))
+    while done < len(ids):
+        end = done + min(stride, len(ids) - done)
+        found.append(Pair(ids[end - size - 1:done], ids[done:end]))
+        done = end
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows: pairs with a common beginning
+
+
+class Row(NamedTuple):
+    """Pairs that begin alike, as one sequence: what they share, then the rest of each, its branch.
+    The last id of each branch's context is its own, since it predicts the first that follows."""
+    shared: list[int]
+    branches: list[tuple[list[int], list[int]]]     # ids that go in; the ids that they predict,
+                                                    # which belong to the last of them
+    item: int
+
+    @property
+    def n_ids(self) -> int:
+        return len(self.shared) + self.n_own
+
+    @property
+    def n_own(self) -> int:
+        """Ids of all branches."""
+        return sum(len(ids) for ids, _ in self.branches)
+
+
+def rows_of(item: int, pairs: list[Pair], size: int) -> list[Row]:
+    """The pairs of an item as one row, or each as a row of its own where they share little. A pair
+    longer than the window of `size` loses the beginning of its context."""
+    cut = [((pair.context + pair.continuation)[-size - 1:-1], pair.continuation) for pair in pairs]
+    most = min(len(ids) - len(targets) for ids, targets in cut)
+    n = common([ids for ids, _ in cut], most)
+    if n < LEAST_PREFIX and len(cut) > 1:
+        return [row for pair in pairs for row in rows_of(item, [pair], size)]
+    return [Row(cut[0][0][:n], [(ids[n:], targets) for ids, targets in cut], item)]
+
+
+def common(sequences: list[list[int]], most: int) -> int:
+    """How many ids, at most `most`, all the sequences begin with."""
+    low, high = min(sequences), max(sequences)      # in order, these two differ the earliest
+    return next((i for i in range(most) if low[i:i + 1] != high[i:i + 1]), most)
+
+
+class Branches:
+    """Of KVCache what the model asks of it, for one pass over rows of branches: in each row a
+    branch sees what is shared and itself. `prefix` is a cache of one row that all rows go on."""
+
+    def __init__(self, rows: list[Row], device, prefix: KVCache | None = None):
+        T, self.prefix = max(row.n_ids for row in rows), prefix
+        self.size, first = math.inf, prefix.longest if prefix else 0
+        position = torch.zeros(len(rows), T, dtype=torch.long)
+        branch = torch.full((len(rows), T), -1)     # 0: shared; -1: padding, which sees itself
+        for b, row in enumerate(rows):
+            n = len(row.shared)
+            position[b, :n], branch[b, :n] = torch.arange(n), 0
+            for k, (ids, _) in enumerate(row.branches, 1):
+                begin, n = n, n + len(ids)
+                position[b, begin:n] = torch.arange(len(ids)) + len(row.shared)
+                branch[b, begin:n] = k
+        seen = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
+        seen &= position[:, :, None] >= position[:, None]
+        self.position, self.seen = (position + first).to(device), seen.to(device)
+
+    def room(self) -> float:
+        return math.inf
+
+    def positions(self, T: int) -> torch.Tensor:
+        return self.position
+
+    def mask(self, T: int, window: int) -> torch.Tensor:
+        """(B, 1, T, S) which of the prefix and of its row each token sees."""
+        first = self.prefix.longest if self.prefix else 0
+        before = self.seen.new_ones((*self.seen.shape[:2], first))
+        mask, places = torch.cat([before, self.seen], dim=-1), self.position
+        if window:
+            known = torch.arange(first, device=places.device).expand(len(places), first)
+            k = torch.cat([known, places], dim=1)
+            mask = mask & (k[:, None] > places[..., None] - window)
+        return mask[:, None]
+
+    def update(self, layer: int, k, v):
+        if not self.prefix:
+            return k, v
+        n = self.prefix.longest
+        before = [x[layer][:1, :, :n].expand(len(k), -1, -1, -1)
+                  for x in (self.prefix.k, self.prefix.v)]
+        return torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+
+    def advance(self, T: int, n_new=None) -> None:
+        pass
+
+
+# ---------------------------------------------------------------------------------------------
+# Scoring
+
+
+def score(model, items: list[list[Pair]], device, ranks=None, about: str = 'scored',
+          asked: Callable[[], bool] = lambda: False) -> list[list[Scored]] | None:
+    """What the model (in eval mode) says of each pair of each item. Ranks share the work, all get
+    all; None if asked() says, to all ranks alike, to stop."""
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    config = model.config
+    if config.arch == 'lstm':   # it has no cache
+        rows = [row for i, pairs in enumerate(items) for pair in pairs
+                for row in rows_of(i, [pair], config.block_size)]
+        prefix = []
+    else:
+        rows = [row for i, pairs in enumerate(items)
+                for row in rows_of(i, pairs, config.block_size)]
+        prefix = beginning(rows)
+    rows = [row._replace(shared=row.shared[len(prefix):]) for row in rows]
+    cache, mine = cached(model, prefix, device), []
+    batches = in_batches(rows, config.vocab_size, device)
+    with tqdm(total=len(rows), desc=about, leave=False, delay=2, disable=True if rank else None
+              ) as bar:
+        for i, batch in enumerate(batches):
+            if asked():
+                return None
+            if i % world == rank:
+                found = score_batch(model, [rows[n] for n in batch], cache, device)
+                mine += zip(batch, found)
+            bar.update(len(batch))
+    every = processes.exchange(mine) if world > 1 else [mine]
+    of_row, found = {n: values for part in every for n, values in part}, [[] for _ in items]
+    for n, row in enumerate(rows):
+        found[row.item] += [Scored(*value) for value in of_row[n]]
+    return found
+
+
+def beginning(rows: list[Row]) -> list[int]:
+    """The ids that all rows share, if computing them once pays."""
+    n = common([row.shared for row in rows], min(len(row.shared) for row in rows))
+    return rows[0].shared[:n] if n >= LEAST_PREFIX and len(rows) > 1 else []
+
+
+def in_batches(rows: list[Row], vocab_size: int, device) -> list[list[int]]:
+    """The numbers of rows of similar length, the longest first: memory fails at once or never."""
+    budget = int(os.environ.get('BT', 0)) or BATCH_TOKENS * (8 if device.kind == 'cuda' else 1)
+    batches, longest, most = [], 0, 0
+    for n in sorted(range(len(rows)), key=lambda n: (-rows[n].n_ids, -rows[n].n_own)):
+        row, many = rows[n], len(batches[-1]) + 1 if batches else 0
+        if many and many * longest <= budget and \
+                many * max(most, row.n_own) * vocab_size <= BATCH_LOGITS:
+            batches[-1].append(n)
+            most = max(most, row.n_own)
+        else:
+            batches.append([n])
+            longest, most = row.n_ids, row.n_own
+    return batches
+
+
+@torch.no_grad()
+def cached(model, prefix: list[int], device) -> KVCache | None:
+    """A cache of one row that holds the prefix; None without one."""
+    if not prefix:
+        return None
+    cache = KVCache(1, len(prefix), device.name)
+    with device.autocast():
+        model(torch.tensor([prefix], device=device.name), cache=cache, n_logits=1)
+    return cache
+
+
+@torch.no_grad()
+def score_batch(model, rows: list[Row], prefix: KVCache | None, device) -> list[list[Scored]]:
+    """The pairs of each row."""
+    T, n = max(row.n_ids for row in rows), max(row.n_own for row in rows)
+    idx, doc = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
+    targets = torch.full((len(rows), n), IGNORE)    # for the last n ids of each row
+    for b, row in enumerate(rows):
+        ids = row.shared + [i for own, _ in row.branches for i in own]
+        idx[b, :len(ids)], doc[b, :len(ids)] = torch.tensor(ids), 0
+        end = n - row.n_own
+        for own, wanted in row.branches:
+            end += len(own)
+            targets[b, end - len(wanted):end] = torch.tensor(wanted)
+    idx, doc, targets = (x.to(device.name) for x in (idx, doc, targets))
+    plain = not prefix and all(len(row.branches) == 1 for row in rows)
+    cache = None if plain else Branches(rows, device.name, prefix)
+    with device.autocast():
+        logits = model(idx, doc=None if (doc == 0).all() else doc, cache=cache, n_logits=n)
+    real = targets != IGNORE
+    logits, targets = logits[real].float(), targets[real]
+    logs = -F.cross_entropy(logits, targets, reduction='none').double()
+    likeliest = logits.argmax(dim=-1) == targets
+    logs, likeliest, at, found = logs.cpu(), likeliest.cpu(), 0, []
+    for row in rows:
+        found.append([])
+        for _, wanted in row.branches:
+            part = slice(at, at + len(wanted))
+            found[-1].append(Scored(logs[part].sum().item(), bool(likeliest[part].all())))
+            at += len(wanted)
+    return found

@@ -1,0 +1,113 @@
+"""Results of evaluations on disk and in words: eval.json, a table, a picture."""
+import json
+import math
+import os
+from pathlib import Path
+
+from core.run.log import draw
+from core.settings import stop
+
+SHOWN = {       # metrics, what they are shown as, and whether a larger one is better
+    'acc': ('accuracy', True), 'acc_norm': ('accuracy by length', True),
+    'perplexity': ('perplexity', False), 'bits_per_byte': ('bits per byte', False),
+    'bits_per_character': ('bits per character', False),
+    'word_perplexity': ('perplexity per word', False),
+    'strict': ('exact answers', True), 'flexible': ('last number right', True),
+    'refusal': ('harmful ones refused', True),
+    'over_refusal': ('harmless ones refused', False)}
+
+
+def shown(metric: str) -> str:
+    return SHOWN[metric][0] if metric in SHOWN else metric.replace('_', ' ')
+
+
+class Results:
+    """The evaluations of a model that are in eval.json, each known by hashes of all that decides
+    it: weights, items, settings. Only rank 0 writes."""
+
+    def __init__(self, folder: Path, rank: int = 0):
+        self.path, self.rank, self.found = folder / 'eval.json', rank, []
+        if self.path.is_file():
+            try:
+                self.found = json.loads(self.path.read_text(encoding='utf-8'))['results']
+                if not all(isinstance(one['hash'], str) for one in self.found):
+                    raise ValueError('a hash is no text')
+            except (ValueError, KeyError, TypeError) as e:
+                stop(f'{self.path}: no results of an evaluation ({e!r:.100}); remove it, and '
+                     'everything is evaluated again')
+
+    def get(self, key: str) -> dict | None:
+        return next((one for one in self.found if one['hash'] == key), None)
+
+    def add(self, result: dict) -> None:
+        """Keep a result, in the place of one of the same task, checkpoint and settings."""
+        same = ('task', 'step', 'settings')
+        self.found = [one for one in self.found if any(one[k] != result[k] for k in same)]
+        self.found.append(result)
+        if self.rank:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name('.eval.json.part')
+        part.write_text(json.dumps({'results': self.found}, ensure_ascii=False) + '\n',
+                        encoding='utf-8')
+        os.replace(part, self.path)
+
+    def draw(self, task_names: list[str]) -> bool:
+        """eval.png: the scores of these tasks with their intervals, or of several checkpoints of a
+        run their curves."""
+        rows = [one for one in self.found if one['task'] in task_names]
+        steps = sorted({one['step'] for one in rows})
+        panels = {}
+        for one in rows:
+            for metric, score in one['scores'].items():
+                panels.setdefault(metric, []).append((one['task'], one['step'], score))
+
+        def fill(figure):
+            axes = figure.subplots(1, len(panels), squeeze=False)[0]
+            for ax, (metric, points) in zip(axes, panels.items()):
+                for name in dict.fromkeys(task for task, *_ in points):
+                    mine = sorted((step, score) for task, step, score in points if task == name)
+                    x = [step if len(steps) > 1 else name for step, _ in mine]
+                    y = [score['value'] for _, score in mine]
+                    errors = [[score['value'] - (score['low'] or score['value']),
+                               (score['high'] or score['value']) - score['value']]
+                              for _, score in mine]
+                    ax.errorbar(x, y, yerr=list(zip(*errors)), capsize=4, marker='o', label=name,
+                                linestyle='-' if len(steps) > 1 else '')
+                ax.set(title=shown(metric), xlabel='step' if len(steps) > 1 else '')
+                ax.grid(alpha=0.3)
+                if len(steps) > 1:
+                    ax.legend()
+                else:
+                    ax.margins(x=0.5)
+                    ax.tick_params(axis='x', rotation=20)
+        return bool(panels) and draw(self.path.with_name('eval.png'), fill,
+                                     figsize=(4 * len(panels), 4), layout='constrained')
+
+
+def number(x: float) -> str:
+    """A score with four digits."""
+    return f'{x:.4f}' if abs(x) < 100 else f'{x:,.1f}'
+
+
+def line(task: str, metric: str, score: dict) -> str:
+    """A row of the table."""
+    between = '' if score['low'] is None else \
+        f'{number(score["low"])} to {number(score["high"])}'
+    return f'{task[:24]:24} {shown(metric):22} {number(score["value"]):>9}  {between:20} {score["n"]:>7,}'
+
+
+HEADER = f'{"task":24} {"score":22} {"":>9}  {"95% interval":20} {"n":>7}'
+
+
+def compared(name: str, metric: str, found: dict) -> str:
+    """A paired difference in words."""
+    low, high, p = found['low'], found['high'], found['p_corrected']
+    better = (found['difference'] > 0) == SHOWN.get(metric, ('', True))[1]
+    if p >= 0.05 or math.isnan(low):
+        said = 'no significant difference'
+    else:
+        said = f'significantly {"better" if better else "worse"}'
+    return (f'{name[:24]:24} {shown(metric):22} {found["difference"]:>+9.4f}  '
+            f'{low:+.4f} to {high:+.4f}   p = {p:.4f}: {said}')
+
