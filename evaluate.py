@@ -13,6 +13,7 @@ import core.start  # noqa: F401  it comes first, before torch
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -135,7 +136,7 @@ def texts(model, tokenizer, items, options, device, **work) -> dict | None:
                      for (pair,), (one,) in zip(pairs, scored)])
     documents = np.zeros((len(items), 4))
     np.add.at(documents, owners, rows)
-    words = [[float(nats), len(item.contexts[0].split())] for nats, item in
+    words = [[float(nats), len(re.split(r'\s+', item.contexts[0]))] for nats, item in
              zip(documents[:, 0], items)]
     rows = documents if len(items) > 1 else rows
     names = {'bits_per_byte': 1, 'bits_per_character': 2, 'perplexity': 3}
