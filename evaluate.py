@@ -165,7 +165,7 @@ def written(model, tokenizer, items, options, device, *, task, about, ranks=None
     if said is None:
         return None
     said = [said[i:i + options.samples] for i in range(0, len(said), options.samples)]
-    found = {'texts': said}
+    found: dict[str, list] = {'texts': said}
     if task.kind == 'refusal':
         for metric, kind in (('refusal', 'harmful'), ('over_refusal', 'harmless')):
             found[metric] = [float(np.mean([*map(answers.refuses, mine)]))
@@ -196,9 +196,14 @@ def measure(model, tokenizer, questions: Questions, options: Options, device, ra
 
 
 NO_SCORES = ('log_probabilities', 'texts')
-AS_SHOWN = {'bits_per_byte': lambda nats: nats / math.log(2),
-            'bits_per_character': lambda nats: nats / math.log(2),
-            'perplexity': math.exp, 'word_perplexity': math.exp}
+IN_BITS, AS_POWER = ('bits_per_byte', 'bits_per_character'), ('perplexity', 'word_perplexity')
+
+
+def as_shown(metric: str, x: float) -> float:
+    """Nats per byte or character as bits, nats per token or word as a perplexity."""
+    if metric in IN_BITS:
+        return x / math.log(2)
+    return math.exp(min(x, 700)) if metric in AS_POWER else x   # what a float can hold
 
 
 def score(values: dict, questions: Questions) -> dict:
@@ -208,10 +213,12 @@ def score(values: dict, questions: Questions) -> dict:
         if metric in NO_SCORES or metric == 'acc_norm' and not questions.task.by_length:
             continue
         groups = questions.documents if len(questions.documents) == len(mine) else None
-        shown = AS_SHOWN.get(metric, float)
-        value, low, high = map(shown, intervals.interval(np.array(mine), groups))
+        value, low, high = (as_shown(metric, x) for x in
+                            intervals.interval(np.array(mine), groups))
         found[metric] = {'value': value, 'low': None if math.isnan(low) else low,
-                         'high': None if math.isnan(high) else high, 'n': len(mine)}
+                         'high': None if math.isnan(high) else high, 'n': len(mine),
+                         'of': questions.unit if len(mine) > 1 else 'document' if
+                         questions.task.kind == 'text' else 'items'}
     return found
 
 
@@ -243,20 +250,24 @@ def evaluate_model(name: str, asked: list[Questions], options: Options, dev, ran
         known = processes.broadcast(kept.get(key))
         if not known:
             began = time.perf_counter()
-            values = measure(model, tokenizer, questions, options, dev, ranks)
-            known = {'task': questions.name, 'hash': key, 'step': state['step'],
+            values = measure(model, tokenizer, questions, options, dev, ranks) or {}
+            known = overlap.with_training(name, questions, tokenizer, data_dir) \
+                if ranks.rank == 0 else {}
+            known |= {'task': questions.name, 'hash': key, 'step': state['step'],
                      'settings': settings, 'about': questions.about, 'items': questions.sha256,
                      'seconds': round(time.perf_counter() - began, 1),
                      'scores': score(values, questions),
-                     **processes.broadcast(overlap.with_training(name, questions, tokenizer, data_dir)
-                                           if ranks.rank == 0 else None),
                      'values': values}
             kept.add(known)
         found.append(known)
         for metric, one in known['scores'].items():
             print0(results.line(questions.name, metric, one))
+        if 'overlap' in known:
+            print0(f'  {known["overlap"]:.1%} of the {questions.unit} share '
+                   f'{known["overlap_tokens"]} tokens in a row with {known["overlap_with"]}, on '
+                   'which the model was trained')
     if ranks.rank == 0:
-        drawn = kept.draw([questions.name for questions in asked])
+        drawn = kept.draw(found)
         print(f'{kept.path}' + ' and eval.png' * drawn)
     return found
 
@@ -292,9 +303,15 @@ def main() -> dict:
         stop(f'samples={samples}: with temperature=0 all are the same; give --temperature=0.8')
     ranks, dev = processes.begin(device, dtype, False, threads, timeout_minutes, training=False,
                                  quantized=bool(quantize))
+    for setting, name in (('run_dir', run_dir), ('against', against)):
+        if name and ranks.rank == 0:    # downloaded before all ranks ask for it
+            models.find_model(name, data_dir, setting=setting)
     names = [name for name in tasks.split(',') if name]
     if not names:
         stop(f'tasks={tasks}: names no task; there are {", ".join(TASKS)}')
+    if ranks.rank == 0:
+        [load(name, max_items, shots, data_dir) for name in names]
+    processes.broadcast(None, patient=True)
     asked = [load(name, max_items, shots, data_dir) for name in names]
     for questions in asked:
         if questions.task.kind == 'code':

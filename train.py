@@ -9,6 +9,7 @@ checkpoints; the same command again resumes an unfinished run. A rank is one of 
 import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
+import importlib
 import math
 import shlex
 import sys
@@ -106,6 +107,9 @@ log_interval = 10
 save_interval = 0               # 0: eval_interval
 sample_interval = 0             # write a sample to the log this often; 0: only one at the end
 sample_tokens = 300
+benchmark_interval = 0          # ask the tasks in `benchmarks` this often; 0: never
+benchmarks = 'hellaswag'        # tasks of evaluate.py, comma-separated
+benchmark_items = 500           # of each task, the first; 0: all
 # system
 device = ''                     # '': cuda, else mps, else cpu
 dtype = ''                      # '': bfloat16 if the hardware has it, else float16 (GPU) or float32
@@ -198,6 +202,22 @@ def make_sample(model, tokenizer, asked=lambda: False) -> str | None:
     return tokenizer.decode(ids)
 
 
+def ask_benchmarks(learner: Learner, tokenizer, asked=lambda: False) -> dict | None:
+    """{task: {metric: score}} of the model as it is now; None if asked() says to stop."""
+    stage = importlib.import_module('evaluate')     # not among what makes a run the same run
+    found = {}
+    with parallel.looking_on(learner.model):
+        for name in benchmarks.split(','):
+            questions = stage.load(name, benchmark_items, data_dir=data_dir)
+            values = stage.measure(learner.model, tokenizer, questions, stage.Options(),
+                                   learner.device, learner.ranks, asked)
+            if values is None:
+                return None
+            found[name] = {metric: one['value'] for metric, one in
+                           stage.score(values, questions).items()}
+    return found
+
+
 # ---------------------------------------------------------------------------------------------
 # A run
 
@@ -244,6 +264,9 @@ def main() -> dict:
                                  None if eval_only else layout)
     if eval_only:
         return evaluate_run(ranks, dev)
+    if benchmark_interval and not ranks.plain:
+        stop(f'benchmark_interval={benchmark_interval}: each process must hold the whole model; '
+             'leave out tp, pp and zero, or evaluate the checkpoints with evaluate.py')
 
     # Data, model, run directory
     settings = SimpleNamespace(**settings_of(globals()))
@@ -291,6 +314,10 @@ def main() -> dict:
                 text = make_sample(model, tokenizer, run.asked)
                 if run.finished(text):
                     run.note('sample', f'--- sample at step {step}\n{text}\n---', text=text)
+            if run.due(benchmark_interval):
+                found = ask_benchmarks(learner, tokenizer, run.asked)
+                if run.finished(found):
+                    run.note('benchmark', f'step {step}: {found}', scores=found)
             if run.due(eval_interval):
                 run.score(evaluate(learner, val_windows, tokenizer, rows, run.asked), shown,
                           tokens=step * tokens_per_step)

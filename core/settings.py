@@ -46,7 +46,8 @@ BOUNDS = {name: bounds for bounds, names in (
     ((0, None), 'micro_batch_size block_size depth max_steps max_minutes warmup_steps '
                 'learning_rate embed_learning_rate weight_decay muon_learning_rate '
                 'muon_weight_decay grad_clip spike_sigma eval_interval eval_tokens save_interval '
-                'sample_interval threads replicas n_kv_head head_dim n_hidden window vocab_size '
+                'sample_interval benchmark_interval benchmark_items '
+                'threads replicas n_kv_head head_dim n_hidden window vocab_size '
                 'max_records lora_rank chosen_weight answers step temperature top_k'),
     ((0, 1), 'decay_fraction min_lr_fraction norm_eps prompt_loss_weight min_p near_duplicates'),
     ((0, 0.99), 'dropout lora_dropout'),
@@ -113,9 +114,9 @@ def check_bounds(settings: dict, **bounds) -> None:
     """Stop if a setting lies outside of its BOUNDS, or of those that are given for this script, as
     in check_bounds(globals(), block_size=(1, None))."""
     for name, (low, high) in (BOUNDS | bounds).items():
-        value = settings.get(name)
-        if not is_setting(name, value):
+        if not is_setting(name, settings.get(name)):
             continue
+        value = settings[name]
         if (low is not None and value < low) or (high is not None and value > high):
             limits = [f'at least {low}' if low is not None else '',
                       f'at most {high}' if high is not None else '']

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from core.net.engine import KVCache
+from core.net.cache import KVCache
+from core.net.engine import LEAST_PREFIX, common
 from core.ranks import processes
 from core.ranks.processes import IGNORE
 
 BATCH_TOKENS = 2048     # tokens computed at a time, 8 times as many on a GPU
 BATCH_LOGITS = 1 << 26  # logits held at a time, 256 MiB in fp32
-LEAST_PREFIX = 16       # shorter beginnings are not worth a computation of their own
 
 
 class Pair(NamedTuple):
@@ -99,12 +99,6 @@ def rows_of(item: int, pairs: list[Pair], size: int) -> list[Row]:
     if n < LEAST_PREFIX and len(cut) > 1:
         return [row for pair in pairs for row in rows_of(item, [pair], size)]
     return [Row(cut[0][0][:n], [(ids[n:], targets) for ids, targets in cut], item)]
-
-
-def common(sequences: list[list[int]], most: int) -> int:
-    """How many ids, at most `most`, all the sequences begin with."""
-    low, high = min(sequences), max(sequences)      # in order, these two differ the earliest
-    return next((i for i in range(most) if low[i:i + 1] != high[i:i + 1]), most)
 
 
 class Branches:

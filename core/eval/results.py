@@ -40,8 +40,8 @@ class Results:
         return next((one for one in self.found if one['hash'] == key), None)
 
     def add(self, result: dict) -> None:
-        """Keep a result, in the place of one of the same task, checkpoint and settings."""
-        same = ('task', 'step', 'settings')
+        """Keep a result, in the place of one of the same items, checkpoint and settings."""
+        same = ('task', 'items', 'step', 'settings')
         self.found = [one for one in self.found if any(one[k] != result[k] for k in same)]
         self.found.append(result)
         if self.rank:
@@ -52,10 +52,12 @@ class Results:
                         encoding='utf-8')
         os.replace(part, self.path)
 
-    def draw(self, task_names: list[str]) -> bool:
-        """eval.png: the scores of these tasks with their intervals, or of several checkpoints of a
-        run their curves."""
-        rows = [one for one in self.found if one['task'] in task_names]
+    def draw(self, results: list[dict]) -> bool:
+        """eval.png: these scores with their intervals, or if they are there of several checkpoints
+        of a run, curves."""
+        same = [(one['task'], one['items'], one['settings']) for one in results]
+        rows = [one for one in self.found
+                if (one['task'], one['items'], one['settings']) in same]
         steps = sorted({one['step'] for one in rows})
         panels = {}
         for one in rows:
@@ -66,8 +68,9 @@ class Results:
             axes = figure.subplots(1, len(panels), squeeze=False)[0]
             for ax, (metric, points) in zip(axes, panels.items()):
                 for name in dict.fromkeys(task for task, *_ in points):
-                    mine = sorted((step, score) for task, step, score in points if task == name)
-                    x = [step if len(steps) > 1 else name for step, _ in mine]
+                    mine = [(step, score) for task, step, score in points if task == name]
+                    mine.sort(key=lambda pair: pair[0])
+                    x = [step if len(steps) > 1 else Path(name).name for step, _ in mine]
                     y = [score['value'] for _, score in mine]
                     errors = [[score['value'] - (score['low'] or score['value']),
                                (score['high'] or score['value']) - score['value']]
@@ -87,14 +90,16 @@ class Results:
 
 def number(x: float) -> str:
     """A score with four digits."""
-    return f'{x:.4f}' if abs(x) < 100 else f'{x:,.1f}'
+    return f'{x:.4f}' if abs(x) < 100 else f'{x:,.1f}' if abs(x) < 1e6 else f'{x:.3e}'
 
 
 def line(task: str, metric: str, score: dict) -> str:
     """A row of the table."""
     between = '' if score['low'] is None else \
         f'{number(score["low"])} to {number(score["high"])}'
-    return f'{task[:24]:24} {shown(metric):22} {number(score["value"]):>9}  {between:20} {score["n"]:>7,}'
+    value = number(score['value'])
+    return (f'{task[:24]:24} {shown(metric):22} {value:>9}  {between:20} {score["n"]:>7,} '
+            f'{score["of"]}')
 
 
 HEADER = f'{"task":24} {"score":22} {"":>9}  {"95% interval":20} {"n":>7}'

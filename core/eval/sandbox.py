@@ -26,6 +26,7 @@ import struct
 import subprocess
 import sys
 import time
+from typing import Any
 
 SECONDS, MEMORY, ANSWER = 10.0, 512 << 20, 1 << 20     # of a program: time, bytes, bytes of a line
 UNSHARE = ('unshare', '--user', '--map-root-user', '--net', '--ipc', '--pid', '--fork',
@@ -120,7 +121,7 @@ def pack(value):
     raise TypeError(f'{kind.__name__} is no plain value')
 
 
-def unpack(found):
+def unpack(found) -> Any:
     """The inverse of `pack`."""
     if not isinstance(found, dict):
         return found
@@ -133,7 +134,7 @@ def unpack(found):
 
 def serve(program: str, name: str, read: int, write: int) -> None:
     """The program's process: run it, then call its function as asked."""
-    known = {'__name__': 'program'}
+    known: dict = {'__name__': 'program'}
     exec(compile(program, 'program', 'exec'), known)   # this is what the process is for
     with os.fdopen(read, 'rb') as asked, os.fdopen(write, 'wb') as answers:
         for line in asked:
@@ -159,7 +160,7 @@ def check(prompt: str, test: str, name: str, read: int, write: int) -> None:
                 raise RuntimeError(f'the program raised {str(said["error"])[:40]}')
             return unpack(said['value'])
         try:
-            known = {'__name__': 'test'}
+            known: dict = {'__name__': 'test'}
             exec(compile(prompt, 'prompt', 'exec'), known)     # of the benchmark, not of the model
             known[name] = function      # some tests call it by name
             exec(compile(test, 'test', 'exec'), known)

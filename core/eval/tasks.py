@@ -229,6 +229,12 @@ class Questions(NamedTuple):
     sha256: str         # of the items, with their examples
 
     @property
+    def unit(self) -> str:
+        """What scores have one value of."""
+        return 'items' if self.task.kind != 'text' else \
+            'documents' if len(self.items) > 1 else 'windows'
+
+    @property
     def documents(self) -> list[str]:
         """Of each item the document that it is from; empty if none is known."""
         names = [item.document or f' {n}' for n, item in enumerate(self.items)]
@@ -371,9 +377,10 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """(file:row, row) of a Parquet file, names in lower case."""
     try:
         import pyarrow.parquet
-        rows = pyarrow.parquet.read_table(path).to_pylist()
     except ImportError:
         raise Bad(f'{path}: Parquet needs pyarrow: pip install pyarrow') from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as e:
         raise Bad(f'{path}: a damaged Parquet file ({" ".join(str(e).split())[:200]}); get it again'
                   ) from e

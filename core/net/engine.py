@@ -1,10 +1,8 @@
-"""Writing with a model: its cache of keys and values, and an engine for many requests.
+"""Writing with a model: an engine for many requests that come and go.
 
-`Engine` serves requests that come and go; `generate` continues some prompts together, with the
-engine where it can. model.generate does the same for one prompt, plainly. Of this file the model
-knows only the cache's methods `room`, `positions`, `mask`, `update` and `advance`.
+`Engine` serves requests; `generate` continues some prompts together, with the engine where it can.
+model.generate does the same for one prompt, plainly.
 """
-import copy
 import functools
 from collections import deque
 from collections.abc import Sequence
@@ -12,100 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from core.device import compile_options
+from core.net.cache import KVCache, new_cache
 from core.net.draw import Sampling, next_ids
-from core.net.lstm import State
-
-# ---------------------------------------------------------------------------------------------
-# The cache
-
-
-class KVCache:
-    """Keys and values of B rows, which may be of different lengths, for up to `size` positions.
-    The first update makes the tensors, (B, heads, size + 1, D)."""
-
-    def __init__(self, batch_size: int, size: int, device=None):
-        self.batch_size, self.size, self.device = batch_size, size, device
-        self.first = 0        # the first of the rows that it gives and takes (see `part`)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.longest = 0      # the largest of lengths, without a wait for the device
-        self.even = True      # whether all rows are equally long
-        self.k, self.v = {}, {}
-
-    def part(self, first: int, lengths: list[int]) -> 'KVCache':
-        """The rows from `first` on, which have these lengths, as a cache that shares the tensors.
-        """
-        part = copy.copy(self)
-        part.first, part.longest = first, max(lengths)
-        part.lengths = torch.tensor(lengths, device=self.device)
-        part.even = min(lengths) == part.longest
-        return part
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first positions of a row to another one."""
-        for stored in (*self.k.values(), *self.v.values()):
-            stored[target, :, :length] = stored[source, :, :length]
-
-    def grow(self, size: int) -> None:
-        """Make room for `size` positions."""
-        for tensors in (self.k, self.v):
-            for layer, stored in tensors.items():
-                larger = stored.new_zeros((*stored.shape[:2], size + 1, stored.size(3)))
-                larger[:, :, :self.size] = stored[:, :, :self.size]
-                tensors[layer] = larger
-        self.size = size
-
-    def room(self) -> int:
-        """How many more tokens the longest row can take."""
-        return self.size - self.longest
-
-    def positions(self, T: int) -> torch.Tensor:
-        """(B, T) the positions that the next T tokens of each row will have; (T,) if all agree."""
-        new = torch.arange(T, device=self.device)
-        return self.longest + new if self.even else self.lengths[:, None] + new
-
-    def mask(self, T: int, window: int) -> torch.Tensor | None:
-        """Boolean mask of T new queries over the cached and new keys; None where all is seen."""
-        if self.even and not window and (T == 1 or self.longest == 0):
-            return None
-        q = self.positions(T)[..., None]
-        k = torch.arange(self.longest + T, device=self.device)
-        mask = k <= q
-        if window:
-            mask = mask & (k > q - window)
-        return mask if self.even else mask[:, None]
-
-    def update(self, layer: int, k, v):
-        """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
-        T, last, end = k.size(2), self.first + k.size(0), self.longest + k.size(2)
-        if layer not in self.k:
-            # One position more than needed, so that a slice is returned also when the cache is
-            # full: a graph compiled for slices would be compiled again for the whole tensor.
-            shape = (self.batch_size, k.size(1), self.size + 1, k.size(3))
-            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        k_all = self.k[layer][self.first:last, :, :end]
-        v_all = self.v[layer][self.first:last, :, :end]
-        for new, stored in ((k, k_all), (v, v_all)):
-            if self.even:
-                stored[:, :, self.longest:] = new
-            else:
-                stored.scatter_(2, self.positions(T)[:, None, :, None].expand_as(new), new)
-        return k_all, v_all
-
-    def advance(self, T: int, n_new=None) -> None:
-        """Count T tokens as stored; of row b only the first n_new[b], if the rest was padding."""
-        self.lengths += T if n_new is None else n_new
-        if n_new is None:
-            self.longest += T
-        else:
-            self.longest = int(self.lengths.max())
-            self.even = bool((self.lengths == self.longest).all())
-
-
-def new_cache(model, batch_size: int, device=None, size: int = 0):
-    """An empty cache for up to `size` positions (0: block_size); an LSTM has a state instead."""
-    lstm = model.config.arch == 'lstm'
-    return State() if lstm else KVCache(batch_size, size or model.config.block_size, device)
-
 
 # ---------------------------------------------------------------------------------------------
 # The engine
@@ -144,6 +50,7 @@ class Request:
         self.ended = ''         # why it has: stop (a token or string), length, cancelled
         self.start = 0          # the first id that the model still sees
         self.cached = 0         # how many ids from there on have their keys in the cache
+        self.ready = False      # whether these are all but the last
         self.to_text = tokenizer.stream() if tokenizer else lambda i: ''
         self.stops = StopStrings(sampling.stop_strings)
         self.grams, self.n_grams = {}, 0        # for `draft`
@@ -172,6 +79,7 @@ class Request:
         return [] if found is None else (self.ids[found:found + DRAFT] * DRAFT)[:DRAFT]
 
 
+LEAST_PREFIX = 16       # ids at the beginning of a request that are worth being copied
 GRAM = 3        # ids that must be the same for a draft
 DRAFT = 4       # ids in a draft
 COST = 3.0      # of a step of 1 + DRAFT ids, in steps of one: a rule, since a clock would choose
@@ -241,8 +149,9 @@ class Engine:
         for row in [row for row in self.rows if len(row.ids) - row.start > self.size]:
             self.leave(self.rows.index(row))    # to the end, where rows are that have no cache
             row.start, row.cached = len(row.ids) - max(1, self.size // 2), 0
+            row.ready = False
             self.rows.append(row)
-        n = sum(row.cached > 0 for row in self.rows)
+        n = sum(row.ready for row in self.rows)
         logits, places, draft = [], [(row.sampling, row.ids) for row in self.rows], []
         if n:
             if self.speculate and len(self.rows) == 1:
@@ -252,11 +161,12 @@ class Engine:
             ids = [row.ids[-1:] + draft for row in self.rows[:n]]
             logits.append(self.forward(self.run, 0, ids, 1 + len(draft)).flatten(0, 1))
         for i, row in enumerate(self.rows[n:], n):
-            logits.append(self.forward(self.model, i, [row.ids[row.start:]], 1)[0])
+            self.reuse(i)
+            logits.append(self.forward(self.model, i, [row.ids[row.start + row.cached:]], 1)[0])
+            row.cached, row.ready = len(row.ids) - row.start - 1, True
         drawn = next_ids(torch.cat(logits) if len(logits) > 1 else logits[0], places, self.n_tokens)
         found, each = [], [drawn] if draft else [[new] for new in drawn]
         for row, new in zip(list(self.rows), each):
-            row.cached = row.cached or len(row.ids) - row.start - 1
             found.append((row, *self.keep(row, draft, new)))
         for row, *_ in found:
             if row.ended:
@@ -286,6 +196,15 @@ class Engine:
         idx = torch.tensor(ids, device=self.device)
         return run(idx, cache=self.cache.part(first, lengths), n_logits=n_logits)
 
+    def reuse(self, i: int) -> None:
+        """Copy into a new row what it begins with, if another one has computed the same."""
+        ids = self.rows[i].ids[self.rows[i].start:]
+        known = [row.ids[row.start:row.start + row.cached] for row in self.rows[:i]]
+        lengths = [common([ids, other], min(len(ids) - 1, len(other))) for other in known]
+        if lengths and max(lengths) >= LEAST_PREFIX:
+            self.rows[i].cached = max(lengths)
+            self.cache.move(lengths.index(max(lengths)), i, max(lengths))
+
     def keep(self, row: Request, draft: list[int], drawn: list[int]) -> tuple[list[int], str]:
         """Give a row the ids drawn, up to the first that is not the draft's. Returns them, and
         their text."""
@@ -303,7 +222,7 @@ class Engine:
     def leave(self, i: int) -> None:
         """Take a row out; the last row that has a cache gets its slot. Without rows, no memory is
         kept."""
-        n = sum(row.cached > 0 for row in self.rows)
+        n = sum(row.ready for row in self.rows)
         if i < n - 1:
             self.cache.move(n - 1, i, self.rows[n - 1].cached)
             self.rows[i], self.rows[n - 1] = self.rows[n - 1], self.rows[i]
@@ -321,6 +240,12 @@ class Engine:
             row.rest, row.accepted = REST, COST     # and then once more
             return []
         return found
+
+
+def common(sequences: list[list[int]], most: int) -> int:
+    """How many ids, at most `most`, all the sequences begin with."""
+    low, high = min(sequences), max(sequences)      # in order, these two differ the earliest
+    return next((i for i in range(most) if low[i:i + 1] != high[i:i + 1]), most)
 
 
 def refusal(model) -> str:

@@ -14,11 +14,12 @@ from core.settings import stop, warn
 # of what they hold are compared; where and how the work is done; how often it is looked at.
 MAY_DIFFER = (
     'out_dir', 'init_from', 'run_dir', 'step', 'dataset', 'validation', 'fallback_dataset',
-    'data_dir', 'tokenizer', 'labels', 'max_records', 'skip_bad', 'block_size',
-    'device', 'compile', 'threads', 'micro_batch_size', 'activation_checkpointing', 'tp', 'pp',
-    'zero', 'replicas', 'sequence_parallel', 'pp_schedule', 'timeout_minutes', 'check_layout',
+    'data_dir', 'tokenizer', 'labels', 'max_records', 'skip_bad', 'block_size', 'device',
+    'compile', 'threads', 'micro_batch_size', 'activation_checkpointing', 'tp', 'pp', 'zero',
+    'replicas', 'sequence_parallel', 'pp_schedule', 'timeout_minutes', 'check_layout',
     'eval_only', 'against', 'eval_interval', 'log_interval', 'save_interval', 'sample_interval',
-    'sample_tokens', 'answers', 'answer_tokens', 'save_adapters', 'wandb', 'tensorboard')
+    'benchmark_interval', 'benchmarks', 'benchmark_items', 'sample_tokens', 'answers',
+    'answer_tokens', 'save_adapters', 'wandb', 'tensorboard')
 
 
 def identity(settings: dict, config, tokenizer, **facts) -> dict:

@@ -27,7 +27,7 @@ HOSTILE = {
         'import os\nfor fd in range(32):\n    try:\n        os.write(fd, b"passed\\n")\n'
         '    except OSError:\n        pass\ndef f(x):\n    return 0'),
     'forges an answer': (
-        'import os\nfor fd in range(3, 32):\n    try:\n        os.write(fd, b\'{"value": true}\\n\')\n'
+        'import os\nfor fd in range(3, 32):\n    try:\n        os.write(fd, b\'{"value": 3}\\n\')\n'
         '    except OSError:\n        pass\ndef f(x):\n    return 0'),
     'always equal': (
         'class A(int):\n    def __eq__(self, other):\n        return True\n'
@@ -35,7 +35,8 @@ HOSTILE = {
     'always equal, no int': (
         'class A:\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return A()'),
     'equal list': (
-        'class A(list):\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return A()'),
+        'class A(list):\n    def __eq__(self, other):\n        return True\n'
+        'def f(x):\n    return A()'),
     'overrides print and open': (
         'import builtins\nbuiltins.print = builtins.open = lambda *a, **k: None\n'
         'def f(x):\n    return 0'),
@@ -73,7 +74,8 @@ HOSTILE = {
     'removes a file': 'import os\nos.remove("{folder}/kept")\ndef f(x):\n    return x + 1',
     'makes a symbolic link': (
         'import os\nos.symlink("/etc/passwd", "{folder}/link")\ndef f(x):\n    return x + 1'),
-    'writes through a link': 'open("{folder}/old-link", "a").write("x")\ndef f(x):\n    return x + 1',
+    'writes through a link': (
+        'open("{folder}/old-link", "a").write("x")\ndef f(x):\n    return x + 1'),
     'mounts': (
         'import ctypes\nif ctypes.CDLL(None).mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0:\n'
         '    def f(x):\n        return x + 1'),
@@ -85,7 +87,8 @@ HOSTILE = {
         '    def f(x):\n        return x + 1'),
     'signals': (
         'import os, signal\nfor pid in range(2, 40000):\n    try:\n        os.kill(pid, 9)\n'
-        '    except OSError:\n        pass\n    else:\n        def f(x):\n            return x + 1'),
+        '    except OSError:\n        pass\n    else:\n        def f(x):\n'
+        '            return x + 1'),
     'signals all': 'import os\nos.kill(-1, 9)\ndef f(x):\n    return 0',
     'ignores signals': (
         'import signal, time\nfor n in range(1, 64):\n    try:\n        signal.signal(n, 1)\n'

@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_model import LLAMA, PROMPTS, close, tiny, tokens, variants
 
+from core.net.cache import KVCache, new_cache
 from core.net.draw import draw, penalize_repetition, sample_next, uniform
-from core.net.engine import KVCache, generate, new_cache
+from core.net.engine import generate
 from model import generate as plain_generate
 
 # ---------------------------------------------------------------------------------------------

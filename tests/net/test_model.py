@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 import model as M
-from core.net.engine import new_cache
+from core.net.cache import new_cache
 from core.net.weights import build_model
 from model import GPTConfig
 

@@ -1,0 +1,97 @@
+"""The cache of keys and values of a model that writes: what is computed once is not again.
+
+Of this the model knows only the methods `room`, `positions`, `mask`, `update` and `advance`.
+"""
+import copy
+
+import torch
+
+from core.net.lstm import State
+
+
+class KVCache:
+    """Keys and values of B rows, which may be of different lengths, for up to `size` positions.
+    The first update makes the tensors, (B, heads, size + 1, D)."""
+
+    def __init__(self, batch_size: int, size: int, device=None):
+        self.batch_size, self.size, self.device = batch_size, size, device
+        self.first = 0        # the first of the rows that it gives and takes (see `part`)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.longest = 0      # the largest of lengths, without a wait for the device
+        self.even = True      # whether all rows are equally long
+        self.k, self.v = {}, {}
+
+    def part(self, first: int, lengths: list[int]) -> 'KVCache':
+        """The rows from `first` on, which have these lengths, as a cache that shares the tensors.
+        """
+        part = copy.copy(self)
+        part.first, part.longest = first, max(lengths)
+        part.lengths = torch.tensor(lengths, device=self.device)
+        part.even = min(lengths) == part.longest
+        return part
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of a row to another one."""
+        for stored in (*self.k.values(), *self.v.values()):
+            stored[target, :, :length] = stored[source, :, :length]
+
+    def grow(self, size: int) -> None:
+        """Make room for `size` positions."""
+        for tensors in (self.k, self.v):
+            for layer, stored in tensors.items():
+                larger = stored.new_zeros((*stored.shape[:2], size + 1, stored.size(3)))
+                larger[:, :, :self.size] = stored[:, :, :self.size]
+                tensors[layer] = larger
+        self.size = size
+
+    def room(self) -> int:
+        """How many more tokens the longest row can take."""
+        return self.size - self.longest
+
+    def positions(self, T: int) -> torch.Tensor:
+        """(B, T) the positions that the next T tokens of each row will have; (T,) if all agree."""
+        new = torch.arange(T, device=self.device)
+        return self.longest + new if self.even else self.lengths[:, None] + new
+
+    def mask(self, T: int, window: int) -> torch.Tensor | None:
+        """Boolean mask of T new queries over the cached and new keys; None where all is seen."""
+        if self.even and not window and (T == 1 or self.longest == 0):
+            return None
+        q = self.positions(T)[..., None]
+        k = torch.arange(self.longest + T, device=self.device)
+        mask = k <= q
+        if window:
+            mask = mask & (k > q - window)
+        return mask if self.even else mask[:, None]
+
+    def update(self, layer: int, k, v):
+        """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
+        T, last, end = k.size(2), self.first + k.size(0), self.longest + k.size(2)
+        if layer not in self.k:
+            # One position more than needed, so that a slice is returned also when the cache is
+            # full: a graph compiled for slices would be compiled again for the whole tensor.
+            shape = (self.batch_size, k.size(1), self.size + 1, k.size(3))
+            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        k_all = self.k[layer][self.first:last, :, :end]
+        v_all = self.v[layer][self.first:last, :, :end]
+        for new, stored in ((k, k_all), (v, v_all)):
+            if self.even:
+                stored[:, :, self.longest:] = new
+            else:
+                stored.scatter_(2, self.positions(T)[:, None, :, None].expand_as(new), new)
+        return k_all, v_all
+
+    def advance(self, T: int, n_new=None) -> None:
+        """Count T tokens as stored; of row b only the first n_new[b], if the rest was padding."""
+        self.lengths += T if n_new is None else n_new
+        if n_new is None:
+            self.longest += T
+        else:
+            self.longest = int(self.lengths.max())
+            self.even = bool((self.lengths == self.longest).all())
+
+
+def new_cache(model, batch_size: int, device=None, size: int = 0):
+    """An empty cache for up to `size` positions (0: block_size); an LSTM has a state instead."""
+    lstm = model.config.arch == 'lstm'
+    return State() if lstm else KVCache(batch_size, size or model.config.block_size, device)
