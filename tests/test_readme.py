@@ -61,6 +61,7 @@ SHORT = {
     'classify.py': '--max_steps=2 --eval_interval=2 --batch_size=2 --device=cpu --threads=1',
     'dpo.py': '--max_steps=2 --eval_interval=2 --batch_size=2 --max_records=40 --device=cpu '
               '--threads=1',
+    'evaluate.py': '--max_items=2 --max_new_tokens=3 --device=cpu --threads=1',
     'sample.py': '--max_new_tokens=5 --device=cpu --threads=1',
     'bench.py': '--rounds=1 --steps=1 --warmup=1 --batch_size=1 --compile=False --threads=1',
     'bench_data.py': '--corpus_mb=1',
