@@ -5,20 +5,17 @@ continuations have in common is computed once: the context of all choices of an 
 examples that all items of a task begin with.
 """
 import math
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from core.net.cache import KVCache
 from core.net.engine import LEAST_PREFIX, common
 from core.ranks import processes
-from core.ranks.processes import IGNORE
 
-BATCH_TOKENS = 2048     # tokens computed at a time, 8 times as many on a GPU
+BATCH_TOKENS = 1024     # tokens computed at a time, 16 times as many on a GPU
 BATCH_LOGITS = 1 << 26  # logits held at a time, 256 MiB in fp32
 
 
@@ -74,10 +71,10 @@ def windows(ids: list[int], first: int, size: int, stride: int) -> list[Pair]:
 
 class Row(NamedTuple):
     """Pairs that begin alike, as one sequence: what they share, then the rest of each, its branch.
-    The last id of each branch's context is its own, since it predicts the first that follows."""
+    """
     shared: list[int]
-    branches: list[tuple[list[int], list[int]]]     # ids that go in; the ids that they predict,
-                                                    # which belong to the last of them
+    branches: list[tuple[list[int], list[int]]]     # own ids that go in; the ids that the last of
+                                                    # them predict, the first perhaps after `shared`
     item: int
 
     @property
@@ -94,7 +91,7 @@ def rows_of(item: int, pairs: list[Pair], size: int) -> list[Row]:
     """The pairs of an item as one row, or each as a row of its own where they share little. A pair
     longer than the window of `size` loses the beginning of its context."""
     cut = [((pair.context + pair.continuation)[-size - 1:-1], pair.continuation) for pair in pairs]
-    most = min(len(ids) - len(targets) for ids, targets in cut)
+    most = min(len(ids) - len(targets) + 1 for ids, targets in cut)
     n = common([ids for ids, _ in cut], most)
     if n < LEAST_PREFIX and len(cut) > 1:
         return [row for pair in pairs for row in rows_of(item, [pair], size)]
@@ -189,13 +186,13 @@ def score(model, items: list[list[Pair]], device, ranks=None, about: str = 'scor
 
 def beginning(rows: list[Row]) -> list[int]:
     """The ids that all rows share, if computing them once pays."""
-    n = common([row.shared for row in rows], min(len(row.shared) for row in rows))
+    n = common([row.shared for row in rows], min(len(row.shared) for row in rows) - 1)
     return rows[0].shared[:n] if n >= LEAST_PREFIX and len(rows) > 1 else []
 
 
 def in_batches(rows: list[Row], vocab_size: int, device) -> list[list[int]]:
     """The numbers of rows of similar length, the longest first: memory fails at once or never."""
-    budget = int(os.environ.get('BT', 0)) or BATCH_TOKENS * (8 if device.kind == 'cuda' else 1)
+    budget = BATCH_TOKENS * (16 if device.kind == 'cuda' else 1)
     batches, longest, most = [], 0, 0
     for n in sorted(range(len(rows)), key=lambda n: (-rows[n].n_ids, -rows[n].n_own)):
         row, many = rows[n], len(batches[-1]) + 1 if batches else 0
@@ -223,30 +220,33 @@ def cached(model, prefix: list[int], device) -> KVCache | None:
 @torch.no_grad()
 def score_batch(model, rows: list[Row], prefix: KVCache | None, device) -> list[list[Scored]]:
     """The pairs of each row."""
-    T, n = max(row.n_ids for row in rows), max(row.n_own for row in rows)
+    T, n = max(row.n_ids for row in rows), 1 + max(row.n_own for row in rows)
     idx, doc = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
-    targets = torch.full((len(rows), n), IGNORE)    # for the last n ids of each row
+    places = []     # (row, which of its last n ids, what that predicts), in the order of the pairs
     for b, row in enumerate(rows):
         ids = row.shared + [i for own, _ in row.branches for i in own]
         idx[b, :len(ids)], doc[b, :len(ids)] = torch.tensor(ids), 0
         end = n - row.n_own
-        for own, wanted in row.branches:
+        for own, targets in row.branches:
             end += len(own)
-            targets[b, end - len(wanted):end] = torch.tensor(wanted)
-    idx, doc, targets = (x.to(device.name) for x in (idx, doc, targets))
+            at = list(range(end - len(targets), end))
+            if len(own) < len(targets):
+                at[0] = n - row.n_own - 1   # the last id that all share
+            places += [(b, place, target) for place, target in zip(at, targets)]
     plain = not prefix and all(len(row.branches) == 1 for row in rows)
     cache = None if plain else Branches(rows, device.name, prefix)
     with device.autocast():
-        logits = model(idx, doc=None if (doc == 0).all() else doc, cache=cache, n_logits=n)
-    real = targets != IGNORE
-    logits, targets = logits[real].float(), targets[real]
-    logs = -F.cross_entropy(logits, targets, reduction='none').double()
-    likeliest = logits.argmax(dim=-1) == targets
-    logs, likeliest, at, found = logs.cpu(), likeliest.cpu(), 0, []
+        logits = model(idx.to(device.name), doc=None if (doc == 0).all() else doc.to(device.name),
+                       cache=cache, n_logits=n).float()
+    b, place, target = torch.tensor(places, device=logits.device).T
+    chosen = logits[b, place, target]
+    logs = (chosen - logits.logsumexp(dim=-1)[b, place]).double().cpu()
+    likeliest = (chosen == logits.amax(dim=-1)[b, place]).cpu()
+    found, at = [], 0
     for row in rows:
         found.append([])
-        for _, wanted in row.branches:
-            part = slice(at, at + len(wanted))
+        for _, targets in row.branches:
+            part = slice(at, at + len(targets))
             found[-1].append(Scored(logs[part].sum().item(), bool(likeliest[part].all())))
-            at += len(wanted)
+            at += len(targets)
     return found
