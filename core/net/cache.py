@@ -35,6 +35,26 @@ class KVCache:
         for stored in (*self.k.values(), *self.v.values()):
             stored[target, :, :length] = stored[source, :, :length]
 
+    def copy(self, row: int, length: int) -> tuple[dict, dict]:
+        """Keys and values of the first positions of a row, by layer."""
+        first, last = ({layer: stored[row, :, :length].clone() for layer, stored in kind.items()}
+                       for kind in (self.k, self.v))
+        return first, last
+
+    def put(self, row: int, kept: tuple[dict, dict], length: int) -> None:
+        """The first positions of what `copy` has given, into a row."""
+        for kind, values in zip((self.k, self.v), kept):
+            for layer, x in values.items():
+                if layer not in kind:
+                    kind[layer] = self.empty(x)
+                kind[layer][row, :, :length] = x[:, :length]
+
+    def empty(self, x) -> torch.Tensor:
+        """A layer's tensor for keys or values like x (.., heads, T, D). It has one position more
+        than needed, so that a slice is returned also when the cache is full: a graph compiled for
+        slices would be compiled again for the whole tensor."""
+        return x.new_zeros((self.batch_size, x.size(-3), self.size + 1, x.size(-1)))
+
     def grow(self, size: int) -> None:
         """Make room for `size` positions."""
         for tensors in (self.k, self.v):
@@ -68,10 +88,7 @@ class KVCache:
         """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
         T, last, end = k.size(2), self.first + k.size(0), self.longest + k.size(2)
         if layer not in self.k:
-            # One position more than needed, so that a slice is returned also when the cache is
-            # full: a graph compiled for slices would be compiled again for the whole tensor.
-            shape = (self.batch_size, k.size(1), self.size + 1, k.size(3))
-            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
+            self.k[layer], self.v[layer] = self.empty(k), self.empty(v)
         k_all = self.k[layer][self.first:last, :, :end]
         v_all = self.v[layer][self.first:last, :, :end]
         for new, stored in ((k, k_all), (v, v_all)):

@@ -20,6 +20,8 @@ class Sampling:
     seed: int | str = 0         # its draws depend on this and on the position only
     stop_tokens: Collection[int] = ()
     stop_strings: Sequence[str] = ()
+    logprobs: int = -1          # note each id's log-probability, and those of so many rivals
+    prompt_logprobs: bool = False   # the same for the prompt's ids
 
 
 def uniform(seed, position: int) -> float:

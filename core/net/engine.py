@@ -4,7 +4,7 @@
 model.generate does the same for one prompt, plainly.
 """
 import functools
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 import torch
@@ -53,6 +53,8 @@ class Request:
         self.ready = False      # whether these are all but the last
         self.to_text = tokenizer.stream() if tokenizer else lambda i: ''
         self.stops = StopStrings(sampling.stop_strings)
+        self.logprobs: list = []        # (of the id, [(rival, its own), ...]) from the first new id
+        self.prompt_logprobs: list = []     # or from the prompt's second id on
         self.grams, self.n_grams = {}, 0        # for `draft`
         self.accepted = float(DRAFT)    # of a draft, a running mean
         self.rest = 0                   # tokens until the next draft is tried
@@ -100,10 +102,13 @@ class Engine:
     compiled    whether steps of single tokens are compiled
     speculate   whether a lone request tries ids that came after the same GRAM ids before: a step
                 computes them all, and those that are drawn are kept. Ids are the same without.
+    piece       ids of prompts in a step, so that other requests go on meanwhile (0: no limit)
+    remember    positions of ended requests that are kept for those that begin alike
     """
 
     def __init__(self, model, slots: int = 1, *, tokenizer=None, n_tokens: int = 0,
-                 compiled: bool = False, speculate: bool = False):
+                 compiled: bool = False, speculate: bool = False, piece: int = 0,
+                 remember: int = 0):
         if slots < 1:
             raise ValueError(f'slots={slots}: must be at least 1')
         if why := refusal(model):
@@ -115,7 +120,8 @@ class Engine:
         self.tokenizer, self.run = tokenizer, compiled_step(model) if compiled else model
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []       # in the order of the cache's rows
-        self.cache = None
+        self.cache, self.piece, self.remember = None, piece, remember
+        self.known: OrderedDict = OrderedDict()     # ids of ended requests -> their keys and values
 
     def submit(self, ids: list[int], sampling: Sampling) -> Request:
         """Take a request. Raises ValueError for a prompt that is empty or longer than the window.
@@ -152,22 +158,26 @@ class Engine:
             row.ready = False
             self.rows.append(row)
         n = sum(row.ready for row in self.rows)
-        logits, places, draft = [], [(row.sampling, row.ids) for row in self.rows], []
+        logits, draft = [], []
         if n:
             if self.speculate and len(self.rows) == 1:
                 draft = self.draft(self.rows[0])
-                [(sampling, known)] = places
-                places = [(sampling, known + draft[:t]) for t in range(len(draft) + 1)]
             ids = [row.ids[-1:] + draft for row in self.rows[:n]]
             logits.append(self.forward(self.run, 0, ids, 1 + len(draft)).flatten(0, 1))
-        for i, row in enumerate(self.rows[n:], n):
-            self.reuse(i)
-            logits.append(self.forward(self.model, i, [row.ids[row.start + row.cached:]], 1)[0])
-            row.cached, row.ready = len(row.ids) - row.start - 1, True
-        drawn = next_ids(torch.cat(logits) if len(logits) > 1 else logits[0], places, self.n_tokens)
-        found, each = [], [drawn] if draft else [[new] for new in drawn]
-        for row, new in zip(list(self.rows), each):
+        logits += self.prefill(n)
+        ready = [row for row in self.rows if row.ready]
+        if not ready:
+            return []
+        places = [(row.sampling, row.ids + draft[:t]) for row in ready
+                  for t in range(len(draft) + 1)]
+        every = torch.cat(logits) if len(logits) > 1 else logits[0]
+        drawn, found = next_ids(every, places, self.n_tokens), []
+        each = [drawn] if draft else [[new] for new in drawn]
+        for i, (row, new) in enumerate(zip(ready, each)):
+            if row.sampling.logprobs >= 0:
+                row.logprobs += self.rivals(every[i:i + len(new)], new, row.sampling.logprobs)
             found.append((row, *self.keep(row, draft, new)))
+            del row.logprobs[len(row.ids) - row.n_prompt:]      # of ids that were not kept
         for row, *_ in found:
             if row.ended:
                 self.leave(self.rows.index(row))
@@ -188,27 +198,92 @@ class Engine:
     def forward(self, run, first: int, ids: list[list[int]], n_logits: int) -> torch.Tensor:
         """Logits (B, n_logits, V) of ids (B, T), which go on the rows from number `first` on."""
         lengths = [row.cached for row in self.rows[first:first + len(ids)]]
-        needed = max(lengths) + len(ids[0])
+        self.make_room(max(lengths) + len(ids[0]))
+        idx = torch.tensor(ids, device=self.device)
+        return run(idx, cache=self.cache.part(first, lengths), n_logits=n_logits)
+
+    def make_room(self, needed: int) -> None:
+        """A cache for so many positions."""
         if self.cache is None:
             self.cache = KVCache(self.slots, 0, self.device)
         if self.cache.size < needed:
             self.cache.grow(min(self.size, max(256, 1 << (needed - 1).bit_length())))
-        idx = torch.tensor(ids, device=self.device)
-        return run(idx, cache=self.cache.part(first, lengths), n_logits=n_logits)
+
+    def prefill(self, n: int) -> list[torch.Tensor]:
+        """Compute the prompts of the rows from number n on, as many ids as a step may; the logits
+        (1, V) after each prompt that is whole now."""
+        room, found = self.piece or 1 << 60, []
+        for i, row in enumerate(self.rows[n:], n):
+            if room <= 0:
+                break
+            if not row.cached:
+                self.reuse(i)
+            begin, asked = row.start + row.cached, row.sampling.prompt_logprobs
+            part = row.ids[begin:begin + room]
+            logits = self.forward(self.model, i, [part], len(part) if asked else 1)[0]
+            row.cached, room = row.cached + len(part), room - len(part)
+            if asked:
+                wanted = row.ids[begin + 1:min(begin + len(part) + 1, row.n_prompt)]
+                row.prompt_logprobs += self.rivals(logits[:len(wanted)], wanted,
+                                                   max(0, row.sampling.logprobs))
+            if begin + len(part) == len(row.ids):
+                row.cached, row.ready = row.cached - 1, True    # the last id goes in once more,
+                found.append(logits[-1:])                       # which `keep` counts
+        return found
+
+    def rivals(self, logits, ids: list[int], k: int) -> list[tuple[float, list]]:
+        """(log-probability of an id, the k most probable ids with theirs) of logits (N, V) and N
+        ids; before temperature and the like."""
+        if not ids:
+            return []
+        logs = logits.float()
+        logs[:, self.n_tokens or logs.size(1):] = -torch.inf
+        logs = logs.log_softmax(dim=-1)
+        best = logs.topk(k)
+        own = logs.gather(1, torch.tensor(ids, device=logs.device)[:, None])[:, 0].tolist()
+        return [(x, list(zip(i, y))) for x, i, y in zip(own, best.indices.tolist(),
+                                                        best.values.tolist())]
 
     def reuse(self, i: int) -> None:
         """Copy into a new row what it begins with, if another one has computed the same."""
-        ids = self.rows[i].ids[self.rows[i].start:]
-        known = [row.ids[row.start:row.start + row.cached] for row in self.rows[:i]]
-        lengths = [common([ids, other], min(len(ids) - 1, len(other))) for other in known]
-        if lengths and max(lengths) >= LEAST_PREFIX:
-            self.rows[i].cached = max(lengths)
-            self.cache.move(lengths.index(max(lengths)), i, max(lengths))
+        row = self.rows[i]
+        ids, best, source = row.ids[row.start:], LEAST_PREFIX - 1, None
+        if row.sampling.prompt_logprobs:    # which come with the computation
+            return
+        rows = [(other.ids[other.start:other.start + other.cached], j)
+                for j, other in enumerate(self.rows[:i])]
+        for known, where in [*rows, *((key, key) for key in self.known)]:
+            n = common([ids, list(known)], min(len(ids) - 1, len(known)))
+            if n > best:
+                best, source = n, where
+        if source is None:
+            return
+        row.cached = best
+        self.make_room(best)
+        if isinstance(source, int):
+            self.cache.move(source, i, best)
+        else:
+            self.known.move_to_end(source)
+            self.cache.put(i, self.known[source], best)
+
+    def note(self, row: Request, i: int) -> None:
+        """Keep what a row has computed, for requests that begin alike; forget the oldest."""
+        ids = tuple(row.ids[:row.cached])
+        if row.start or not LEAST_PREFIX <= len(ids) <= self.remember:
+            return
+        for known in [known for known in self.known if ids[:len(known)] == known]:
+            del self.known[known]
+        self.known[ids] = self.cache.copy(i, len(ids))
+        while sum(map(len, self.known)) > self.remember:
+            self.known.popitem(last=False)
 
     def keep(self, row: Request, draft: list[int], drawn: list[int]) -> tuple[list[int], str]:
         """Give a row the ids drawn, up to the first that is not the draft's. Returns them, and
         their text."""
         new, text = [], ''
+        if not row.sampling.max_new_tokens:     # only the prompt was asked about
+            row.ended = 'length'
+            return new, text
         for t, i in enumerate(drawn):
             new.append(i)
             text += row.take(i)
@@ -220,13 +295,17 @@ class Engine:
         return new, text
 
     def leave(self, i: int) -> None:
-        """Take a row out; the last row that has a cache gets its slot. Without rows, no memory is
-        kept."""
+        """Take a row out; the last row that is ready gets its slot, and the first of the others
+        that one's. Without rows, no cache is kept."""
         n = sum(row.ready for row in self.rows)
+        if self.rows[i].ready and self.remember:
+            self.note(self.rows[i], i)
         if i < n - 1:
             self.cache.move(n - 1, i, self.rows[n - 1].cached)
             self.rows[i], self.rows[n - 1] = self.rows[n - 1], self.rows[i]
             i = n - 1
+        if i < n < len(self.rows) and self.rows[n].cached:
+            self.cache.move(n, n - 1, self.rows[n].cached)
         del self.rows[i]
         if not self.rows:
             self.cache = None

@@ -1,0 +1,126 @@
+"""The engine behind a server: one step after another in a thread of its own, while requests come
+and go in the loop that serves them."""
+import asyncio
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from core.net.engine import Engine
+from core.web.protocol import Refused
+
+
+class Job:
+    """One answer that is wanted: the ids before it, and how it is drawn. The pieces of all answers
+    to a request come through the same queue."""
+
+    def __init__(self, index: int, ids: list[int], wanted, pieces: asyncio.Queue, echo: str):
+        self.index, self.ids, self.wanted, self.pieces = index, ids, wanted, pieces
+        self.echo, self.ended = echo, ''
+        self.request: Any = None        # of the engine, once it has it
+
+
+class Piece(NamedTuple):
+    """What a step has added to an answer."""
+    index: int          # of the answer
+    ids: list[int]
+    text: str
+    logs: list          # log-probabilities of the ids, if they are wanted
+    ended: str          # why the answer has: stop, length
+
+
+async def pieces_of(jobs: list[Job], prompt_logs: bool):
+    """The pieces of some answers as they come. Where the prompt is echoed it comes before the
+    first; with `prompt_logs` as ids with log-probabilities, too (None for the first id)."""
+    left, begun = len(jobs), set()
+    while left:
+        job, piece = await jobs[0].pieces.get()
+        if isinstance(piece, Refused):
+            raise piece
+        if job.echo and job.index not in begun:
+            begun.add(job.index)
+            piece = piece._replace(text=job.echo + piece.text)
+            if prompt_logs:
+                piece = piece._replace(ids=job.ids + piece.ids, logs=[
+                    None, *job.request.prompt_logprobs, *piece.logs])
+        left -= bool(piece.ended)
+        yield piece
+
+
+class Worker:
+    """Lets the engine step while there is work. Whatever changes the engine happens between two
+    steps, in this loop.
+
+    queue   answers that may wait for a slot
+    """
+
+    def __init__(self, engine: Engine, dev, queue: int):
+        self.engine, self.dev, self.queue, self.counts = engine, dev, queue, Counter()
+        self.coming: list[Job] = []
+        self.leaving: list[Job] = []
+        self.job_of, self.work, self.thread = {}, asyncio.Event(), ThreadPoolExecutor(1)
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Take jobs. Raises Refused if too many wait."""
+        waiting = len(self.coming) + len(self.engine.waiting)
+        if waiting + len(jobs) > self.queue + self.engine.slots - len(self.engine.rows):
+            raise Refused(f'{waiting} requests wait already; try again later', status=429,
+                          code='rate_limit_exceeded', headers={'retry-after': '5'})
+        self.coming += jobs
+        self.work.set()
+
+    def cancel(self, job: Job) -> None:
+        if not job.ended:
+            self.leaving.append(job)
+
+    async def run(self) -> None:
+        """The loop, until it is cancelled."""
+        engine = self.engine
+        while True:
+            for job in self.coming:
+                job.request = engine.submit(job.ids, job.wanted)
+                self.job_of[job.request] = job
+            self.coming = []
+            for job in self.leaving:
+                engine.cancel(job.request)
+                self.job_of.pop(job.request, None)
+                self.counts['cancelled'] += not job.ended
+            self.leaving = []
+            if not engine.rows and not engine.waiting:
+                self.work.clear()
+                await self.work.wait()
+                continue
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(self.thread, self.one_step)
+            except (ValueError, RuntimeError) as e:     # NaN in the weights, no memory
+                print(f'error: {e}', file=sys.stderr)
+                self.fail(Refused('the model failed on this request', status=500))
+                continue
+            for request, ids, text, logs in found:
+                if job := self.job_of.get(request):
+                    self.counts['tokens'] += len(ids)
+                    job.ended = request.ended
+                    job.pieces.put_nowait((job, Piece(job.index, ids, text, logs, job.ended)))
+                    if job.ended:
+                        del self.job_of[request]
+
+    def one_step(self) -> list:
+        """What a step of the engine gives, log-probabilities as well; a token that ends the answer
+        is no part of it."""
+        found = []
+        with self.dev.autocast():
+            for request, ids, text in self.engine.step():
+                logs = request.logprobs[len(request.logprobs) - len(ids):] if ids else []
+                n = len(ids) - (bool(ids) and ids[-1] in request.sampling.stop_tokens)
+                found.append((request, ids[:n], text, logs[:n]))
+        return found
+
+    def fail(self, why: Refused) -> None:
+        """End all requests."""
+        for request, job in self.job_of.items():
+            job.pieces.put_nowait((job, why))
+            request.ended = job.ended = 'failed'
+        self.job_of.clear()
+        self.engine.rows.clear()
+        self.engine.waiting.clear()
+        self.engine.cache = None
