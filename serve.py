@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -95,6 +96,7 @@ class Server:
                   404: lambda request, e: guard.refusal(Refused('no such path', status=404)),
                   405: lambda request, e: guard.refusal(Refused('no such method', status=405))}
         app = Starlette(routes=routes, lifespan=self.lifespan, exception_handlers=errors)
+        app.router.redirect_slashes = False
         return Guard(app, names, api_key)
 
     async def page(self, request: Request):
@@ -302,6 +304,8 @@ def main() -> dict:
         server.application(names), http=guard.Protocol, ws='none', access_log=False,
         log_level='error', server_header=False, date_header=False, limit_concurrency=1000,
         h11_max_incomplete_event_size=guard.HEADER_BYTES, timeout_graceful_shutdown=60)
+    for number in (signal.SIGTERM, signal.SIGINT):      # uvicorn raises them again at its end
+        signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run(sockets=[socket_])
     return {'requests': server.counts['requests']}
 

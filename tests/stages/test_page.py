@@ -21,6 +21,7 @@ POLICY = ("default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; sc
           "'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'")
 RIVALS = ['" rival" 10.0%', '"7" 5.0%']      # of each token
 expect = api.expect
+expect.set_options(timeout=20_000)      # in milliseconds; other tests may run beside
 
 
 def told(token, logprob=-0.1):
@@ -31,9 +32,9 @@ def told(token, logprob=-0.1):
 
 def chunk(chat, text, tokens=(), reason=None):
     if chat:
-        rivals = [told(' rival', -2.3), told('7', -3.0)]
         found = {'delta': {'content': text} if text else {}, 'logprobs': {'content': [
-            {**told(token), 'top_logprobs': [told(token), *rivals]} for token in tokens]}}
+            {**told(token), 'top_logprobs': [told(token), told(' rival', -2.3), told('7', -3.0)]}
+            for token in tokens]}}
     else:
         found = {'text': text, 'logprobs': {
             'tokens': tokens, 'token_logprobs': [-0.1] * len(tokens),
@@ -66,7 +67,7 @@ def refuses(status, message, **headers):
 @pytest.fixture
 def fake():
     """A server: what it answers next; what it was asked, (path, body), and the messages alone."""
-    fake = SimpleNamespace(key='', chat=True, answers=[], asked=[], said=[], go=threading.Event())
+    fake = SimpleNamespace(key='', chat=True, answers=[], asked=[], said=[], go=threading.Event(), seeds=set())
 
     class Handler(Quiet, http.server.BaseHTTPRequestHandler):
         def begin(self, status, kind, text='', **headers):
@@ -94,6 +95,7 @@ def fake():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
             fake.asked.append((self.path, body))
+            fake.seeds.add(body.pop('seed'))
             fake.said.append([message['content'] for message in body.get('messages', [])])
             with contextlib.suppress(ConnectionError):      # the page stops an answer
                 if self.allowed():
@@ -202,7 +204,7 @@ def test_retry_copy_and_new_with_text_that_is_no_html(open_page, fake):
     page.click('text=Retry')
     wait_for(page, evil)
     expect(page.locator('.user .text')).to_have_text(evil)
-    assert fake.asked[0] == fake.asked[1] and fake.said[0] == [evil]
+    assert fake.asked[0] == fake.asked[1] and fake.said[0] == [evil] and len(fake.seeds) == 2
     page.click('text=Copy')
     expect(page.get_by_role('button', name='Copied')).to_be_visible()
     assert page.evaluate('navigator.clipboard.readText()') == evil
@@ -255,9 +257,9 @@ def test_settings_are_sent_and_kept(page, fake):
     fake.answers = [says('Cut', reason='length')]
     ask(page, 'Hi')
     expect(page.locator('.tools', has_text='cut at the limit of tokens')).to_be_visible()
-    assert {'temperature': 0, 'top_p': 0.5, 'seed': 42, 'max_tokens': 7, 'messages': [
+    assert {'temperature': 0, 'top_p': 0.5, 'max_tokens': 7, 'messages': [
         {'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'Hi'}],
-    }.items() <= fake.asked[0][1].items()
+    }.items() <= fake.asked[0][1].items() and fake.seeds == {42}
 
 
 def test_reload_keeps_the_conversation(page, fake):
