@@ -184,7 +184,7 @@ def written(model, tokenizer, items, options, device, *, task, about, ranks=None
 MEASURES = {'choice': choose, 'word': last_words, 'text': texts}
 
 
-def measure(model, tokenizer, questions: Questions, options: Options, device, ranks=None,
+def measure(model, tokenizer, questions: Questions, options: Options, device, *, ranks=None,
             asked=lambda: False) -> dict | None:
     """The values of each metric, item by item, and what was said; None if asked() says to stop."""
     task, about = questions.task, questions.name
@@ -250,7 +250,7 @@ def evaluate_model(name: str, asked: list[Questions], options: Options, dev, ran
         known = processes.broadcast(kept.get(key))
         if not known:
             began = time.perf_counter()
-            values = measure(model, tokenizer, questions, options, dev, ranks) or {}
+            values = measure(model, tokenizer, questions, options, dev, ranks=ranks) or {}
             known = overlap.with_training(name, questions, tokenizer, data_dir) \
                 if ranks.rank == 0 else {}
             known |= {'task': questions.name, 'hash': key, 'step': state['step'],

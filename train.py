@@ -210,7 +210,7 @@ def ask_benchmarks(learner: Learner, tokenizer, asked=lambda: False) -> dict | N
         for name in benchmarks.split(','):
             questions = stage.load(name, benchmark_items, data_dir=data_dir)
             values = stage.measure(learner.model, tokenizer, questions, stage.Options(),
-                                   learner.device, learner.ranks, asked)
+                                   learner.device, ranks=learner.ranks, asked=asked)
             if values is None:
                 return None
             found[name] = {metric: one['value'] for metric, one in

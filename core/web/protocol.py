@@ -252,13 +252,18 @@ class Shape:
             at += len(text)
         self.offsets[index] = at
         return {'tokens': texts, 'text_offset': offsets,
-                'token_logprobs': [log and log[0] for log in logs],
-                'top_logprobs': [log and dict(reversed([(self.text(j), y) for j, y in log[1]]))
-                                 for log in logs]}
+                'token_logprobs': [log and finite(log[0]) for log in logs],
+                'top_logprobs': [log and dict(reversed([(self.text(j), finite(y))
+                                                        for j, y in log[1]])) for log in logs]}
 
     def text(self, i: int) -> str:
         return self.tokenizer.decode([i])
 
     def token(self, i: int, log: float) -> dict:
-        return {'token': self.text(i), 'logprob': max(log, -9999.0),
+        return {'token': self.text(i), 'logprob': finite(log),
                 'bytes': list(self.tokenizer.tokens[i])}
+
+
+def finite(log: float) -> float:
+    """A log-probability as JSON can hold it: that of what is impossible is -9999, as OpenAI's."""
+    return max(log, -9999.0)

@@ -202,3 +202,82 @@ def test_generate_yields_rows_in_order(settings):
         n = len([i for i in got if i >= 0])
         assert got[n:] == [-1] * (len(got) - n)
         assert got[:n] == alone(model, prompt, Sampling(6, 0, stop_tokens=(3, 8, 13)))
+
+
+def test_prompts_in_pieces():
+    """Five ids of prompts in a step: others go on meanwhile, and all get what they must."""
+    model, rng = tiny(**LLAMA), random.Random(6)
+    engine, found = Engine(model, 4, piece=5), {}
+    for _ in range(40):
+        found[engine.submit(*random_request(rng))] = []
+    widest = 0
+    while engine.rows or engine.waiting:
+        before = [row.cached for row in engine.rows]
+        started = [row for row in engine.rows    # but for those whose window is full
+                   if row.ready and len(row.ids) - row.start <= engine.size]
+        if rng.random() < 0.1:
+            engine.cancel(rng.choice([row for row in found if not row.ended]))
+            started = [row for row in started if not row.ended]
+        got = engine.step()
+        assert {row for row, *_ in got} >= set(started)     # none waits for another's prompt
+        widest = max(widest, sum(row.cached for row in engine.rows) - sum(before))
+        for row, ids, _ in got:
+            found[row] += ids
+    for row, ids in found.items():
+        want = alone(model, row.ids[:row.n_prompt], row.sampling)
+        assert ids == (want[:len(ids)] if row.ended == 'cancelled' else want)
+
+
+@pytest.mark.parametrize('settings', MODELS.values(), ids=MODELS)
+def test_beginnings_are_copied(settings):
+    """From a request that runs, or that has ended and is remembered; ids are the same, and fewer
+    are computed. What is remembered stays within its bound."""
+    model, rng = tiny(**settings), random.Random(7)
+    shared = [rng.randrange(31) for _ in range(20)]
+    engine, computed, real = Engine(model, 3, remember=60), [], model.forward
+    model.forward = lambda idx, **more: computed.append(idx.numel()) or real(idx, **more)
+    found = {}
+    for i in range(30):
+        ids = (shared if i % 3 else shared[:10]) + [rng.randrange(31) for _ in range(1 + i % 4)]
+        request = engine.submit(ids, Sampling(4, seed=i))
+        found[request] = []
+        while engine.rows or engine.waiting if i % 2 else engine.waiting:
+            for row, new, _ in engine.step():
+                found[row] += new
+        assert sum(map(len, engine.known)) <= 60
+    while engine.rows:
+        for row, new, _ in engine.step():
+            found[row] += new
+    del model.forward
+    for row, ids in found.items():
+        assert ids == alone(model, row.ids[:row.n_prompt], row.sampling)
+    assert engine.known and sum(computed) < sum(map(len, (row.ids for row in found))) * 0.7
+
+
+def test_log_probabilities():
+    """Of each new id and of its rivals, and of the prompt's ids: those of the whole window."""
+    model = tiny(**LLAMA)
+    for piece, speculate in ((0, False), (4, False), (0, True)):
+        engine = Engine(model, 2, piece=piece, speculate=speculate, n_tokens=29)
+        prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3] if not speculate else [3, 1, 4, 1] * 4
+        request = engine.submit(prompt, Sampling(8, temperature=0, logprobs=3,
+                                                 prompt_logprobs=True))
+        while engine.rows or engine.waiting:
+            engine.step()
+        with torch.no_grad():
+            every = model(torch.tensor([request.ids]))[0, :, :29].log_softmax(-1)
+        noted = request.prompt_logprobs + request.logprobs
+        assert len(request.logprobs) == 8 and len(noted) == len(request.ids) - 1
+        for t, (own, rivals) in enumerate(noted):
+            best = every[t].topk(3)
+            close(torch.tensor(own), every[t, request.ids[t + 1]])
+            assert [i for i, _ in rivals] == best.indices.tolist()
+            close(torch.tensor([x for _, x in rivals]), best.values)
+
+
+def test_only_the_prompt():
+    """No new tokens: a request for the log-probabilities of a prompt ends without an id."""
+    engine = Engine(tiny(), 1)
+    request = engine.submit([1, 2, 3], Sampling(0, prompt_logprobs=True))
+    assert engine.step() == [(request, [], '')]
+    assert request.ended == 'length' and len(request.prompt_logprobs) == 2 and not engine.rows

@@ -67,7 +67,8 @@ def refuses(status, message, **headers):
 @pytest.fixture
 def fake():
     """A server: what it answers next; what it was asked, (path, body), and the messages alone."""
-    fake = SimpleNamespace(key='', chat=True, answers=[], asked=[], said=[], go=threading.Event(), seeds=set())
+    fake = SimpleNamespace(key='', chat=True, answers=[], asked=[], said=[], seeds=set())
+    fake.go = threading.Event()
 
     class Handler(Quiet, http.server.BaseHTTPRequestHandler):
         def begin(self, status, kind, text='', **headers):
@@ -222,8 +223,6 @@ def test_probabilities(page, fake):
     expect(tip).to_have_attribute('aria-live', 'polite')
     page.hover('.token:has-text("you")')
     expect(tip.locator('div')).to_have_text(rows)
-    page.hover('h1')
-    expect(tip).to_be_empty()
     page.locator('.token').first.focus()
     expect(tip.locator('div').first).to_have_text('"Hello" 90.5%')
     for key in ('ArrowRight', 'ArrowRight', 'ArrowLeft'):
@@ -295,7 +294,6 @@ def test_error_and_retry(page, fake, answer, message, kept):
     page.click('text=Retry >> visible=true')
     wait_for(page, 'A', 'Hello you.')
     assert fake.said[2] == ['first', 'A', 'second']
-    assert [m['role'] for m in fake.asked[2][1]['messages']] == ['user', 'assistant', 'user']
 
 
 def test_key(open_page, fake):
