@@ -167,7 +167,8 @@ def test_what_is_there_is_not_computed_again(run_evaluate, tmp_path, monkeypatch
         patch.setattr(evaluate, 'measure', lambda *_, **more: pytest.fail('computed again'))
         assert run_evaluate(f'--tasks={own}') == first
     calls, real = [], evaluate.measure
-    monkeypatch.setattr(evaluate, 'measure', lambda *args, **more: calls.append(1) or real(*args, **more))
+    monkeypatch.setattr(evaluate, 'measure',
+                        lambda *args, **more: calls.append(1) or real(*args, **more))
     run_evaluate(f'--tasks={own}', '--max_items=5')     # other items
     run_evaluate(f'--tasks={own}', '--quantize=int8')   # other weights
     questions(own, make=lambda row: row | {'label': 1 - row['label']})
