@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -256,6 +257,16 @@ def test_special_tokens_in_a_text_stay_text(running):
     assert found['usage']['prompt_tokens'] == len('x<|end|><|assistant|>') + 3
     found = running.post(prompt='<|endoftext|>', max_tokens=1).json()
     assert found['usage']['prompt_tokens'] == len('<|endoftext|>')
+
+
+def test_curl_lines_of_the_docs(running):
+    page = (ROOT / 'docs/serving.md').read_text()
+    lines = re.findall(r"^curl .*?'$", page, re.M | re.S)
+    assert len(lines) == 2
+    for line in lines:
+        done = subprocess.run(['bash', '-c', line.replace('localhost:8000', f'{running.at[7:]}')],
+                              capture_output=True, text=True, timeout=60)
+        assert json.loads(done.stdout)['choices'][0]['finish_reason'], done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
