@@ -250,7 +250,10 @@ def evaluate_model(name: str, asked: list[Questions], options: Options, dev, ran
         known = processes.broadcast(kept.get(key))
         if not known:
             began = time.perf_counter()
-            values = measure(model, tokenizer, questions, options, dev, ranks=ranks) or {}
+            try:
+                values = measure(model, tokenizer, questions, options, dev, ranks=ranks) or {}
+            except ValueError as e:     # of logits, or of a model that cannot write here
+                stop(f'{name}: {e}')
             known = overlap.with_training(name, questions, tokenizer, data_dir) \
                 if ranks.rank == 0 else {}
             known |= {'task': questions.name, 'hash': key, 'step': state['step'],

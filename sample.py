@@ -274,6 +274,8 @@ def main() -> dict:
         stop(f'the text given is not valid {e.encoding.upper()} ({e.reason} at {e.start})')
     except UnicodeError as e:   # UTF-16 without its mark, and the like
         stop(f'the text given cannot be read: {e}')
+    except ValueError as e:     # of logits that are not finite
+        stop(f'{run_dir}: {e}')
     except (KeyboardInterrupt, EOFError):
         print(file=sys.stderr)
     return {'texts': []}

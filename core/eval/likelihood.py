@@ -219,7 +219,7 @@ def cached(model, prefix: list[int], device) -> KVCache | None:
 
 @torch.no_grad()
 def score_batch(model, rows: list[Row], prefix: KVCache | None, device) -> list[list[Scored]]:
-    """The pairs of each row."""
+    """The pairs of each row. Raises ValueError for logits that are not finite."""
     T, n = max(row.n_ids for row in rows), 1 + max(row.n_own for row in rows)
     idx, doc = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
     places = []     # (row, which of its last n ids, what that predicts), in the order of the pairs
@@ -244,6 +244,8 @@ def score_batch(model, rows: list[Row], prefix: KVCache | None, device) -> list[
     b, place, target = torch.tensor(places, device=logits.device).T
     chosen, row = logits[b, place, target], b * n + place
     logs = (chosen - torch.cat([part.logsumexp(dim=-1) for part in parts])[row]).double().cpu()
+    if not logs.isfinite().all():
+        raise ValueError('the logits are not finite: the weights are damaged, or training diverged')
     likeliest = (chosen == torch.cat([part.amax(dim=-1) for part in parts])[row]).cpu()
     found, at = [], 0
     for row in rows:

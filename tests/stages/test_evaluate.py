@@ -362,6 +362,21 @@ def test_bad_settings(run_evaluate, capsys, words, message):
     assert e.value.code == 2 and message in e.value.message and '\n' not in e.value.message
 
 
+def test_weights_that_are_no_numbers(run_evaluate, tmp_path, monkeypatch):
+    """Neither a choice nor an answer: an error, never 0%."""
+    own, real = questions(tmp_path / 'own.jsonl'), models.load_run
+
+    def load(*args):
+        model, *more = real(*args)
+        model.lm_head.weight.data.fill_(float('nan'))
+        return model, *more
+    monkeypatch.setattr(models, 'load_run', load)
+    for name in (own, 'safety'):
+        with pytest.raises(SystemExit) as e:
+            run_evaluate(f'--tasks={name}', '--max_items=2')
+        assert 'the logits are not finite' in e.value.message
+
+
 def test_damaged_results(run_evaluate, tmp_path, capsys):
     own = questions(tmp_path / 'own.jsonl')
     for text in ('{', '[]', '{"results": [1]}'):

@@ -1,5 +1,6 @@
 """sample.py: prompts, streaming, stop strings, reproducibility, messages."""
 import io
+import math
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import finetune
 import sample
 import train
 from core.net.engine import StopStrings
+from core.run import models
 from core.settings import Stop
 
 ROOT = Path(sample.__file__).parent
@@ -101,6 +103,19 @@ def test_long_prompt_warns(run_sample, capsys):
     run_sample(prompt='x = 1\n' * 20)
     warning = 'warning: the prompt has 120 tokens, the model sees the last 32'
     assert warning in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers(run_sample, monkeypatch, capsys):
+    real = models.load_run
+
+    def load(*args, **options):
+        model, *more = real(*args, **options)
+        model.lm_head.weight.data.fill_(math.nan)
+        return model, *more
+    monkeypatch.setattr(models, 'load_run', load)
+    with pytest.raises(Stop) as e:
+        run_sample(prompt='a')
+    assert 'the logits are not finite' in e.value.message
 
 
 def test_interactive(run_sample, monkeypatch, capsys):
