@@ -158,7 +158,7 @@ def written(model, tokenizer, items, options, device, *, task, about, ranks=None
     wanted = [Sampling(options.max_new_tokens or task.max_new_tokens, options.temperature,
                        top_p=options.top_p, seed=f'{options.seed} {i}',
                        stop_tokens=tokenizer.turn_ends() if chat else {tokenizer.eos},
-                       stop_strings=() if chat else task.stop_strings)
+                       stop_strings=() if chat and task.kind == 'code' else task.stop_strings)
               for i in range(len(prompts))]
     said = answers.write(model, tokenizer, prompts, device, wanted, chat=chat, about=about,
                          slots=options.slots, ranks=ranks, asked=asked)

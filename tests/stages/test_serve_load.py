@@ -1,6 +1,7 @@
 """serve.py under load, beside other programs: five minutes of clients that leave, dawdle or never
 end their headers; lm-evaluation-harness and LangChain as clients."""
 import asyncio
+import concurrent.futures
 import json
 import os
 import random
@@ -13,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import test_smollm2
+from test_agreement import choice, local
 from test_serve import HELLO, ROOT, Running
 
 import evaluate
 from core.eval import tasks
+from core.formats import hf
+from core.net.engine import generate
 from core.run import models
 
 httpx = pytest.importorskip('httpx')
@@ -35,6 +39,20 @@ def memory(pid: int) -> int:
     """Resident bytes of a process."""
     with open(f'/proc/{pid}/statm') as f:
         return int(f.read().split()[1]) * 4096
+
+
+# In a process of its own, since what is asked for is the server's time and not that of 64 clients.
+LOOK = """
+import http.client, sys, time
+ends = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < ends:
+    began = time.perf_counter()
+    connection = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=60)
+    connection.request('GET', '/health')
+    assert connection.getresponse().status == 200
+    print(time.perf_counter() - began)
+    time.sleep(0.05)
+"""
 
 
 class Started:
@@ -57,7 +75,7 @@ def test_five_minutes(base):
     """64 streams, of which three in ten leave; 10 that read a byte a second; 10 that never end
     their headers."""
     server, seconds = Started(base, '--device=cpu', '--queue=100'), 300
-    ends, statuses, waits, answers = time.monotonic() + seconds, {}, [], {}
+    ends, statuses, answers = time.monotonic() + seconds, {}, {}
 
     def dawdle(data: bytes, number: int):
         while time.monotonic() < ends:
@@ -96,17 +114,10 @@ def test_five_minutes(base):
             elif not leaves:
                 answers.setdefault((prompt, n), set()).add(text)
 
-    async def look(client):
-        while time.monotonic() < ends:
-            began = time.perf_counter()
-            assert (await client.get(server.at + '/health')).status_code == 200
-            waits.append(time.perf_counter() - began)
-            await asyncio.sleep(0.05)
-
     async def all_of_them():
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=120, limits=limits) as client:
-            await asyncio.gather(look(client), measure(), *(
+            await asyncio.gather(measure(), *(
                 ask(client, random.Random(i)) for i in range(64)))
     sizes = []
 
@@ -115,7 +126,11 @@ def test_five_minutes(base):
         sizes.append(memory(server.process.pid))
         await asyncio.sleep(seconds * 0.6)
         sizes.append(memory(server.process.pid))
+    looking = subprocess.Popen([sys.executable, '-c', LOOK, str(server.port), str(seconds)],
+                               stdout=subprocess.PIPE, text=True)
     asyncio.run(all_of_them())
+    waits = [float(line) for line in looking.communicate()[0].split()]
+    assert looking.returncode == 0
     deadline = time.monotonic() + 20
     while httpx.get(server.at + '/health').json()['running'] and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -157,9 +172,7 @@ def test_harness_over_http(smol, tmp_path, monkeypatch):
     pytest.importorskip('lm_eval')
     import lm_eval
     from lm_eval.tasks.hellaswag.utils import preprocess
-    from test_agreement import choice, local  # noqa: F401
 
-    from core.formats import hf
 
     model, tokenizer, _ = models.load_run(str(test_smollm2.FILES[0]))
     hf.save(model, tokenizer, tmp_path / 'hf')
@@ -179,18 +192,47 @@ def test_harness_over_http(smol, tmp_path, monkeypatch):
     assert theirs['acc_norm,none'] == ours['acc_norm']['value']
 
 
+@pytest.mark.skipif(not MIRROR.is_dir(), reason='needs DATA_MIRROR')
+def test_harness_over_http_in_a_chat(smol):
+    """GSM8K's first 10 items, without examples: the same answers and scores."""
+    lm_eval = pytest.importorskip('lm_eval')
+    pattern = {'strict': r'#### (\-?[0-9\.\,]+)', 'flexible': r'(-?[$0-9.,]{2,})|(-?[0-9]+)'}
+    task = local('gsm8k', MIRROR / 'gsm8k_test.jsonl', output_type='generate_until',
+                 doc_to_text='Question: {{question}}\nAnswer:', doc_to_target='{{answer}}',
+                 generation_kwargs={'until': ['Question:', '</s>', '<|im_end|>'],
+                                    'do_sample': False, 'temperature': 0.0},
+                 metric_list=[{'metric': 'exact_match', 'ignore_case': True, 'regexes_to_ignore': [
+                     ',', r'\$', '(?s).*#### ', r'\.$']}],
+                 filter_list=[{'name': name, 'filter': [
+                     {'function': 'regex', 'regex_pattern': pattern[name],
+                      'group_select': -1 if name == 'flexible' else 0},
+                     {'function': 'take_first'}]} for name in pattern])
+    theirs = lm_eval.simple_evaluate(
+        'local-chat-completions', tasks=[task], limit=10, bootstrap_iters=0, log_samples=True,
+        apply_chat_template=True, model_args=dict(
+            model='smol', base_url=f'{smol.at}/v1/chat/completions', num_concurrent=4,
+            max_retries=1))
+    model, tokenizer, _ = models.load_run(str(test_smollm2.FILES[0]))
+    device = evaluate.processes.begin('cpu', '', False, 0, 1, training=False)[1]
+    asked = tasks.load('gsm8k', 10, shots=0)
+    ours = evaluate.measure(model, tokenizer, asked, evaluate.Options(chat=True), device)
+    samples = {one['doc_id']: one['resps'][0][0] for one in theirs['samples']['gsm8k']}
+    assert [said for said, in ours['texts']] == [samples[n] for n in range(10)]
+    for metric in pattern:
+        assert theirs['results']['gsm8k'][f'exact_match,{metric}'] == \
+            evaluate.score(ours, asked)[metric]['value']
+
+
 def test_answers_are_those_of_sample(smol):
     """Greedy, alone and beside 15 others, as `generate` gives them under the chat template."""
     model, tokenizer, _ = models.load_run(str(test_smollm2.FILES[0]))
     questions = [f'What is {n} plus {n + 2}?' for n in range(4)] + ['Name a colour.'] * 12
-    from core.net.engine import generate
 
     def ask(text):
         return httpx.post(smol.at + '/v1/chat/completions', timeout=300, json={
             'messages': [{'role': 'user', 'content': text}], 'max_tokens': 20, 'temperature': 0,
         }).json()['choices'][0]['message']['content']
     alone = [ask(text) for text in questions[:5]]
-    import concurrent.futures
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         together = list(pool.map(ask, questions))
     assert together[:5] == alone and len(set(together[4:])) == 1
