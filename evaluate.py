@@ -16,6 +16,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from core.run.checkpoint import steps
 from core.settings import check_bounds, configure, stop
 
 POSITIONAL = ('run_dir',)
+RULES = 1                   # counted up when a score changes its meaning: all is scored anew
 FLAGS = ()                  # filled by configure
 
 run_dir = ''                # a run such as out/austen, a Hugging Face folder, a name, a GGUF file
@@ -124,7 +126,7 @@ def texts(model, tokenizer, items, options, device, **work) -> dict | None:
         text = tokenizer.as_corpus(item.contexts[0])
         ids = [i for part in tokenizer.blocks(text) for i in tokenizer.encode(part)]
         parts = likelihood.windows(ids, likelihood.first_id(tokenizer), size,
-                                   options.stride or size)
+                                   min(options.stride or size, size))
         pairs += [[part] for part in parts]
         owners += [n] * len(parts)
     scored = likelihood.score(model, pairs, device, **work)
@@ -245,7 +247,10 @@ def evaluate_model(name: str, asked: list[Questions], options: Options, dev, ran
     settings = options._asdict() | {'dtype': dev.dtype, 'quantize': quantize}
     print0(f'{name}, step {state["step"]}' + f'; weights in {quantize}' * bool(quantize))
     for questions in asked:
-        facts = [questions.sha256, weights, tokenizer.hash(), settings]
+        task = questions.task
+        facts = [questions.sha256, weights, asdict(model.config), tokenizer.to_json(),
+                 tokenizer.template and tokenizer.template.state(), settings,
+                 task.stop_strings, task.max_new_tokens, RULES]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         known = processes.broadcast(kept.get(key))
         if not known:
@@ -276,19 +281,20 @@ def evaluate_model(name: str, asked: list[Questions], options: Options, dev, ran
 
 
 def compare(ours: list[dict], theirs: list[dict], asked: list[Questions]) -> dict:
-    """{task: {metric: difference, low, high, p, p_corrected}} of the first metric of each task."""
+    """{task: {metric: difference, low, high, p, p_corrected}}."""
     found = {}
     for mine, other, questions in zip(ours, theirs, asked):
         for metric in mine['scores']:
-            if metric == 'word_perplexity' or metric == 'perplexity' and \
-                    questions.task.kind == 'text':      # of other tokens it is another quantity
+            if metric in AS_POWER:      # of other tokens it is another quantity
                 continue
             a, b = (np.array(one['values'][metric]) for one in (mine, other))
             if a.ndim == 2 and a.shape != b.shape:      # windows of other lengths
                 continue
             groups = questions.documents if len(questions.documents) == len(a) else None
-            names = ('difference', 'low', 'high', 'p')
-            found[questions.name, metric] = dict(zip(names, intervals.difference(a, b, groups)))
+            *numbers, p = intervals.difference(a, b, groups)
+            numbers = [as_shown(metric, x) for x in numbers]
+            found[questions.name, metric] = dict(zip(('difference', 'low', 'high'), numbers),
+                                                 p=p)
     corrected = intervals.holm([one['p'] for one in found.values()])
     report = {}
     for ((name, metric), one), p in zip(found.items(), corrected):

@@ -82,9 +82,9 @@ class Server:
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
         self.worker = Worker(self.engine, self.dev, queue)
-        task = asyncio.create_task(self.worker.run())
+        self.task = asyncio.create_task(self.worker.run())
         yield
-        task.cancel()
+        self.task.cancel()
 
     def application(self, names: set[str]) -> Guard:
         post, routes = ['POST'], [
@@ -103,8 +103,10 @@ class Server:
         return FileResponse(PAGE, media_type='text/html')
 
     async def health(self, request: Request):
-        return JSONResponse({'status': 'ok', 'running': len(self.engine.rows),
-                             'waiting': len(self.engine.waiting)})
+        lives = not self.task.done()
+        found = {'status': 'ok' if lives else 'failed', 'running': len(self.engine.rows),
+                 'waiting': len(self.engine.waiting)}
+        return JSONResponse(found, 200 if lives else 503)
 
     async def metrics(self, request: Request):
         """Prometheus' text format, version 0.0.4."""

@@ -25,7 +25,7 @@ from core.data.chosen import get_data
 from core.data.dataset import IGNORE, Ahead, load_split
 from core.device import fit_micro_batch
 from core.net import optim
-from core.net.engine import generate
+from core.net.engine import generate, refusal
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
 from core.run import models
@@ -202,18 +202,33 @@ def make_sample(model, tokenizer, asked=lambda: False) -> str | None:
     return tokenizer.decode(ids)
 
 
+def asked_in_training(model, ranks) -> list:
+    """The tasks in `benchmarks`. Stops if there is no such one, or it cannot be asked here."""
+    stage, found = importlib.import_module('evaluate'), []
+    for name in benchmarks.split(','):
+        if ranks.rank == 0:     # downloaded before all ranks ask for it
+            stage.load(name, benchmark_items, data_dir=data_dir)
+        processes.broadcast(None, patient=True)
+        found.append(stage.load(name, benchmark_items, data_dir=data_dir))
+        if found[-1].task.kind == 'code':
+            stop(f'benchmarks={name}: runs programs that the model writes; evaluate the '
+                 'checkpoints with evaluate.py --run_code')
+        if found[-1].task.kind not in stage.MEASURES and (why := refusal(model)):
+            stop(f'benchmarks={name}: {why}')
+    return found
+
+
 def ask_benchmarks(learner: Learner, tokenizer, asked=lambda: False) -> dict | None:
     """{task: {metric: score}} of the model as it is now; None if asked() says to stop."""
     stage = importlib.import_module('evaluate')     # not among what makes a run the same run
     found = {}
     with parallel.looking_on(learner.model):
-        for name in benchmarks.split(','):
-            questions = stage.load(name, benchmark_items, data_dir=data_dir)
+        for questions in asked_in_training(learner.model, learner.ranks):
             values = stage.measure(learner.model, tokenizer, questions, stage.Options(),
                                    learner.device, ranks=learner.ranks, asked=asked)
             if values is None:
                 return None
-            found[name] = {metric: one['value'] for metric, one in
+            found[questions.name] = {metric: one['value'] for metric, one in
                            stage.score(values, questions).items()}
     return found
 
@@ -303,6 +318,8 @@ def main() -> dict:
     batches_of = Ahead(lambda step: [train_windows.batch(samples) for samples in share(
         step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)], dev.kind == 'cuda')
     compile_seconds = learner.warm_up(train_step, batches_of)
+    if benchmark_interval:
+        asked_in_training(model, ranks)     # what is wrong with them is said now
     run.begin(learner, tokenizer, max_steps=max_steps, max_minutes=max_minutes, first=1,
               settings=vars(settings), script=__file__, kept={'config': asdict(config)},
               micro_batch_size=rows, parameters=n_parameters, flops_per_token=flops,

@@ -30,6 +30,8 @@ def write(model, tokenizer, prompts: list[str], device, sampling: list[Sampling]
     no room for an answer lose their beginning. Ranks share the work, all get all; None if asked()
     says to stop."""
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    if asked():
+        return None
     engine = Engine(model, min(slots, len(prompts)), tokenizer=tokenizer)
     size, texts = model.config.block_size, {}
     for n in range(rank, len(prompts), world):
@@ -40,7 +42,7 @@ def write(model, tokenizer, prompts: list[str], device, sampling: list[Sampling]
     with tqdm(total=len(texts), desc=about, leave=False, delay=2,
               disable=True if rank else None) as bar, device.autocast():
         while engine.rows or engine.waiting:
-            if asked():
+            if world == 1 and asked():      # all ranks ask together, and some end earlier
                 return None
             for request, _, text in engine.step():
                 texts[request][1].append(text)

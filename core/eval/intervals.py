@@ -57,9 +57,8 @@ def interval(values: np.ndarray, groups: list[str] | None = None) -> tuple[float
 def resampled(sums: np.ndarray) -> np.ndarray:
     """(DRAWS,) ratios of the sums of as many groups, drawn with replacement."""
     generator, n = np.random.default_rng(0), len(sums)
-    counts = np.stack([np.bincount(generator.integers(0, n, n), minlength=n)
-                       for _ in range(DRAWS)])
-    drawn = counts @ sums
+    drawn = np.stack([np.bincount(generator.integers(0, n, n), minlength=n) @ sums
+                      for _ in range(DRAWS)])
     return drawn[:, 0] / drawn[:, 1]
 
 

@@ -44,15 +44,20 @@ def draw(probs, u):
     return torch.where(total > 0, ids, -1)
 
 
+LEAST_TEMPERATURE = 1e-5
+
+
 def sample_next(logits, u, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """(B,) ids drawn from logits (B, V) with the random numbers u (B,); temperature 0 takes the
-    most probable ids, and no u.
+    most probable ids, and no u. So does one so small that logits divided by it overflow. An id is
+    -1 where logits are NaN.
 
     top_k keeps the k most probable tokens; min_p those with at least min_p times the probability of
     the most probable one (Nguyen et al. 2024); top_p the fewest whose probabilities sum to at least
     top_p (Holtzman et al. 2020). They apply in this order, after the temperature."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
+    if temperature < LEAST_TEMPERATURE:
+        best = logits.max(dim=-1)
+        return torch.where(best.values.isnan(), -1, best.indices)
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]
@@ -81,6 +86,8 @@ def next_ids(logits, asked: list[tuple[Sampling, list[int]]], n_tokens: int = 0)
     ids so far. Ids from n_tokens on are never drawn (0: all may be). Raises ValueError where
     probabilities are NaN."""
     logits, groups = logits.float(), defaultdict(list)
+    if any(s.repetition_penalty != 1 for s, _ in asked):
+        logits = logits.clone()     # the caller's stay as the model gave them
     if n_tokens:
         logits[:, n_tokens:] = -math.inf
     for i, (s, ids) in enumerate(asked):

@@ -239,7 +239,7 @@ class Engine:
         logs = logits.float()
         logs[:, self.n_tokens or logs.size(1):] = -torch.inf
         logs = logs.log_softmax(dim=-1)
-        best = logs.topk(k)
+        best = logs.topk(min(k, logs.size(1)))
         own = logs.gather(1, torch.tensor(ids, device=logs.device)[:, None])[:, 0].tolist()
         return [(x, list(zip(i, y))) for x, i, y in zip(own, best.indices.tolist(),
                                                         best.values.tolist())]

@@ -26,7 +26,7 @@ WHOLE = {'top_k': (0, 1 << 31, 0), 'n': (1, 8, 1), 'top_logprobs': (0, 20, 0)}
 BOOLEAN = ('stream', 'echo')
 KNOWN = {*NUMBERS, *WHOLE, *BOOLEAN, *HARMLESS, *NEUTRAL, 'model', 'messages', 'prompt', 'seed',
          'stop', 'max_tokens', 'max_completion_tokens', 'logprobs', 'response_format'}
-MOST_STOPS, LONGEST_STOP = 16, 200
+MOST_STOPS, LONGEST_STOP, MOST_FIELDS = 16, 200, 100
 
 
 class Refused(Exception):
@@ -106,6 +106,8 @@ def read_request(body: dict, chat: bool) -> Asked:
 def check_fields(body: dict) -> None:
     """Raise Refused for a field that would change the answer and is not supported, or that is
     spelt almost like one that is known."""
+    if len(body) > MOST_FIELDS:
+        raise Refused(f'the body has {len(body):,} fields; {MOST_FIELDS} are allowed')
     for name, value in body.items():
         if name in NEUTRAL and value not in NEUTRAL[name]:
             raise Refused(f'{name}: is not supported; leave it out', name)
@@ -175,7 +177,8 @@ def conversation(body: dict) -> list[dict]:
         raise Refused('messages: must be a list of at least one {"role", "content"}', 'messages')
     for i, message in enumerate(messages):
         where = f'messages[{i}]'
-        if not isinstance(message, dict) or message.get('role') not in ROLES:
+        role = message.get('role') if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
             raise Refused(f'{where}: must have a "role" of {", ".join(ROLES)}', 'messages')
         if message.get('tool_calls') or message.get('function_call'):
             raise Refused(f'{where}: calls of tools are not supported', 'messages')
@@ -185,11 +188,11 @@ def conversation(body: dict) -> list[dict]:
                        and isinstance(part.get('text'), str) for part in content):
                 raise Refused(f'{where}: only parts of the type text are supported', 'messages')
             content = ''.join(part['text'] for part in content)
-        if content is None and message['role'] == 'assistant':
+        if content is None and role == 'assistant':
             content = ''
         if not is_text(content):
             raise Refused(f'{where}: "content" must be a text, or a list of texts', 'messages')
-        found.append({'role': ROLES[message['role']], 'content': content})
+        found.append({'role': ROLES[role], 'content': content})
     return found
 
 

@@ -58,6 +58,7 @@ class Worker:
         self.engine, self.dev, self.queue, self.counts = engine, dev, queue, Counter()
         self.coming: list[Job] = []
         self.leaving: list[Job] = []
+        self.open: set[Job] = set()     # that have not ended
         self.job_of, self.work, self.thread = {}, asyncio.Event(), ThreadPoolExecutor(1)
 
     def submit(self, jobs: list[Job]) -> None:
@@ -67,42 +68,49 @@ class Worker:
             raise Refused(f'{waiting} requests wait already; try again later', status=429,
                           code='rate_limit_exceeded', headers={'retry-after': '5'})
         self.coming += jobs
+        self.open.update(jobs)
         self.work.set()
 
     def cancel(self, job: Job) -> None:
         if not job.ended:
             self.leaving.append(job)
+            self.work.set()
 
     async def run(self) -> None:
         """The loop, until it is cancelled."""
-        engine = self.engine
         while True:
-            for job in self.coming:
-                job.request = engine.submit(job.ids, job.wanted)
-                self.job_of[job.request] = job
-            self.coming = []
-            for job in self.leaving:
-                engine.cancel(job.request)
-                self.job_of.pop(job.request, None)
-                self.counts['cancelled'] += not job.ended
-            self.leaving = []
-            if not engine.rows and not engine.waiting:
-                self.work.clear()
-                await self.work.wait()
-                continue
             try:
-                found = await asyncio.get_running_loop().run_in_executor(self.thread, self.one_step)
-            except (ValueError, RuntimeError) as e:     # NaN in the weights, no memory
-                print(f'error: {e}', file=sys.stderr)
+                await self.turn()
+            except Exception as e:      # NaN in the weights, no memory: others are to be served
+                print(f'error: {type(e).__name__}: {e}', file=sys.stderr)
                 self.fail(Refused('the model failed on this request', status=500))
-                continue
-            for request, ids, text, logs in found:
-                if job := self.job_of.get(request):
-                    self.counts['tokens'] += len(ids)
-                    job.ended = request.ended
-                    job.pieces.put_nowait((job, Piece(job.index, ids, text, logs, job.ended)))
-                    if job.ended:
-                        del self.job_of[request]
+
+    async def turn(self) -> None:
+        """What came and left since the last step, and the next step; waits if there is no work."""
+        coming, self.coming = self.coming, []
+        leaving, self.leaving = self.leaving, []
+        for job in coming:
+            job.request = self.engine.submit(job.ids, job.wanted)
+            self.job_of[job.request] = job
+        for job in leaving:
+            self.job_of.pop(job.request, None)
+            self.open.discard(job)
+            if not job.ended:
+                self.engine.cancel(job.request)
+                self.counts['cancelled'] += 1
+        if not self.engine.rows and not self.engine.waiting:
+            self.work.clear()
+            await self.work.wait()
+            return
+        loop = asyncio.get_running_loop()
+        for request, ids, text, logs in await loop.run_in_executor(self.thread, self.one_step):
+            if job := self.job_of.get(request):
+                self.counts['tokens'] += len(ids)
+                job.ended = request.ended
+                job.pieces.put_nowait((job, Piece(job.index, ids, text, logs, job.ended)))
+                if job.ended:
+                    del self.job_of[request]
+                    self.open.discard(job)
 
     def one_step(self) -> list:
         """What a step of the engine gives, log-probabilities as well; a token that ends the answer
@@ -117,9 +125,10 @@ class Worker:
 
     def fail(self, why: Refused) -> None:
         """End all requests."""
-        for request, job in self.job_of.items():
+        for job in self.open:
+            job.ended = 'failed'
             job.pieces.put_nowait((job, why))
-            request.ended = job.ended = 'failed'
+        self.open.clear()
         self.job_of.clear()
         self.engine.rows.clear()
         self.engine.waiting.clear()

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import resource
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ HOSTILE = {
         'import os\nfor fd in range(32):\n    try:\n        os.write(fd, b"passed\\n")\n'
         '    except OSError:\n        pass\ndef f(x):\n    return 0'),
     'forges an answer': (
-        'import os\nfor fd in range(3, 32):\n    try:\n        os.write(fd, b\'{"value": 3}\\n\')\n'
+        'import os\nfor fd in range(3, 32):\n    try:\n        os.write(fd, b\'{"value": 9}\\n\')\n'
         '    except OSError:\n        pass\ndef f(x):\n    return 0'),
     'always equal': (
         'class A(int):\n    def __eq__(self, other):\n        return True\n'
@@ -68,6 +69,15 @@ HOSTILE = {
     'local network': (
         'import socket\nsocket.create_connection(("127.0.0.1", {port}), 2)\n'
         'def f(x):\n    return x + 1'),
+    'a listener in the file system': (
+        'import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect("{folder}/listener")\n'
+        'def f(x):\n    return x + 1'),
+    'leaves its group and outlives its parent': (
+        'import ctypes, os, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\ntry:\n    os.setsid()\n'
+        'except OSError:\n    pass\ntime.sleep(60)'),
+    'memory that is not its own': (
+        'import ctypes\nc = ctypes.CDLL(None)\nif c.shmget(0, 1 << 20, 0o1600) >= 0:\n'
+        '    def f(x):\n        return x + 1'),
     'writes a file': 'open("{folder}/made", "w")\ndef f(x):\n    return x + 1',
     'writes to the temporary folder': (
         'open("/tmp/scratchgpt-made", "w").write("x")\ndef f(x):\n    return x + 1'),
@@ -120,7 +130,10 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('outside')
     (path / 'kept').write_text('here')
     (path / 'old-link').symlink_to(path / 'kept')
-    return path
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path / 'listener'))
+        listener.listen()
+        yield path
 
 
 @pytest.fixture(autouse=True)
@@ -144,13 +157,14 @@ def test_hostile_programs_fail(name, folder):
     assert said != sandbox.PASSED
     assert time.monotonic() - began < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10, 'of 32 MiB'
-    assert sorted(path.name for path in folder.iterdir()) == ['kept', 'old-link']
+    assert sorted(path.name for path in folder.iterdir()) == ['kept', 'listener', 'old-link']
     assert (folder / 'kept').read_text() == 'here'
     assert not Path('/tmp/scratchgpt-made').exists()
 
 
 def test_no_process_is_left():
-    for name in ('threads left behind', 'ignores signals', 'fork bomb, quiet', 'never ends'):
+    for name in ('leaves its group and outlives its parent', 'ignores signals',
+                 'fork bomb, quiet', 'threads left behind', 'never ends'):
         sandbox.run(HOSTILE[name], TEST, 'f')
     deadline = time.monotonic() + 5
     while (left := children()) and time.monotonic() < deadline:

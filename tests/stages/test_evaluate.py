@@ -1,5 +1,6 @@
 """evaluate.py: scores, intervals, what is kept, comparisons, several processes, and bad input."""
 import json
+import os
 import random
 import shutil
 import signal
@@ -105,7 +106,7 @@ def test_greedy_is_whether_generation_would_say_it():
 
 def test_every_id_of_a_text_is_predicted_once():
     ids = list(range(100))
-    for stride in (1, 7, 30, 32):
+    for stride in (1, 7, 30, 32):     # (evaluate.py allows none above the size)
         parts = likelihood.windows(ids, 500, 32, stride)
         assert [i for part in parts for i in part.continuation] == ids
         for part in parts:
@@ -160,6 +161,13 @@ def test_bits_per_byte_are_those_of_training(run_evaluate, capsys):
     assert found['bits_per_byte'] == pytest.approx(found['bits_per_character'], rel=0.05)
 
 
+def test_a_stride_beyond_the_window_is_the_window(run_evaluate, capsys):
+    found = [run_evaluate('--tasks=data/source_byte', f'--stride={n}')['data/source_byte']
+             for n in (0, 5000, 8)]
+    assert found[0] == found[1]
+    assert found[2]['bits_per_byte'] != found[0]['bits_per_byte']
+
+
 def test_what_is_there_is_not_computed_again(run_evaluate, tmp_path, monkeypatch, capsys):
     own = questions(tmp_path / 'own.jsonl')
     first = run_evaluate(f'--tasks={own}')
@@ -202,6 +210,9 @@ def test_a_better_model_is_called_better(run_evaluate, tmp_path, monkeypatch, ca
     monkeypatch.setattr(models, 'load_run', load)
     found = run_evaluate('--tasks=data/source_byte', '--against=out/other')
     one = found['against']['data/source_byte']['bits_per_byte']
+    theirs = json.loads(Path('out/other/eval.json').read_text())['results'][0]['scores']
+    assert one['difference'] == pytest.approx(
+        found['data/source_byte']['bits_per_byte'] - theirs['bits_per_byte']['value'])
     assert one['high'] < 0 and one['p_corrected'] < 0.01
     assert 'significantly better' in capsys.readouterr().out
 
@@ -397,6 +408,18 @@ def test_benchmarks_during_training(run_train, tmp_path, capsys):
     assert [e['step'] for e in found] == [2, 4, 6]
     assert all(0 <= e['scores'][str(own)]['acc'] <= 1 for e in found)
     assert train.benchmark_interval == 0
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(benchmarks='humaneval'), 'runs programs'), (dict(benchmarks='helaswag'), 'no task'),
+    (dict(benchmarks='safety', arch='lstm', optimizer='adamw'), 'serves GPTs only')])
+def test_benchmarks_that_cannot_be(run_train, settings, message):
+    """Said before the first step."""
+    if settings['benchmarks'] == 'humaneval' and 'DATA_MIRROR' not in os.environ:
+        pytest.skip('needs DATA_MIRROR')
+    with pytest.raises(SystemExit) as e:
+        run_train(tokenizer='byte', benchmark_interval=5, **settings)
+    assert message in e.value.message and not read_log('out/gpt2', 'step')
 
 
 def test_benchmarks_change_no_step(run_train, tmp_path, capsys):

@@ -229,7 +229,8 @@ def test_what_is_refused(running, body, field):
 
 
 @pytest.mark.parametrize('messages', [
-    [], 'x', [{}], [{'role': 'tool', 'content': 'x'}], [{'role': 'user'}], [7], None,
+    [], 'x', [{}], [{'role': [], 'content': 'x'}], [{'role': {}, 'content': 'x'}], [7], None,
+    [{'role': 'tool', 'content': 'x'}], [{'role': 'user'}],
     [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}],
     [{'role': 'assistant', 'content': '', 'tool_calls': [{}]}]])
 def test_messages_that_are_refused(running, messages):
@@ -322,6 +323,25 @@ def test_too_many(running, monkeypatch):
     assert running.idle()
 
 
+def test_the_smallest_temperature_is_greedy(running):
+    said = running.post(prompt='To be', max_tokens=12, temperature=1e-38).json()
+    assert said['choices'][0]['text'] == wanted(running.model, 'To be', 12)
+
+
+def test_log_probabilities_are_those_before_the_penalty(running):
+    ask = lambda penalty: running.post(
+        prompt='To be or not to be', max_tokens=1, temperature=0, logprobs=5,
+        repetition_penalty=penalty).json()['choices'][0]['logprobs']['top_logprobs']
+    for one, other in zip(ask(1.0), ask(5.0)):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_too_many_fields(running):
+    began = time.monotonic()
+    found = running.post(prompt='a', **{f'f{i}': 0 for i in range(60_000)})
+    assert found.status_code == 400 and time.monotonic() - began < 5
+
+
 def test_a_model_that_fails(running, monkeypatch):
     """Weights with NaN: an error, as an answer and in a stream; the server lives."""
     def fail(*args, **options):
@@ -331,6 +351,10 @@ def test_a_model_that_fails(running, monkeypatch):
         assert running.post(prompt='a').status_code == 500
         streamed = running.post(prompt='a', stream=True)
         assert '"error"' in streamed.text and streamed.status_code == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(running.server.engine, 'submit', lambda *_: {}['a bug of ours'])
+        assert running.post(prompt='a').status_code == 500
+    assert httpx.get(running.at + '/health').json()['status'] == 'ok'
     assert running.post(prompt='a', max_tokens=2).status_code == 200
 
 
@@ -417,7 +441,10 @@ def test_limits_of_size_and_time(running, monkeypatch):
     began = time.monotonic()
     with socket.create_connection(('127.0.0.1', running.port), 3) as s:
         s.sendall(two)
-        assert s.recv(4096).startswith(b'HTTP/1.1 200')
+        said = b''
+        while b'}' not in said:
+            said += s.recv(4096)
+        assert said.startswith(b'HTTP/1.1 200')
         s.sendall(two[:20])
         assert s.recv(10) == b'' and time.monotonic() - began < 2
 
@@ -448,6 +475,8 @@ def mutated(drawn) -> bytes:
         body[drawn.choice(names)] = value()
     if drawn.random() < .9:
         body['max_tokens'] = drawn.choice([1, 2])
+    if drawn.random() < .2:
+        body['messages'] = [{drawn.choice(['role', 'content', 'x']): value() for _ in range(3)}]
     text = json.dumps(body).encode()
     kind = drawn.randint(0, 9)
     if kind == 0:
