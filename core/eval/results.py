@@ -72,8 +72,8 @@ class Results:
                     mine.sort(key=lambda pair: pair[0])
                     x = [step if len(steps) > 1 else Path(name).name for step, _ in mine]
                     y = [score['value'] for _, score in mine]
-                    errors = [[score['value'] - (score['low'] or score['value']),
-                               (score['high'] or score['value']) - score['value']]
+                    errors = [[0, 0] if score['low'] is None else
+                              [score['value'] - score['low'], score['high'] - score['value']]
                               for _, score in mine]
                     ax.errorbar(x, y, yerr=list(zip(*errors)), capsize=4, marker='o', label=name,
                                 linestyle='-' if len(steps) > 1 else '')
