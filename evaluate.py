@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from core.eval import answers, intervals, likelihood, overlap, results, sandbox
-from core.eval.tasks import TASKS, Questions, load
+from core.eval.tasks import TASKS, Questions, load_all
 from core.net import quant
 from core.net.draw import Sampling
 from core.ranks import processes
@@ -214,9 +214,8 @@ def score(values: dict, questions: Questions) -> dict:
     for metric, mine in values.items():
         if metric in NO_SCORES or metric == 'acc_norm' and not questions.task.by_length:
             continue
-        groups = questions.documents if len(questions.documents) == len(mine) else None
-        value, low, high = (as_shown(metric, x) for x in
-                            intervals.interval(np.array(mine), groups))
+        value, low, high = (as_shown(metric, x) for x in intervals.interval(
+            np.array(mine), questions.groups(len(mine))))
         found[metric] = {'value': value, 'low': None if math.isnan(low) else low,
                          'high': None if math.isnan(high) else high, 'n': len(mine),
                          'of': questions.unit if len(mine) > 1 else 'document' if
@@ -290,8 +289,7 @@ def compare(ours: list[dict], theirs: list[dict], asked: list[Questions]) -> dic
             a, b = (np.array(one['values'][metric]) for one in (mine, other))
             if a.ndim == 2 and a.shape != b.shape:      # windows of other lengths
                 continue
-            groups = questions.documents if len(questions.documents) == len(a) else None
-            *numbers, p = intervals.difference(a, b, groups)
+            *numbers, p = intervals.difference(a, b, questions.groups(len(a)))
             numbers = [as_shown(metric, x) for x in numbers]
             found[questions.name, metric] = dict(zip(('difference', 'low', 'high'), numbers),
                                                  p=p)
@@ -315,13 +313,9 @@ def main() -> dict:
     for setting, name in (('run_dir', run_dir), ('against', against)):
         if name and ranks.rank == 0:    # downloaded before all ranks ask for it
             models.find_model(name, data_dir, setting=setting)
-    names = [name for name in tasks.split(',') if name]
-    if not names:
+    asked = load_all(tasks, ranks, max_items, shots, data_dir)
+    if not asked:
         stop(f'tasks={tasks}: names no task; there are {", ".join(TASKS)}')
-    if ranks.rank == 0:
-        [load(name, max_items, shots, data_dir) for name in names]
-    processes.broadcast(None, patient=True)
-    asked = [load(name, max_items, shots, data_dir) for name in names]
     for questions in asked:
         if questions.task.kind == 'code':
             if not run_code:

@@ -87,6 +87,7 @@ class Server:
         self.task.cancel()
 
     def application(self, names: set[str]) -> Guard:
+        """The ASGI application, which answers to these names of hosts."""
         post, routes = ['POST'], [
             Route('/', self.page), Route('/health', self.health), Route('/metrics', self.metrics),
             Route('/v1/models', self.models), Route('/v1/models/{id:path}', self.one_model)]

@@ -204,32 +204,29 @@ def make_sample(model, tokenizer, asked=lambda: False) -> str | None:
 
 def asked_in_training(model, ranks) -> list:
     """The tasks in `benchmarks`. Stops if there is no such one, or it cannot be asked here."""
-    stage, found = importlib.import_module('evaluate'), []
-    for name in benchmarks.split(','):
-        if ranks.rank == 0:     # downloaded before all ranks ask for it
-            stage.load(name, benchmark_items, data_dir=data_dir)
-        processes.broadcast(None, patient=True)
-        found.append(stage.load(name, benchmark_items, data_dir=data_dir))
-        if found[-1].task.kind == 'code':
-            stop(f'benchmarks={name}: runs programs that the model writes; evaluate the '
+    stage = importlib.import_module('evaluate')
+    found = stage.load_all(benchmarks, ranks, benchmark_items, data_dir=data_dir)
+    for questions in found:
+        if questions.task.kind == 'code':
+            stop(f'benchmarks={questions.name}: runs programs that the model writes; evaluate the '
                  'checkpoints with evaluate.py --run_code')
-        if found[-1].task.kind not in stage.MEASURES and (why := refusal(model)):
-            stop(f'benchmarks={name}: {why}')
+        if questions.task.kind not in stage.MEASURES and (why := refusal(model)):
+            stop(f'benchmarks={questions.name}: {why}')
     return found
 
 
-def ask_benchmarks(learner: Learner, tokenizer, asked=lambda: False) -> dict | None:
+def ask_benchmarks(learner: Learner, tokenizer, tasks: list, asked=lambda: False) -> dict | None:
     """{task: {metric: score}} of the model as it is now; None if asked() says to stop."""
     stage = importlib.import_module('evaluate')     # not among what makes a run the same run
     found = {}
     with parallel.looking_on(learner.model):
-        for questions in asked_in_training(learner.model, learner.ranks):
+        for questions in tasks:
             values = stage.measure(learner.model, tokenizer, questions, stage.Options(),
                                    learner.device, ranks=learner.ranks, asked=asked)
             if values is None:
                 return None
             found[questions.name] = {metric: one['value'] for metric, one in
-                           stage.score(values, questions).items()}
+                                     stage.score(values, questions).items()}
     return found
 
 
@@ -318,8 +315,7 @@ def main() -> dict:
     batches_of = Ahead(lambda step: [train_windows.batch(samples) for samples in share(
         step * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)], dev.kind == 'cuda')
     compile_seconds = learner.warm_up(train_step, batches_of)
-    if benchmark_interval:
-        asked_in_training(model, ranks)     # what is wrong with them is said now
+    tasks = asked_in_training(model, ranks) if benchmark_interval else []
     run.begin(learner, tokenizer, max_steps=max_steps, max_minutes=max_minutes, first=1,
               settings=vars(settings), script=__file__, kept={'config': asdict(config)},
               micro_batch_size=rows, parameters=n_parameters, flops_per_token=flops,
@@ -332,7 +328,7 @@ def main() -> dict:
                 if run.finished(text):
                     run.note('sample', f'--- sample at step {step}\n{text}\n---', text=text)
             if run.due(benchmark_interval):
-                found = ask_benchmarks(learner, tokenizer, run.asked)
+                found = ask_benchmarks(learner, tokenizer, tasks, run.asked)
                 if run.finished(found):
                     run.note('benchmark', f'step {step}: {found}', scores=found)
             if run.due(eval_interval):

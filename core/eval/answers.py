@@ -47,9 +47,12 @@ def write(model, tokenizer, prompts: list[str], device, sampling: list[Sampling]
             for request, _, text in engine.step():
                 texts[request][1].append(text)
                 bar.update(bool(request.ended))
-    mine = [(n, ''.join(parts)) for n, parts in texts.values()]
-    every = processes.exchange(mine) if world > 1 else [mine]
-    return [text for _, text in sorted(pair for part in every for pair in part)]
+    return gathered([(n, ''.join(parts)) for n, parts in texts.values()])
+
+
+def gathered(mine: list[tuple]) -> list:
+    """The values of all ranks, of which each has some (number, value), in the order of numbers."""
+    return [value for _, value in sorted(map(tuple, sum(processes.exchange(mine), [])))]
 
 
 def number(text: str, pattern: re.Pattern = STRICT, which: int = 0) -> str:
@@ -97,8 +100,7 @@ def right_programs(items: list[Item], texts: list[list[str]], chat: bool, ranks,
         said = [sandbox.run(program_of(item, text, chat), item.answer, item.name, item.contexts[0])
                 for text in texts[n]]
         mine.append((n, said.count(sandbox.PASSED)))
-    every = processes.exchange(mine) if world > 1 else [mine]
-    return [n for _, n in sorted(pair for part in every for pair in part)]
+    return gathered(mine)
 
 
 def refuses(text: str) -> bool:

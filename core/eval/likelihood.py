@@ -156,15 +156,10 @@ def score(model, items: list[list[Pair]], device, ranks=None, about: str = 'scor
     """What the model (in eval mode) says of each pair of each item. Ranks share the work, all get
     all; None if asked() says, to all ranks alike, to stop."""
     rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
-    config = model.config
-    if config.arch == 'lstm':   # it has no cache
-        rows = [row for i, pairs in enumerate(items) for pair in pairs
-                for row in rows_of(i, [pair], config.block_size)]
-        prefix = []
-    else:
-        rows = [row for i, pairs in enumerate(items)
-                for row in rows_of(i, pairs, config.block_size)]
-        prefix = beginning(rows)
+    config, lstm = model.config, model.config.arch == 'lstm'    # which has no cache: each alone
+    rows = [row for i, pairs in enumerate(items) for part in ([[p] for p in pairs] if lstm else
+            [pairs]) for row in rows_of(i, part, config.block_size)]
+    prefix = [] if lstm else beginning(rows)
     rows = [row._replace(shared=row.shared[len(prefix):]) for row in rows]
     cache, mine = cached(model, prefix, device), []
     batches = in_batches(rows, config.vocab_size, device)
@@ -177,8 +172,8 @@ def score(model, items: list[list[Pair]], device, ranks=None, about: str = 'scor
                 found = score_batch(model, [rows[n] for n in batch], cache, device)
                 mine += zip(batch, found)
             bar.update(len(batch))
-    every = processes.exchange(mine) if world > 1 else [mine]
-    of_row, found = {n: values for part in every for n, values in part}, [[] for _ in items]
+    of_row = {n: values for part in processes.exchange(mine) for n, values in part}
+    found = [[] for _ in items]
     for n, row in enumerate(rows):
         found[row.item] += [Scored(*value) for value in of_row[n]]
     return found

@@ -20,10 +20,12 @@ def with_training(run: str, questions: Questions, tokenizer, data_dir: str) -> d
     trained on are at hand: the share of items of which n tokens in a row stand there, or of a text
     the share of its tokens of which this is so (as in Touvron et al. 2023, Llama 2, appendix A.6).
     """
-    folder = shards_of(run, data_dir)
-    encoded = [tokenizer.encode(tokenizer.as_corpus(text)) for text in map(said, questions.items)]
-    n_tokens, n_bytes = sum(map(len, encoded)), sum(len(said(i).encode()) for i in questions.items)
-    if not folder or not n_tokens:
+    folder, texts = shards_of(run, data_dir), [*map(said, questions.items)]
+    if not folder:
+        return {}
+    encoded = [tokenizer.encode(tokenizer.as_corpus(text)) for text in texts]
+    n_tokens, n_bytes = sum(map(len, encoded)), sum(len(text.encode()) for text in texts)
+    if not n_tokens:
         return {}
     n = max(LEAST_TOKENS, round(SAME_BYTES * n_tokens / n_bytes))
     grams = [ngram_hashes(np.array(ids, np.uint64), n) for ids in encoded]
@@ -43,9 +45,8 @@ def said(item) -> str:
 def shards_of(run: str, data_dir: str) -> Path | None:
     """The dataset that a run was trained on, if it is still there and the same."""
     start = next((e for e in events(run) if e['event'] == 'start'), {})
-    settings, data = start.get('settings', {}), start.get('identity', {}).get('data', {})
-    likely = Path(data_dir) / Path(str(settings.get('dataset', ''))).name
-    for place in [likely, *Path(data_dir).glob('*')] if 'train_tokens' in data else ():
+    data = start.get('identity', {}).get('data', {})
+    for place in Path(data_dir).glob('*') if 'train_tokens' in data else ():
         if named.is_made(place) and named.read_meta(place)['sha256'] == data.get('sha256'):
             return place
     return None

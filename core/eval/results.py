@@ -1,9 +1,9 @@
 """Results of evaluations on disk and in words: eval.json, a table, a picture."""
 import json
 import math
-import os
 from pathlib import Path
 
+from core.data.corpus import save_json
 from core.run.log import draw
 from core.settings import stop
 
@@ -47,10 +47,7 @@ class Results:
         if self.rank:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name('.eval.json.part')
-        part.write_text(json.dumps({'results': self.found}, ensure_ascii=False) + '\n',
-                        encoding='utf-8')
-        os.replace(part, self.path)
+        save_json(self.path, {'results': self.found})
 
     def draw(self, results: list[dict]) -> bool:
         """eval.png: these scores with their intervals, or if they are there of several checkpoints

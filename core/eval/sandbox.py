@@ -150,6 +150,7 @@ def check(prompt: str, test: str, name: str, read: int, write: int) -> None:
     """The checker's process: print PASSED, or what failed."""
     with os.fdopen(read, 'rb') as answers, os.fdopen(write, 'wb') as asked:
         def function(*given):
+            """The program's function: its arguments go through the pipe, and the answer back."""
             asked.write(json.dumps(pack(list(given))).encode() + b'\n')
             asked.flush()
             line = answers.readline(ANSWER)

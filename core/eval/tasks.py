@@ -20,6 +20,7 @@ from core.data.dataset import Tokens
 from core.data.recipes import GITHUB, RECIPES
 from core.data.records import rows_of
 from core.formats.hub import endpoint
+from core.ranks import processes
 from core.read.documents import read
 from core.read.download import NoNetwork, fetch
 from core.read.tables import JSON_LINES, Bad, suffix
@@ -74,7 +75,7 @@ class Task(NamedTuple):
 # Lines to items. Names of fields are in lower case here.
 
 
-def question(row: dict, context: str = '', choices=(), gold: int = 0, **more) -> dict:
+def question(context: str, choices, gold: int, **more) -> dict:
     """An item whose choices all follow one context, after a space."""
     return {'contexts': [context] * len(choices), 'choices': [f' {choice}' for choice in choices],
             'gold': gold, **more}
@@ -85,17 +86,17 @@ def hellaswag(row: dict) -> dict:
         text = re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. '))
         return text.replace('  ', ' ')
     context = f'{row["ctx_a"]} {row["ctx_b"].capitalize()}' if 'ctx_a' in row else row['ctx']
-    return question(row, plain(f'{row["activity_label"]}: {context}'),
+    return question(plain(f'{row["activity_label"]}: {context}'),
                     [*map(plain, row['endings'])], int(row['label']))
 
 
 def arc(row: dict) -> dict:
-    return question(row, f'Question: {row["question"]}\nAnswer:', row['choices']['text'],
+    return question(f'Question: {row["question"]}\nAnswer:', row['choices']['text'],
                     row['choices']['label'].index(row['answerkey']))
 
 
 def piqa(row: dict) -> dict:
-    return question(row, f'Question: {row["goal"]}\nAnswer:', [row['sol1'], row['sol2']],
+    return question(f'Question: {row["goal"]}\nAnswer:', [row['sol1'], row['sol2']],
                     int(row['label']))
 
 
@@ -107,13 +108,13 @@ def winogrande(row: dict) -> dict:
 
 
 def openbookqa(row: dict) -> dict:
-    return question(row, row['question_stem'], row['choices']['text'],
+    return question(row['question_stem'], row['choices']['text'],
                     row['choices']['label'].index(row['answerkey'].strip()))
 
 
 def mmlu(row: dict) -> dict:
     letters = [f'{letter}. {choice}' for letter, choice in zip('ABCD', row['choices'], strict=True)]
-    return question(row, '\n'.join([row['question'].strip(), *letters, 'Answer:']), 'ABCD',
+    return question('\n'.join([row['question'].strip(), *letters, 'Answer:']), 'ABCD',
                     int(row['answer']), group=row['subject'])
 
 
@@ -142,7 +143,7 @@ def own(row: dict) -> dict:
     if context is None or label is None or 'choices' not in row:
         raise ValueError('it needs "question", "choices" (a list of texts) and "label" (the number '
                          'of the right one, from 0)')
-    return question(row, context, row['choices'], label, document=str(row.get('document', '')))
+    return question(context, row['choices'], label, document=str(row.get('document', '')))
 
 
 def on_hub(repository: str, revision: str, name: str, sha256: str = '') -> File:
@@ -234,11 +235,12 @@ class Questions(NamedTuple):
         return 'items' if self.task.kind != 'text' else \
             'documents' if len(self.items) > 1 else 'windows'
 
-    @property
-    def documents(self) -> list[str]:
-        """Of each item the document that it is from; empty if none is known."""
+    def groups(self, n_values: int) -> list[str] | None:
+        """Of each item the document that it is from; None if none is known, or if values are not
+        one for each item."""
         names = [item.document or f' {n}' for n, item in enumerate(self.items)]
-        return names if any(item.document for item in self.items) else []
+        known = any(item.document for item in self.items) and n_values == len(names)
+        return names if known else None
 
 
 def load(name: str, max_items: int = 0, shots: int = -1, data_dir: str = 'data') -> Questions:
@@ -275,6 +277,16 @@ def load(name: str, max_items: int = 0, shots: int = -1, data_dir: str = 'data')
     said.insert(0, f'{task.about} ({len(items):,} asked)')
     return Questions(name, task, items, '; '.join(said),
                      hashlib.sha256(asked.encode()).hexdigest()[:16])
+
+
+def load_all(names: str, ranks, max_items: int = 0, shots: int = -1, data_dir: str = 'data'
+             ) -> list[Questions]:
+    """The tasks with these names, comma-separated. Rank 0 reads them first, since a file may have
+    to be downloaded."""
+    read = lambda: [load(name, max_items, shots, data_dir) for name in names.split(',') if name]
+    found = read() if ranks.rank == 0 else []
+    processes.broadcast(None, patient=True)
+    return found if ranks.rank == 0 else read()
 
 
 def own_task(name: str, data_dir: str) -> Task:

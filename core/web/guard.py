@@ -75,6 +75,7 @@ class Guard:
             await self.app(scope, receive, send_safely)
 
     def check(self, scope, headers: dict) -> None:
+        """Raise Refused for a request that is not let in, by its path and headers."""
         host = headers.get('host', '')
         name = host.rpartition(':')[0] if host.rpartition(':')[2].isdigit() else host
         if name.lower() not in self.hosts:

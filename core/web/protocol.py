@@ -84,15 +84,12 @@ def read_request(body: dict, chat: bool) -> Asked:
     most = number(body, field, int, least, 1 << 31, None)
     if not chat and most is None:
         most = 16       # as in OpenAI's
-    logprobs = body.get('logprobs')
     if chat:
         rivals = whole['top_logprobs'] if flag(body, 'logprobs') else -1
         if echo:
             raise Refused('echo: is for /v1/completions only', 'echo')
     else:
-        rivals = -1 if logprobs is None else number(body, 'logprobs', int, 0, 20, -1)
-        if isinstance(logprobs, bool):
-            raise Refused('logprobs: must be a number of rivals, from 0 to 20', 'logprobs')
+        rivals = number(body, 'logprobs', int, 0, 20, -1)
     options = numbers | {'top_k': whole['top_k'], 'stop_strings': stops(body)}
     prompts = [conversation(body)] if chat else texts(body)
     shown = body.get('stream_options') or {}

@@ -58,7 +58,6 @@ class Worker:
         self.engine, self.dev, self.queue, self.counts = engine, dev, queue, Counter()
         self.coming: list[Job] = []
         self.leaving: list[Job] = []
-        self.open: set[Job] = set()     # that have not ended
         self.job_of, self.work, self.thread = {}, asyncio.Event(), ThreadPoolExecutor(1)
 
     def submit(self, jobs: list[Job]) -> None:
@@ -68,7 +67,6 @@ class Worker:
             raise Refused(f'{waiting} requests wait already; try again later', status=429,
                           code='rate_limit_exceeded', headers={'retry-after': '5'})
         self.coming += jobs
-        self.open.update(jobs)
         self.work.set()
 
     def cancel(self, job: Job) -> None:
@@ -87,14 +85,13 @@ class Worker:
 
     async def turn(self) -> None:
         """What came and left since the last step, and the next step; waits if there is no work."""
-        coming, self.coming = self.coming, []
-        leaving, self.leaving = self.leaving, []
-        for job in coming:
+        while self.coming:
+            job = self.coming[0]
             job.request = self.engine.submit(job.ids, job.wanted)
-            self.job_of[job.request] = job
+            self.job_of[job.request] = self.coming.pop(0)
+        leaving, self.leaving = self.leaving, []
         for job in leaving:
             self.job_of.pop(job.request, None)
-            self.open.discard(job)
             if not job.ended:
                 self.engine.cancel(job.request)
                 self.counts['cancelled'] += 1
@@ -110,7 +107,6 @@ class Worker:
                 job.pieces.put_nowait((job, Piece(job.index, ids, text, logs, job.ended)))
                 if job.ended:
                     del self.job_of[request]
-                    self.open.discard(job)
 
     def one_step(self) -> list:
         """What a step of the engine gives, log-probabilities as well; a token that ends the answer
@@ -125,10 +121,10 @@ class Worker:
 
     def fail(self, why: Refused) -> None:
         """End all requests."""
-        for job in self.open:
+        for job in (*self.coming, *self.job_of.values()):
             job.ended = 'failed'
             job.pieces.put_nowait((job, why))
-        self.open.clear()
+        self.coming.clear()
         self.job_of.clear()
         self.engine.rows.clear()
         self.engine.waiting.clear()
