@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import test_hf
 import test_smollm2
+import torch
 
 import evaluate
 from core.eval import answers, tasks
@@ -20,6 +21,7 @@ lm_eval = pytest.importorskip('lm_eval')
 MIRROR = Path(os.environ.get('DATA_MIRROR', 'missing'))
 HERE = Path(__file__)
 TEXT = HERE.read_text() + Path(evaluate.__file__).read_text()
+PRECISION = 'float32'       # of both sides
 
 
 def local(name: str, file: Path, **more) -> dict:
@@ -70,7 +72,7 @@ def theirs_on(folder: Path, task: dict, limit: int = 0, **more) -> tuple[dict, l
     """The harness's results and its samples, in the order of the items."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    model = HFLM(pretrained=str(folder), dtype='float32', device='cpu', batch_size=8, **more)
+    model = HFLM(pretrained=str(folder), dtype=PRECISION, device='cpu', batch_size=8, **more)
     found = lm_eval.simple_evaluate(model, tasks=[task], log_samples=True, bootstrap_iters=0,
                                     limit=limit or None, task_manager=TaskManager())
     return found['results'][task['task']], sorted(found['samples'][task['task']],
@@ -82,6 +84,7 @@ def ours_on(folder, name: str, monkeypatch, task=None, max_items: int = 0) -> di
     if task:
         monkeypatch.setitem(tasks.TASKS, name, task)
     model, tokenizer, _ = models.load_run(str(folder))
+    model.to(getattr(torch, PRECISION))
     asked = tasks.load(name, max_items)
     device = evaluate.processes.begin('cpu', '', False, 0, 1, training=False)[1]
     values = evaluate.measure(model, tokenizer, asked, evaluate.Options(), device)
@@ -182,8 +185,10 @@ def test_austen(files, tmp_path, monkeypatch, run_train):
 def test_smollm2_135m(files, tmp_path, monkeypatch):
     model, known, _ = gguf.load(test_smollm2.FILES[0])
     hf.save(model, known, tmp_path / 'smollm2')
-    compare_all(tmp_path / 'smollm2', files, monkeypatch, limit=12)
     compare_hellaswag(tmp_path / 'smollm2', monkeypatch)
+    # In float32 the sums of both sides, which have other batches, differ by up to 5e-4.
+    monkeypatch.setattr(f'{__name__}.PRECISION', 'float64')
+    compare_all(tmp_path / 'smollm2', files, monkeypatch, limit=12)
 
 
 def compare_hellaswag(folder, monkeypatch, limit: int = 0) -> None:
