@@ -1,26 +1,73 @@
-"""Before you spend: what a preset amounts to. python plan.py, or python plan.py config/7b.py.
+"""Before you spend: what to train, how, for how long and for how much; and the files to run it.
 
-Without a preset it lists all of them. Parameters are counted on the meta device, which needs no
-memory; FLOPs are those of a forward and a backward pass. Flags may set whatever train.py knows:
-python train.py --help lists it.
+python plan.py                                     what every preset amounts to
+python plan.py --params=7b --gpus=64 --gpu=h100    a model of this size: tokens, time, cost, layout
+python plan.py --gpus=8 --hours=24                 the best model for what you have; or --budget=900
+python plan.py config/7b.py --gpus=64              a preset on these GPUs
+python plan.py --laptop                            what this machine can train in an hour
+python plan.py fit out/l2 out/l3 out/l4 out/l5     a scaling law of your own runs
+
+--write adds config/planned_<name>.py, and the files that start it on Slurm and Kubernetes. Flags
+may also set whatever train.py knows (python train.py --help). In a pipe the last line is JSON.
 """
 import core.start  # noqa: F401  it comes first, before torch
 
 # isort: split
 import json
+import math
+import re
+import statistics
 import sys
+import timeit
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
+from core import device as hardware
 from core.data import named
 from core.formats import hf, hub
 from core.net.weights import build_model
+from core.planning import fit as fitting
+from core.planning import launch, laws, layouts, machines, pictures
+from core.planning.memory import Layout, step_memory
+from core.planning.shape import layout_settings, settings_for
+from core.planning.wishes import Wishes, amount, shown
 from core.run import checkpoint, models
 from core.run.begin import adapted, check_settings, from_model, model_config, tokenizer_wanted
-from core.settings import configure, read_settings, stop
+from core.settings import check_bounds, configure, read_settings, settings_of, stop
 from model import GPTConfig, count_parameters, flops_per_token
 
+CONFIG, CONFIGS, FLAGS, GIVEN = '', (), (), ()
+POSITIONAL = ('what', 'folders')
 ROOT = Path(__file__).parent
+
+what = ''               # fit: a law of the runs in `folders`; '': a plan
+folders = ''            # fit: finished runs of train.py
+# what you wish: any of these; the rest follows
+params = ''             # parameters: 125m, 7b
+tokens = ''             # to train on: 300b; repeated ones count
+flops = ''              # of training: 1e21
+hours = 0.0             # of training, on all GPUs
+budget = 0.0            # dollars for GPUs
+target_loss = 0.0       # nats per token, on Chinchilla's scale: see core/planning/laws.py
+data = ''               # a prepared dataset: its vocabulary, and how many tokens there are
+# what you have
+gpus = 0                # 0: 8, or 1 for a small model
+gpu = 'h100'            # see core/planning/machines.py
+price = 0.0             # dollars for a GPU's hour; 0: a rough one of 2025
+mfu = 0.0               # part of the peak FLOP/s that training reaches; 0: as others measured it
+storage_gb = 2.0        # gigabytes a second that checkpoints are written with, by all together
+restart_minutes = 10.0  # from a failure until training goes on
+laptop = False          # this machine, for one hour (or --hours)
+# what comes of it
+name = ''               # of the files; '': from the parameters
+write = False           # write them
+
+
+# ---------------------------------------------------------------------------------------------
+# Presets
 
 
 def load_preset(words: list[str]) -> SimpleNamespace:
@@ -54,11 +101,12 @@ def preset_config(preset: SimpleNamespace) -> GPTConfig:
 def figures(preset: SimpleNamespace) -> dict:
     """Parameters, FLOPs per token, tokens per step and in all, FLOPs in all."""
     model = build_model(preset_config(preset), None, 'meta')
-    tokens = preset.batch_size * preset.block_size
+    per_step = preset.batch_size * preset.block_size
     steps = 0 if preset.max_minutes else preset.max_steps
-    flops = flops_per_token(model, preset.block_size)
-    return {'parameters': count_parameters(model), 'flops_per_token': flops,
-            'tokens_per_step': tokens, 'tokens': tokens * steps, 'flops': flops * tokens * steps}
+    per_token = flops_per_token(model, preset.block_size)
+    return {'parameters': count_parameters(model), 'flops_per_token': per_token,
+            'tokens_per_step': per_step, 'tokens': per_step * steps,
+            'flops': per_token * per_step * steps}
 
 
 def line(found: dict) -> str:
@@ -67,22 +115,279 @@ def line(found: dict) -> str:
             f'token, {found["tokens_per_step"]:,} tokens per step')
 
 
-def main() -> dict:
-    """Print the figures of the presets asked for; returns them by name."""
-    words = sys.argv[1:]
+def list_presets(words: list[str]) -> dict:
+    """Print the figures of the preset that the words name, without words of all; by name."""
     presets = [words] if words else [[], *([str(path)] for path in sorted(
-        ROOT.glob('config/*.py')))]
+        (*ROOT.glob('config/*.py'), *ROOT.glob('config/scaling/*.py'))))]
     results = {}
     for words in presets:
         preset = load_preset(words)
-        name = preset.CONFIG or 'gpt2'
-        found = results[name] = figures(preset)
+        label = preset.CONFIG or 'gpt2'
+        found = results[label] = figures(preset)
         in_all = f'; {found["tokens"] / 1e6:,.1f} million tokens, {found["flops"]:.2e} FLOP in all'
-        print(f'{name}\n  {line(found)}' + in_all * bool(found['tokens']))
-    if not sys.stdout.isatty():     # for programs; people have read it
-        print(json.dumps(results))
+        print(f'{label}\n  {line(found)}' + in_all * bool(found['tokens']))
     return results
 
 
+# ---------------------------------------------------------------------------------------------
+# What to train
+
+
+def settle(wishes: Wishes, serving: bool) -> tuple[float, float]:
+    """N and D of the wishes; prints what the laws say of them, and with `serving` what smaller
+    models that are as good would cost."""
+    N, D = wishes.solve(laws.CORRECTED)
+    law, C = laws.CORRECTED, 6 * N * D
+    print(f'{shown(N)} parameters, {shown(D)} tokens ({D / N:,.1f} per parameter), {C:.2e} FLOP'
+          f'\n  balanced for {shown(N)} parameters: '
+          f'{shown(laws.tokens_by_table(N, 1))} tokens (Hoffmann et al. 2022, approach 1), '
+          f'{shown(laws.tokens_by_table(N, 2))} (2), {shown(law.tokens_of(N))} (3, corrected)')
+    fresh = law.loss(N, D)
+    print(f'  loss on Chinchilla\'s data {fresh:.3f} nats per token; the best of these FLOPs '
+          f'{law.loss(*law.optimum(C)):.3f}')
+    if D > wishes.unique:
+        repeated = laws.loss_repeated(law, N, D, wishes.unique)
+        print(f'  {shown(wishes.unique)} tokens are different, each read {D / wishes.unique:.1f} '
+              f'times: loss {repeated:.3f} (Muennighoff et al. 2023; up to 4 times cost little, '
+              'beyond 16 more repeats bring nothing)')
+    if serving:
+        for part in (0.75, 0.5, 0.35):
+            more, factor, served = laws.overtrained(law, N, D, part)
+            dollars = factor * C / wishes.rate(part * N) / 3600 * wishes.price
+            print(f'  as good: {shown(part * N)} parameters, {shown(more)} tokens, {factor:.2f} '
+                  f'times the FLOPs (${dollars:,.0f}); pays from {shown(served)} served tokens on')
+    return N, D
+
+
+# ---------------------------------------------------------------------------------------------
+# How, how long, for how much
+
+
+def price_it(found: dict, card: machines.GPU, n_gpus: int) -> dict:
+    """Print time, cost and energy; returns them."""
+    part, source = (mfu, 'as you gave it') if mfu else machines.expected_mfu(
+        card, found['parameters'])
+    seconds = found['flops'] / (n_gpus * card.peak * part)
+    gpu_hours, dollars = n_gpus * seconds / 3600, price or card.price
+    least, most = machines.energy(card, gpu_hours)
+    print(f'{n_gpus} x {card.name} at an MFU of {part:.0%} ({source}):\n'
+          f'  {duration(seconds)}, {found["tokens"] / seconds:,.0f} tokens/s; {gpu_hours:,.0f} '
+          f'GPU-hours at ${dollars:.2f} are ${gpu_hours * dollars:,.0f}; {least:,.0f} to '
+          f'{most:,.0f} kWh')
+    return {'mfu': part, 'hours': seconds / 3600, 'dollars': gpu_hours * dollars,
+            'kwh': [least, most]}
+
+
+def save_it(found: dict, n_gpus: int, cost: dict, optimizer: str) -> dict:
+    """Print how large checkpoints are and how often to save; returns it."""
+    size = found['parameters'] * (12 if optimizer == 'adamw' else 8)     # Muon: one moment
+    mean = machines.between_failures(n_gpus)
+    stands, writes = 1 / 3600 + size / n_gpus / 2e9 / 3600, size / storage_gb / 1e9 / 3600
+    every = max(machines.save_every(stands, mean), writes)
+    part = machines.lost(stands, every, mean, restart_minutes / 60)
+    step = cost['hours'] * 3600 * found['tokens_per_step'] / found['tokens']
+    interval = max(1, round(every * 3600 / step))
+    print(f'  a checkpoint of {size / 1e9:,.1f} GB every {duration(every * 3600)} ({interval:,} '
+          f'steps): {n_gpus} GPUs fail once in {duration(mean * 3600)} (Llama 3\'s rate), so '
+          f'{part:.1%} of the time is lost (Daly 2006)')
+    return {'checkpoint_bytes': size, 'save_interval': interval, 'lost': part}
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (('days', 86_400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= 2 * size:
+            return f'{seconds / size:,.1f} {unit}'
+    return f'{seconds:.0f} seconds'
+
+
+def lay_out(preset: SimpleNamespace, found: dict, card: machines.GPU, n_gpus: int, part: float
+            ) -> tuple[layouts.Choice, list, list]:
+    """Print the layouts that fit, fastest first, and why the others do not. Stops if none does."""
+    config = preset_config(preset)
+    dtype = 'float16' if card.name in ('V100', 'T4') else 'bfloat16'
+    good, refused = layouts.choose(config, card, n_gpus, preset.batch_size, part,
+                                   optimizer=preset.optimizer, dtype=dtype,
+                                   n_parameters=found['parameters'])
+    if not good:
+        nearest = min(refused, key=lambda choice: sum(choice.memory.values()) or math.inf)
+        stop(f'gpus={n_gpus}: no layout of {shown(found["parameters"])} parameters fits '
+             f'{card.name}s of {card.memory / 1e9:.0f} GB ({nearest.layout} {nearest.refused}); '
+             'give more --gpus, a --gpu with more memory, or fewer --params')
+    print(f'{len(good)} layouts fit, fastest first (GB and seconds a step are estimates):')
+    for choice in good[:5]:
+        parts = ', '.join(f'{k} {v:.2f}' for k, v in choice.parts.items() if v >= 0.005)
+        print(f'  {choice.layout}, micro-batches of {choice.layout.rows}: '
+              f'{sum(choice.memory.values()) / 1e9:.1f} GB, {choice.seconds:.2f} s ({parts})')
+    reasons = {}        # alike but for their numbers
+    for choice in refused:
+        reasons.setdefault(re.sub(r'[\d,]+', '', choice.refused), []).append(choice)
+    print(f'{len(refused)} do not:')
+    for which in reasons.values():
+        print(f'  {which[0].layout}: {which[0].refused}'
+              + f' (and {len(which) - 1} more like it)' * (len(which) > 1))
+    return good[0], good, refused
+
+
+def plan(preset: SimpleNamespace | None, given: dict) -> dict:
+    """Settle what to train, price it, lay it out; draw, and write the files if asked."""
+    card, n_gpus, groups = machines.find_gpu(gpu), gpus, []
+    if preset is None:
+        wishes = Wishes.read(globals(), card)
+        N, D = settle(wishes, not params)
+        n_gpus = n_gpus or wishes.gpus_for(N, D)
+        settings, groups = settings_for(N, D, data, given, wishes.allowed(N)[0])
+        preset = SimpleNamespace(**read_settings(ROOT / 'train.py') | settings)
+        check_settings(vars(preset) | {'FLAGS': (), 'GIVEN': ()})
+    n_gpus = n_gpus or 8
+    found = figures(preset)
+    if not found['tokens']:
+        stop(f'max_steps={preset.max_steps}, max_minutes={preset.max_minutes}: a plan needs a '
+             'number of steps; give --max_steps, and --max_minutes=0')
+    print(line(found))
+    cost = price_it(found, card, n_gpus)
+    saving = save_it(found, n_gpus, cost, preset.optimizer)
+    best, good, refused = lay_out(preset, found, card, n_gpus, cost['mfu'])
+    label = name or f'planned_{CONFIG or shown(found["parameters"]).replace(" ", "").lower()}'
+    folder = Path('out') / label
+    pictures.draw(folder, laws.CORRECTED, found, good[:8])
+    print(f'drawn: {folder}/loss.png, {folder}/memory.png')
+    if write:
+        write_plan(label, found, groups, best.layout, saving, cost, n_gpus)
+    return found | cost | saving | {
+        'layout': layout_settings(best.layout), 'layouts': len(good), 'refused': len(refused),
+        'bytes': sum(best.memory.values()), 'seconds_per_step': best.seconds}
+
+
+def write_plan(label, found, groups, layout, saving, cost, n_gpus) -> None:
+    """Write the config, and what starts it on Slurm and Kubernetes."""
+    per_machine = min(layouts.MACHINE, n_gpus)
+    n_machines = math.ceil(n_gpus / per_machine)
+    source = f'from config.{CONFIG} import *' if CONFIG else ''
+    start = f'torchrun --nnodes={n_machines} --nproc_per_node={per_machine} train.py'
+    summary = (f'Planned for {n_gpus} x {machines.find_gpu(gpu).name}, '
+               f'{duration(cost["hours"] * 3600)} at an MFU of {cost["mfu"]:.0%}.\n\n'
+               f'{start} config/{label}.py\n\n{line(found)}')
+    groups = [*groups, (f'on {n_gpus} GPUs: {layout}', layout_settings(layout)),
+              ('as often as failures want it (Daly 2006)',
+               {'save_interval': saving['save_interval']})]
+    text = launch.config_text(summary, groups)
+    if source:
+        text = text.replace('"""\n\n', f'"""\n{source}  # noqa: F403\n\n', 1)
+    paths = {ROOT / f'config/{label}.py': text,
+             ROOT / f'cluster/{label}.sbatch': launch.slurm_text(label, n_machines, per_machine,
+                                                                 cost['hours']),
+             ROOT / f'cluster/{label}.yaml': launch.kubernetes_text(label, n_machines, per_machine)}
+    launch.write_files(paths)
+    print('written: ' + ', '.join(str(path.relative_to(ROOT)) for path in paths))
+
+
+# ---------------------------------------------------------------------------------------------
+# This machine, and your own runs
+
+
+def block_rate(preset: SimpleNamespace, dev) -> float:
+    """FLOP/s of forward and backward passes through two blocks of the preset's model: measured for
+    a few seconds, not compiled."""
+    model = build_model(replace(preset_config(preset), n_layer=2), 0, dev.name)
+    ids = torch.zeros(preset.batch_size, preset.block_size, dtype=torch.long, device=dev.name)
+
+    def step():
+        with dev.autocast():
+            model(ids, ids).backward()
+        dev.synchronize()
+    times = timeit.repeat(step, number=1, repeat=2)     # the first is slower
+    n = max(3, math.ceil(2 / min(times)))
+    seconds = statistics.median(timeit.repeat(step, number=1, repeat=n))
+    return flops_per_token(model, preset.block_size) * ids.numel() / seconds
+
+
+def plan_laptop(given: dict) -> dict:
+    """Measure this machine, and plan for an hour on it."""
+    dev = hardware.choose(given.get('device', ''), given.get('dtype', ''), threads=given.get(
+        'threads', 0))
+    limit = hardware.matmul_rate(dev.name, dev.dtype, 2048 if dev.kind == 'cpu' else 8192)
+    seconds, rate = (hours or 1.0) * 3600, 0.3 * limit
+    for _ in range(3):      # the size depends on the rate, which depends on the size
+        wishes = Wishes.read(globals() | {'flops': flops or f'{rate * seconds:e}', 'hours': 0.0},
+                             machines.GPUS['t4'])
+        N, D = wishes.solve(laws.CORRECTED)
+        settings, groups = settings_for(N, D, data, {'batch_size': 8, **given, 'max_minutes':
+                                                     seconds / 60})
+        preset = SimpleNamespace(**read_settings(ROOT / 'train.py') | settings)
+        rate = block_rate(preset, dev)
+    print(*dev.why[:2], f'products of matrices {limit / 1e9:,.0f} GFLOP/s, blocks of this model '
+          f'{rate / 1e9:,.0f} ({rate / limit:.0%}), measured; {duration(seconds)} are '
+          f'{rate * seconds:.1e} FLOP', sep='\n')
+    N, D = settle(wishes, False)
+    found, label = figures(preset), name or f'planned_laptop_{shown(N).lower()}'
+    layout = Layout(rows=preset.batch_size)
+    needed = sum(step_memory(preset_config(preset), layout, dev.dtype, dev.kind,
+                             preset.optimizer).values())
+    print(f'{line(found)}\nthe step takes {needed / 1e9:.2f} GB; the schedule follows the clock')
+    if write:
+        text = launch.config_text(f'Planned for {duration(seconds)} on this machine.\n\npython '
+                                  f'train.py config/{label}.py\n\n{line(found)}', groups)
+        launch.write_files({ROOT / f'config/{label}.py': text})
+        print(f'written: config/{label}.py')
+    return found | {'matmul_rate': limit, 'rate': rate, 'bytes': needed}
+
+
+def fit_runs() -> dict:
+    """Fit a law to finished runs, and say what a larger run would reach."""
+    if not folders:
+        stop('fit: give run directories of train.py, such as out/l2 out/l3')
+    runs = fitting.read_runs([folder for folder in folders.split(',') if folder])
+    form = fitting.best_form(runs)
+    fitted = fitting.fit(runs, form)
+    for label, N, D, C, loss, off in zip(runs.names, runs.N, runs.D, runs.C, runs.loss,
+                                         fitted.residuals):
+        print(f'{label}: {shown(N)} parameters, {shown(D)} tokens, {C:.2e} FLOP, loss {loss:.4f} '
+              f'({off:+.2%} beside the law)')
+    print(f'a law of {form}, with 95% intervals of the bootstrap:')
+    constants = fitted.constants()
+    for label, (value, low, high) in constants.items():
+        print(f'  {label} {value:.4g} ({low:.4g} to {high:.4g})')
+    targets, law = [], fitted.law()
+    for C in [amount(flops, 'flops')] if flops else [4 * runs.C.max(), 16 * runs.C.max()]:
+        amounts = law.optimum(C) if law else (C,)
+        loss, low, high = fitted.predict(*amounts)
+        targets.append((C, loss, low, high))
+        print(f'{C:.2e} FLOP, {C / runs.C.max():.1f} times the largest run: loss {loss:.4f}, a '
+              f'new run with 95% between {low:.4f} and {high:.4f}')
+    path = Path('out/fit/law.png')
+    pictures.draw_fit(path, runs, fitted, targets)
+    print(f'drawn: {path}')
+    return {'form': form, 'constants': constants, 'predictions': targets}
+
+
+def main(train: dict | None = None) -> dict:
+    """Plan, fit, or list the presets, with `train` as train.py's settings; returns what the last
+    line prints."""
+    train = read_settings(ROOT / 'train.py') if train is None else train
+    given = {k: v for k, v in train.items() if k in GIVEN}
+    check_bounds(globals(), gpus=(0, 100_000), hours=(0, None), budget=(0, None), price=(0, None),
+                 mfu=(0, 1), target_loss=(0, None), storage_gb=(1e-3, None),
+                 restart_minutes=(0, None))
+    if what not in ('', 'fit'):
+        stop(f'{what}: unexpected word; plan.py takes a config file, or fit and run directories')
+    own = sorted({*FLAGS} & {*settings_of(globals())} - {'name', 'write'})
+    if what == 'fit':
+        result = fit_runs()
+    elif laptop:
+        result = plan_laptop(given)
+    elif CONFIGS or not own:
+        if set(own) & {'params', 'tokens', 'flops', 'target_loss', 'data', 'budget', 'hours'}:
+            stop(f'{own[0]}: {CONFIGS[0]} says what is trained; leave one of the two out, or '
+                 'change it with flags of train.py')
+        result = plan(SimpleNamespace(**train), given) if own else list_presets(sys.argv[1:])
+    else:
+        result = plan(None, given)
+    if not sys.stdout.isatty():     # for programs; people have read it
+        print(json.dumps(result))
+    return result
+
+
 if __name__ == '__main__':
-    main()
+    settings = read_settings(ROOT / 'train.py')
+    configure(globals(), sys.argv[1:], also=settings)
+    main(settings)

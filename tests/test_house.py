@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the lowest to the highest; a room imports only what stands before it, and its own files.
 ORDER = ('core', 'core/read', 'core/text', 'core/net', 'core/ranks', 'core/formats', 'core/run',
-         'core/data', 'core/eval', 'core/web', '.')
+         'core/data', 'core/eval', 'core/planning', 'core/web', '.')
 FILES = {path.relative_to(ROOT).as_posix(): path
          for path in [*ROOT.glob('*.py'), *ROOT.glob('core/**/*.py')]}
 # model.py stands between these, which do not import it, and what builds and adapts models.

@@ -1,5 +1,6 @@
 """plan.py and the presets: what each states is what it is."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,13 @@ from conftest import stopped
 import plan
 import train
 from core.net.weights import build_model
+from core.settings import configure, read_settings, settings_of
 from model import count_parameters
 
 ROOT = Path(__file__).parents[2]
-PRESETS = sorted(path.stem for path in ROOT.glob('config/*.py'))
+PRESETS = sorted(path.stem for path in (*ROOT.glob('config/*.py'),
+                                        *ROOT.glob('config/scaling/*.py'))
+                 if not path.stem.startswith('planned_'))
 
 
 def test_all_presets_are_there():
@@ -36,6 +40,7 @@ def test_figures_are_those_in_the_comments(printed, name):
     line = plan.line(json.loads(printed.splitlines()[-1])[name])
     assert f'\n{name}\n  {line}' in f'\n{printed}'
     source = ROOT / ('train.py' if name == 'gpt2' else f'config/{name}.py')
+    source = source if source.exists() else ROOT / f'config/scaling/{name}.py'
     assert f'\n{line}\n' in source.read_text(encoding='utf-8')
 
 
@@ -104,3 +109,146 @@ def test_bad_input(capsys):
                         (['--dataset=my.txt'], 'dataset=my.txt'),
                         (['--init_from=out/none'], 'init_from=out/none')):
         assert part in stopped(capsys, lambda words=words: plan.figures(plan.load_preset(words)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Wishes
+
+
+@pytest.fixture
+def run_plan(monkeypatch, tmp_path, capsys):
+    """plan.py with such words on its command line, in a folder of its own; its result and what it
+    printed."""
+    before = settings_of(vars(plan))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        vars(plan).update(before)
+        train_settings = read_settings(ROOT / 'train.py')
+        monkeypatch.setattr(sys, 'argv', ['plan.py', *words])
+        configure(vars(plan), list(words), also=train_settings)
+        result = plan.main(train_settings)
+        return result, capsys.readouterr().out
+    yield run
+    vars(plan).update(before)
+
+
+def test_a_size_on_gpus(run_plan, tmp_path):
+    """7B on 64 H100: balanced tokens, a time that is FLOPs / (GPUs x peak x MFU), and layouts."""
+    found, said = run_plan('--params=7b', '--gpus=64', '--gpu=h100')
+    assert found['parameters'] == pytest.approx(7e9, rel=0.03)
+    assert found['tokens'] / found['parameters'] == pytest.approx(20, rel=0.1)
+    assert found['hours'] == pytest.approx(found['flops'] / (64 * 989e12 * found['mfu']) / 3600)
+    assert found['dollars'] == pytest.approx(64 * found['hours'] * 2.7)
+    assert found['layout']['zero'] in (2, 3) and found['bytes'] < 80e9
+    assert 'approach 1' in said and 'DDP around tensor parallelism' in said
+    assert json.loads(said.splitlines()[-1]) == found
+    for name in ('loss', 'memory'):
+        assert (tmp_path / f'out/planned_6.99b/{name}.png').stat().st_size > 10_000
+
+
+def test_time_and_money_are_kept(run_plan):
+    found, _ = run_plan('--gpus=8', '--hours=24', '--gpu=a100')
+    assert 23 < found['hours'] <= 24
+    found, said = run_plan('--budget=900')
+    assert 850 < found['dollars'] <= 900 and 'pays from' in said
+    found, _ = run_plan('--flops=1e20', '--gpus=8', '--block_size=512')
+    assert found['flops'] == pytest.approx(1e20, rel=0.03)
+    found, _ = run_plan('--target_loss=2.6', '--gpus=1')
+    assert found['parameters'] < 1e9
+
+
+def test_a_preset_on_gpus(run_plan):
+    found, _ = run_plan(str(ROOT / 'config/7b.py'), '--gpus=64', '--gpu=a100', '--price=2')
+    assert found['tokens'] == 33_000 * 4_194_304
+    assert found['dollars'] == pytest.approx(128 * found['hours'])
+
+
+def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
+    """Its vocabulary, its number of tokens; repeated, and refused where it is too small."""
+    data = tmp_path / 'data' / 'mine'
+    subprocess.run([sys.executable, ROOT / 'prepare.py', text_file, '--tokenizer=byte',
+                    f'--out_dir={data}'], check=True, capture_output=True)
+    meta = json.loads((data / 'meta.json').read_text())
+    found, said = run_plan(f'--data={data}', '--gpus=1')
+    assert found['tokens'] <= 4 * meta['train_tokens'] and 'each read 4.0 times' in said
+    assert 'too few for' in stopped(capsys, lambda: run_plan('--data=data/mine', '--params=1000'))
+    message = stopped(capsys, lambda: run_plan(f'--data={data}', '--params=100m', '--tokens=2b'))
+    assert f'of which 2B are {2e9 / meta["train_tokens"]:,.0f} readings' in message
+
+
+@pytest.mark.parametrize('words, message', [
+    ('--gpus=8 --hours=1 --params=70b', 'gpus=8, hours=1: enough for 27.1M tokens with 70B'),
+    ('--gpu=h900 --params=7b', 'gpu=h900: is not known; choose one of b200'),
+    ('--params=70b --gpus=1', 'gpus=1: no layout of 70.1B parameters fits H100s of 80 GB'),
+    ('--params=7bb', 'params=7bb: must be a positive number such as 125m'),
+    ('--params=-3', 'params=-3: must be a positive number'),
+    ('--hours=3', 'hours=3: on how many GPUs? Give --gpus'),
+    ('--gpus=8', 'give what you wish: --params=7b'),
+    ('--target_loss=1.5', 'target_loss=1.5: no number of tokens leads there; the law ends at'),
+    ('--target_loss=2 --gpus=8 --hours=1', 'target_loss=2: takes 2.'),
+    ('--params=7b --tokens=1t --gpus=8 --hours=24', 'gpus=8, hours=24: 7B parameters and 1T'),
+    ('--mfu=1.5 --params=7b', 'mfu=1.5: must be at least 0 and at most 1'),
+    ('--data=nowhere', "dataset 'nowhere': not prepared yet"),
+    ('fitt', 'fitt: unexpected word'), ('fit', 'give run directories'),
+    ('fit out/nowhere', 'out/nowhere: is no run'),
+    ('--param=7b', "--param=7b: no setting named 'param', did you mean 'params'?"),
+])
+def test_wishes_that_cannot_be(run_plan, capsys, words, message):
+    said = stopped(capsys, lambda: run_plan(*words.split()))
+    assert message in said and '\n' not in said.strip()
+
+
+def test_a_preset_and_a_wish_contradict(run_plan, capsys):
+    assert 'leave one of the two out' in stopped(capsys, lambda: run_plan(
+        str(ROOT / 'config/7b.py'), '--params=7b'))
+
+
+def test_laptop(run_plan, capsys):
+    """The machine is measured; the plan is for the time that is given."""
+    found, said = run_plan('--laptop', '--hours=0.1', '--device=cpu')
+    assert 0 < found['rate'] < 1.5 * found['matmul_rate'] and 'measured; 6.0 minutes' in said
+    assert 10_000 < found['parameters'] < 30e6 and found['bytes'] < 8e9
+
+
+def test_written_files_are_what_was_planned(run_plan, monkeypatch, tmp_path):
+    """The config gives the model, the tokens and the layout of the plan; the same again is no
+    error, another plan of that name is one, and nothing of it is written."""
+    for name in ('config', 'cluster'):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / 'train.py', tmp_path)
+    monkeypatch.setattr(plan, 'ROOT', tmp_path)
+    found, said = run_plan('--params=1b', '--gpus=16', '--write')
+    name, = (path.stem for path in tmp_path.glob('config/planned_*.py'))
+    assert f'written: config/{name}.py, cluster/{name}.sbatch, cluster/{name}.yaml' in said
+    preset = plan.load_preset([str(tmp_path / f'config/{name}.py')])
+    again = plan.figures(preset)
+    assert {k: found[k] for k in again} == again
+    assert {k: getattr(preset, k) for k in found['layout']} == found['layout']
+    text = (tmp_path / f'config/{name}.py').read_text()
+    assert f'\n{plan.line(again)}\n' in text and 'Bi et al. 2024' in text
+    run_plan('--params=1b', '--gpus=16', '--write')
+    with pytest.raises(SystemExit):
+        run_plan('--params=1b', '--gpus=8', '--write', f'--name={name}')
+    assert (tmp_path / f'config/{name}.py').read_text() == text
+
+
+def test_fit_of_logs(run_plan, tmp_path):
+    """Six logs of a known law: it is found, and drawn."""
+    words = []
+    for i in range(6):
+        C = 1e12 * 4.0 ** i
+        run = tmp_path / f'run{i}'
+        run.mkdir()
+        N = (C / 60) ** 0.5
+        lines = [{'event': 'start', 'parameters': N, 'flops_per_token': 6 * N, 'identity': {
+            'data': {'sha256': 'a'}, 'tokenizer': 't'}},
+            {'event': 'eval', 'tokens': C / 6 / N, 'val_loss': 0.5 + 100 / C ** 0.2},
+            {'event': 'end'}]
+        (run / 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+        words.append(str(run))
+    found, said = run_plan('fit', *words, f'--flops={1e12 * 4 ** 6}')
+    [(C, loss, low, high)] = found['predictions']
+    assert loss == pytest.approx(0.5 + 100 / C ** 0.2, rel=1e-3) and low <= loss <= high
+    assert found['constants']['exponent of C'][0] == pytest.approx(0.2, rel=1e-2)
+    assert (tmp_path / 'out/fit/law.png').exists() and '95% intervals' in said

@@ -1,0 +1,139 @@
+"""Every way to lay a model on the GPUs: what it needs, how long a step takes, or why it cannot be.
+"""
+import contextlib
+import functools
+import io
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+from core.net.weights import build_model
+from core.planning.machines import GPU
+from core.planning.memory import Layout, key, step_memory
+from core.ranks import parallel, processes
+from core.ranks.processes import Ranks
+from core.settings import Stop
+from model import GPTConfig, flops_per_token
+
+MACHINE = 8             # GPUs in one
+SPARE = 0.92            # of a GPU's memory: what fragments and CUDA's own gigabytes leave
+ROWS_TOKENS = 32_768    # tokens of a micro-batch beyond which a GPU gains nothing
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout, what it takes, and, if it cannot be, why."""
+    layout: Layout
+    memory: dict[str, int]      # bytes by what for; empty if it was refused before
+    seconds: float              # of a step
+    parts: dict[str, float]     # ... of which compute, bubble, tensor, data and pipeline exchange
+    refused: str = ''
+
+
+def reason(config: GPTConfig, layout: Layout, batch_size: int) -> str:
+    """Why train.py would refuse this layout; '' if it would not."""
+    ranks = Ranks(world=layout.ranks)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            processes.arrange(ranks, tp=layout.tp, pp=layout.pp, zero=layout.zero,
+                              replicas=layout.replicas if layout.zero else 0,
+                              sequence_parallel=layout.sequence_parallel,
+                              pp_schedule=layout.pp_schedule)
+            parallel.check_model(ranks, config)
+    except Stop as e:
+        return e.message
+    if layout.dp > batch_size:
+        return f'batch_size={batch_size}: fewer sequences than the {layout.dp} data-parallel ranks'
+    return ''
+
+
+@functools.cache
+def whole_flops(arch: tuple) -> int:
+    """FLOPs per token of GPTConfig(*arch), without recomputation."""
+    return flops_per_token(build_model(GPTConfig(*arch), None, 'meta'))
+
+
+def step_seconds(config: GPTConfig, layout: Layout, gpu: GPU, mfu: float, batch_size: int,
+                 n_parameters: int) -> dict[str, float]:
+    """Seconds of a step, by what takes them. The rates are those of data sheets and the sums of
+    bytes those that docs/scale.md counts; exchange of data-parallel ranks hides behind compute as
+    far as it can, the others' does not. So it is for comparing layouts, not a promise."""
+    T, C, L = config.block_size, config.n_embd, config.n_layer
+    flops = whole_flops(key(config)) * batch_size * T * (4 / 3 if layout.recompute else 1)
+    compute = flops / (layout.ranks * gpu.peak * mfu)
+    # A ring of n ranks sends (n - 1) / n of the bytes for a gather or a scatter, twice for both.
+    ring = lambda n: (n - 1) / n
+    hidden = 2 * layout.rows * T * C        # bytes of a micro-batch's residual stream, in 16 bits
+    tensor = layout.n_micro * math.ceil(L / layout.pp) * 4 * 2 * ring(layout.tp) * hidden / (
+        gpu.link if layout.tp <= MACHINE else gpu.network)
+    weights = 4 * n_parameters / layout.tp / layout.pp
+    near = layout.shards * layout.tp <= MACHINE
+    one_machine = layout.ranks <= MACHINE
+    speed = gpu.link if one_machine or near and layout.zero else gpu.network
+    passes = {0: 0, 2: 2, 3: 3 * (layout.n_micro if layout.pp == 1 else 1)}[layout.zero]
+    data = passes * ring(layout.shards) * weights / speed
+    copies = layout.dp // layout.shards
+    data += 2 * ring(copies) * weights / layout.shards / (
+        gpu.link if one_machine else gpu.network)
+    # DDP and ZeRO-2 exchange in one micro-batch's backward pass, ZeRO-3 in all passes.
+    behind = compute if layout.zero == 3 else compute / layout.n_micro
+    bubble = compute * (layout.pp - 1) / (layout.n_micro * layout.chunks)
+    pipeline = 2 * hidden * layout.n_micro * layout.chunks / gpu.network if layout.pp > 1 else 0.0
+    return {'compute': compute, 'bubble': bubble, 'tensor': tensor,
+            'data': max(0.0, data - behind), 'pipeline': pipeline}
+
+
+def candidates(n_gpus: int, batch_size: int, block_size: int):
+    """Layouts to look at: powers of two, tensor parallelism within a machine."""
+    per_machine = min(MACHINE, n_gpus)
+    powers = [2 ** i for i in range(10)]
+    for tp, pp in itertools.product([n for n in powers if n <= per_machine],
+                                    [n for n in powers if n <= min(64, n_gpus)]):
+        if n_gpus % (tp * pp):
+            continue
+        dp = n_gpus // (tp * pp)
+        copies = {1, dp // (per_machine // tp)} if dp * tp > per_machine else {1}
+        for zero, schedule in itertools.product((0, 2, 3) if dp > 1 else (0,),
+                                                ('1f1b', 'interleaved') if pp > 1 else ('1f1b',)):
+            for replicas in sorted(copies) if zero else (dp,):
+                yield Layout(dp, tp, pp, zero, replicas, tp > 1, schedule)
+
+
+def choose(config: GPTConfig, gpu: GPU, n_gpus: int, batch_size: int, mfu: float, *,
+           optimizer: str, dtype: str, n_parameters: int) -> tuple[list[Choice], list[Choice]]:
+    """(the layouts that fit, fastest first; the others, with the reason of each)."""
+    fitting, refused = [], []
+    room = SPARE * gpu.memory - 1.5e9
+    for layout in candidates(n_gpus, batch_size, config.block_size):
+        if why := reason(config, layout, batch_size):
+            refused.append(Choice(layout, {}, math.inf, {}, why))
+            continue
+        per_rank, best, least = math.ceil(batch_size / layout.dp), None, None
+        for recompute in (False, True):
+            for rows in sizes(per_rank, config.block_size, layout.pp):
+                tried = replace(layout, recompute=recompute, rows=rows,
+                                n_micro=math.ceil(per_rank / rows))
+                memory = step_memory(config, tried, dtype, optimizer=optimizer)
+                taken = sum(memory.values())
+                if taken > room:
+                    least = min(least or (math.inf,), (taken, tried, memory), key=lambda x: x[0])
+                    break
+                parts = step_seconds(config, tried, gpu, mfu, batch_size, n_parameters)
+                choice = Choice(tried, memory, sum(parts.values()), parts)
+                # of equals the one with more rows, which keep a GPU busier
+                if best is None or choice.seconds <= 1.001 * best.seconds:
+                    best = choice
+        if best:
+            fitting.append(best)
+        else:
+            taken, tried, memory = least
+            refused.append(Choice(tried, memory, math.inf, {},
+                                  f'needs {taken / 1e9:,.0f} GB of {room / 1e9:,.0f}, most of it '
+                                  f'for {max(memory, key=lambda k: memory[k])}'))
+    return sorted(fitting, key=lambda choice: choice.seconds), refused
+
+
+def sizes(per_rank: int, block_size: int, pp: int) -> list[int]:
+    """Rows of a micro-batch to look at, so that a pipeline has at least pp of them."""
+    most = max(1, min(per_rank // pp, ROWS_TOKENS // block_size))
+    return [2 ** i for i in range(most.bit_length())]

@@ -1,0 +1,348 @@
+"""Bytes of memory that a rank needs in a training step: counted, not measured.
+
+What one block and the head keep for the backward pass, and the most that their passes take, are
+found by running them once on fake tensors, which have shapes and no memory: so an edited model.py
+is counted as it is. The rest is arithmetic over what core/ranks/parallel.py and torch do in a step.
+tests/parallel/test_memory.py compares the sums with what real ranks take.
+"""
+import contextlib
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_module
+from core.net import kernels, optim
+from core.net.weights import build_model, named_weights
+from model import GPTConfig, norm_layer, rope_tables
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies on the ranks: settings of train.py. The data-parallel ranks are `dp`."""
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    zero: int = 0
+    replicas: int = 1               # sharded copies: dp / replicas ranks share one
+    sequence_parallel: bool = False
+    pp_schedule: str = '1f1b'
+    recompute: bool = False         # activation_checkpointing
+    rows: int = 1                   # sequences in a micro-batch
+    n_micro: int = 1                # micro-batches of a rank in a step
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp * self.pp
+
+    @property
+    def shards(self) -> int:
+        """Ranks among which a copy of the parameters is divided."""
+        return self.dp // self.replicas if self.zero else 1
+
+    @property
+    def chunks(self) -> int:
+        """Pipeline stages that one rank holds."""
+        return 2 if self.pp > 1 and self.pp_schedule == 'interleaved' else 1
+
+    @property
+    def in_flight(self) -> int:
+        """Passes through one stage whose activations the first rank of a pipeline keeps at once
+        (Narayanan et al. 2021, section 2.2; interleaved: the warm-up of Megatron-LM's schedule)."""
+        if self.chunks == 1:
+            return min(self.pp, self.n_micro)
+        return min(2 * (self.pp - 1) + self.pp + 1, 2 * self.n_micro)
+
+    def __str__(self):
+        words = [f'dp={self.dp}'] + [f'{k}={v}' for k, v in (
+            ('tp', self.tp), ('pp', self.pp)) if v > 1] + [f'zero={self.zero}'] * (self.zero > 0)
+        words += [f'replicas={self.replicas}'] * (self.zero > 0 and self.replicas > 1)
+        words += ['sequence_parallel'] * self.sequence_parallel
+        words += ['interleaved'] * (self.chunks > 1) + ['recomputed'] * self.recompute
+        return ', '.join(words)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters
+
+
+@functools.cache
+def shapes(arch: tuple) -> dict[str, tuple]:
+    """Name -> shape of the parameters of GPTConfig(*arch); a tied head is no parameter of its own.
+    """
+    model = build_model(GPTConfig(*arch), None, 'meta')
+    return {name: tuple(p.shape) for name, p in named_weights(model).items()}
+
+
+def key(config: GPTConfig) -> tuple:
+    """A config as a tuple, which can be a key of a cache."""
+    return tuple(vars(config).values())
+
+
+def part_of(n: int, parts: int, i: int) -> int:
+    """Of n rows, cut into parts as torch.chunk cuts them, those in part i."""
+    each = -(-n // parts)
+    return max(0, min(n - i * each, each))
+
+
+def held(config: GPTConfig, layout: Layout, pp_rank: int = 0, tp_rank: int = 0,
+         shard: int | None = None) -> dict[str, int]:
+    """Name -> number of elements of the parameters on a rank, as place() in core/ranks/parallel.py
+    lays them: of pipeline and tensor parallelism, and with `shard` of that part of them only."""
+    n_stages, found = layout.pp * layout.chunks, {}
+    stages = range(pp_rank, n_stages, layout.pp)
+    layers = {i for s in stages for i in range(s * config.n_layer // n_stages,
+                                               (s + 1) * config.n_layer // n_stages)}
+    for name, shape in shapes(key(config)).items():
+        first, last = 0 in stages, n_stages - 1 in stages
+        if name.startswith('h.'):
+            here = int(name.split('.')[1]) in layers
+        elif name == 'wte.weight':
+            here = first or last and config.tied
+        else:
+            here = first if name.startswith('wpe.') else last
+        if not here:
+            continue
+        rows, columns = shape[0], math.prod(shape[1:])
+        if len(shape) > 1 and name.endswith(('o_proj.weight', 'down_proj.weight')):
+            columns = part_of(columns, layout.tp, tp_rank)
+        elif len(shape) > 1 and not name.startswith('wpe.') or name.endswith(
+                tuple(f'{p}_proj.bias' for p in ('q', 'k', 'v', 'gate', 'up'))):
+            rows = part_of(rows, layout.tp, tp_rank)
+        if shard is not None:
+            rows = part_of(rows, layout.shards, shard)
+        found[name] = rows * columns
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Passes through one block and through the head, on tensors without memory
+
+
+class Watch(TorchDispatchMode):
+    """Adds up the bytes of all tensors that operations make, while they live. With `known` tensors
+    left out."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.live, self.peak = {}, 0
+        self.known = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from torch.multiprocessing.reductions import StorageWeakRef
+        from torch.utils._pytree import tree_leaves
+        if any(hasattr(kind, 'placements') for kind in types):
+            return NotImplemented       # a DTensor: what it does with its parts is seen
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.known:
+                    seen = self.live.get(storage._cdata)
+                    if seen is None or seen.expired():
+                        self.live[storage._cdata] = StorageWeakRef(storage)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    @property
+    def now(self) -> int:
+        """Bytes at present. (A storage may grow and shrink, as FSDP has it.)"""
+        total = 0
+        for place, ref in list(self.live.items()):
+            storage = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
+            if storage is None:
+                del self.live[place]
+            else:
+                total += storage.nbytes()
+        return total
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes of a module's forward and backward pass."""
+    kept: int       # from the one to the other, its input left out
+    back: int       # the most during the backward pass, what was kept included
+    grads: int      # of the gradients that it leaves, in fp32
+
+
+@contextlib.contextmanager
+def as_on(kind: str, flash: bool):
+    """Let kernels do what they do on a device of this kind: on a CPU they convert bf16 for short
+    windows, and take fewer logits at a time. Without flash attention all scores are kept."""
+    before = kernels.CAUSAL_BLOCK, kernels.CHUNK_ELEMENTS
+    if kind != 'cpu':
+        kernels.CAUSAL_BLOCK, kernels.CHUNK_ELEMENTS = 0, 8 * before[1]
+    try:
+        with contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        kernels.CAUSAL_BLOCK, kernels.CHUNK_ELEMENTS = before
+
+
+def watch(make, run, dtype: str, fresh: bool) -> Passes:
+    """make() gives a module and its input x; run(module, x) its output. With `fresh` the gradients
+    are new memory, else they are added to those that are there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), torch.device('cpu'):
+        module, x = make()
+        parameters = list(module.parameters())
+        if not fresh:
+            for p in parameters:
+                p.grad = torch.empty_like(p)
+        known = [*parameters, *(p.grad for p in parameters if p.grad is not None), x]
+        with Watch(known) as seen:
+            with torch.autocast('cpu', torch.bfloat16, enabled=dtype in ('bfloat16', 'float16')):
+                y = run(module, x)
+            kept = seen.now
+            y.backward(torch.empty_like(y))
+            return Passes(kept, seen.peak, 4 * sum(p.numel() for p in parameters))
+
+
+@functools.cache
+def block_passes(arch: tuple, rows: int, T: int, dtype: str, kind: str, flash: bool, fresh: bool
+                 ) -> Passes:
+    """One block's, for `rows` sequences of T tokens."""
+    config = GPTConfig(*arch)
+
+    def make():
+        return model_module.Block(config), torch.empty(rows, T, config.n_embd, requires_grad=True)
+
+    def run(block, x):
+        rope = None
+        if config.position == 'rope':
+            rope = rope_tables(torch.arange(T), config.head_dim, config.rope_theta)
+        return block(x, rope)
+    with as_on(kind, flash):
+        return watch(make, run, dtype, fresh)
+
+
+@functools.cache
+def norm_kept(arch: tuple, rows: int, T: int, dtype: str) -> int:
+    """Bytes that a norm of the residual stream keeps, with the copy that products read."""
+    config = GPTConfig(*arch)
+    return watch(lambda: (norm_layer(config, config.n_embd),
+                          torch.empty(rows, T, config.n_embd, requires_grad=True)),
+                 lambda norm, x: kernels.autocast_once(norm(x)), dtype, True).kept
+
+
+@functools.cache
+def head_passes(arch: tuple, rows: int, T: int, dtype: str, kind: str, fresh: bool) -> Passes:
+    """The last norm's, the head's and the loss's."""
+    config = GPTConfig(*arch)
+
+    def make():
+        head = kernels.Linear(config.n_embd, config.vocab_size, bias=False)
+        return torch.nn.ModuleList([norm_layer(config, config.n_embd), head]), torch.empty(
+            rows, T, config.n_embd, requires_grad=True)
+
+    def run(modules, x):
+        targets = torch.zeros(rows, T, dtype=torch.long)
+        return kernels.lm_loss(modules[1], modules[0](x), targets, 'sum')
+    with as_on(kind, True):
+        return watch(make, run, dtype, fresh)
+
+
+@functools.cache
+def muon_extra(shape: tuple, n: int, ns_steps: int, half: bool) -> int:
+    """The most bytes that Muon's step takes for n matrices of a shape, beside their gradients and
+    momenta."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), torch.device('cpu'):
+        params = [torch.nn.Parameter(torch.empty(shape)) for _ in range(n)]
+        muon = optim.Muon(params, ns_steps=ns_steps,
+                          dtype=torch.bfloat16 if half else torch.float32)
+        for p in params:
+            p.grad = torch.empty(shape)
+            muon.state[p]['momentum'] = torch.empty(shape)
+        known = [t for p in params for t in (p, p.grad, muon.state[p]['momentum'])]
+        with Watch(known) as seen:
+            muon.step()
+        return seen.peak
+
+
+# ---------------------------------------------------------------------------------------------
+# A rank's step
+
+
+def step_memory(config: GPTConfig, layout: Layout, dtype: str, kind: str = 'cuda',
+                optimizer: str = 'adamw', flash: bool = True) -> dict[str, int]:
+    """Bytes by what they are for, of the rank that needs most: weights, optimizer, gradients,
+    activations, gathered (whole weights, and whole gradients, of what is otherwise sharded), and
+    work (of the operation at the peak)."""
+    ranks = range(layout.pp) if layout.pp <= 2 else (0, layout.pp - 1)
+    found = [rank_memory(config, layout, pp_rank, dtype, kind=kind, optimizer=optimizer,
+                         flash=flash) for pp_rank in ranks]
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
+def rank_memory(config: GPTConfig, layout: Layout, pp_rank: int, dtype: str, *, kind: str = 'cuda',
+                optimizer: str = 'adamw', flash: bool = True) -> dict[str, int]:
+    """`step_memory` of the ranks of one pipeline stage, the first of those that share a matrix."""
+    tp, T, C = layout.tp, config.block_size, config.n_embd
+    whole = held(config, layout, pp_rank)
+    mine = held(config, layout, pp_rank, shard=0) if layout.zero else whole
+    n_whole, n_mine = sum(whole.values()), sum(mine.values())
+    root = {name: n for name, n in whole.items() if not name.startswith('h.')}
+    n_blocks = len({name.split('.')[1] for name in whole if name.startswith('h.')})
+    n_block = (n_whole - sum(root.values())) / max(1, n_blocks)
+    weights, states = 4 * n_mine, 4 * sum(n * (1 if is_muons(name, optimizer) else 2)
+                                          for name, n in mine.items())
+
+    # What passes take. Gradients are new memory in the first micro-batch, and where they are
+    # scattered block by block.
+    scattered = layout.zero == 3 or layout.zero == 2 and layout.n_micro == 1
+    fresh = layout.n_micro == 1 and layout.zero != 0 or scattered
+    cut = replace(config, n_head=config.n_head // tp, n_kv_head=config.n_kv_head // tp,
+                  n_hidden=config.n_hidden // tp, head_dim=config.head_dim)
+    block = block_passes(key(cut), layout.rows, T, dtype, kind, flash, fresh)
+    stream = 4 * layout.rows * T * C // (tp if layout.sequence_parallel else 1)
+    saved = block.kept
+    if layout.sequence_parallel:
+        norm = norm_kept(key(config), layout.rows, T, dtype)
+        saved -= int(2 * norm * (1 - 1 / tp))
+    kept = stream if layout.recompute else saved
+    flights = layout.in_flight if layout.pp > 1 else 1
+    passes = flights - pp_rank if layout.pp > 1 and layout.chunks == 1 else flights
+    passes = max(1, passes)
+    activations = stream + kept * math.ceil(n_blocks / layout.chunks) * passes
+    last, head = pp_rank == layout.pp - 1, None
+    if last:
+        cut_head = replace(config, vocab_size=-(-config.vocab_size // tp), tied=False)
+        head = head_passes(key(cut_head), layout.rows, T, dtype, kind, fresh)
+        if tp > 1:
+            head = replace(head, back=head.back + 4 * layout.rows * T * cut_head.vocab_size)
+
+    # What ZeRO gathers: all weights in a step (2), or the block at work and the next one (3).
+    gathered = 0
+    if layout.zero == 2 or layout.zero and layout.pp > 1:
+        gathered = 4 * n_whole
+    elif layout.zero:
+        gathered = int(4 * (sum(root.values()) + 2 * n_block))
+    elif layout.dp > 1:
+        gathered = 4 * n_whole      # DDP's buckets
+    gradients = 4 * (n_mine if scattered else n_whole)
+    if tp > 1 and 'wte.weight' in root:     # its gradient is whole until the end of the step
+        gradients += int(4 * root['wte.weight'] * (tp - 1))
+    if layout.pp > 1:       # torch has a buffer for what is received, for each micro-batch
+        activations += 4 * layout.rows * T * C * (layout.n_micro + (pp_rank == 0))
+    head_grads = 4 * sum(n for name, n in root.items()
+                         if name in ('lm_head.weight', 'wte.weight')) // (1 if config.tied else 2)
+    moments = {
+        'head': (activations, head.back if head else 0),
+        'block': (activations - (0 if layout.recompute else saved),
+                  block.back + (head_grads if head and fresh else 0)
+                  + (int(4 * n_block) if scattered and layout.zero else 0)),
+    }
+    at, (activations, work) = max(moments.items(), key=lambda item: sum(item[1]))
+    if layout.n_micro == 1 and not layout.zero and at == 'head':
+        gradients = 0       # there are none yet
+    return {'weights': weights, 'optimizer': states, 'gradients': gradients,
+            'activations': activations, 'gathered': gathered, 'work': work}
+
+
+def is_muons(name: str, optimizer: str) -> bool:
+    """Whether Muon, which keeps one number for each weight, trains a parameter."""
+    return optimizer == 'muon' and name.startswith('h.') and name.endswith('_proj.weight')
