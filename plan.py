@@ -207,9 +207,12 @@ def lay_out(preset: SimpleNamespace, found: dict, card: machines.GPU, n_gpus: in
     dtype = 'float16' if card.name in ('V100', 'T4') else 'bfloat16'
     good, refused = layouts.choose(config, card, n_gpus, preset.batch_size, part,
                                    optimizer=preset.optimizer, dtype=dtype,
-                                   n_parameters=found['parameters'])
+                                   n_parameters=found['parameters'],
+                                   fixed={k: v for k, v in vars(preset).items() if k in FLAGS})
     if not good:
         nearest = min(refused, key=lambda choice: sum(choice.memory.values()) or math.inf)
+        if not nearest.memory:
+            stop(nearest.refused)
         stop(f'gpus={n_gpus}: no layout of {shown(found["parameters"])} parameters fits '
              f'{card.name}s of {card.memory / 1e9:.0f} GB ({nearest.layout} {nearest.refused}); '
              'give more --gpus, a --gpu with more memory, or fewer --params')
@@ -252,13 +255,13 @@ def plan(preset: SimpleNamespace | None, given: dict) -> dict:
     pictures.draw(folder, laws.CORRECTED, found, good[:8])
     print(f'drawn: {folder}/loss.png, {folder}/memory.png')
     if write:
-        write_plan(label, found, groups, best.layout, saving, cost, n_gpus)
+        write_plan(label, found, groups, best.layout, saving=saving, cost=cost, n_gpus=n_gpus)
     return found | cost | saving | {
         'layout': layout_settings(best.layout), 'layouts': len(good), 'refused': len(refused),
         'bytes': sum(best.memory.values()), 'seconds_per_step': best.seconds}
 
 
-def write_plan(label, found, groups, layout, saving, cost, n_gpus) -> None:
+def write_plan(label, found, groups, layout, *, saving, cost, n_gpus) -> None:
     """Write the config, and what starts it on Slurm and Kubernetes."""
     per_machine = min(layouts.MACHINE, n_gpus)
     n_machines = math.ceil(n_gpus / per_machine)
@@ -306,15 +309,18 @@ def plan_laptop(given: dict) -> dict:
     dev = hardware.choose(given.get('device', ''), given.get('dtype', ''), threads=given.get(
         'threads', 0))
     limit = hardware.matmul_rate(dev.name, dev.dtype, 2048 if dev.kind == 'cpu' else 8192)
-    seconds, rate = (hours or 1.0) * 3600, 0.3 * limit
-    for _ in range(3):      # the size depends on the rate, which depends on the size
+    seconds = (hours or 1.0) * 3600
+
+    def planned(rate: float):
         wishes = Wishes.read(globals() | {'flops': flops or f'{rate * seconds:e}', 'hours': 0.0},
                              machines.GPUS['t4'])
-        N, D = wishes.solve(laws.CORRECTED)
-        settings, groups = settings_for(N, D, data, {'batch_size': 8, **given, 'max_minutes':
-                                                     seconds / 60})
-        preset = SimpleNamespace(**read_settings(ROOT / 'train.py') | settings)
-        rate = block_rate(preset, dev)
+        settings, groups = settings_for(*wishes.solve(laws.CORRECTED), data, {
+            'batch_size': 8, **given, 'max_minutes': seconds / 60})
+        return wishes, SimpleNamespace(**read_settings(ROOT / 'train.py') | settings), groups
+    # the size depends on the rate, which depends on the size
+    rate = block_rate(planned(0.3 * limit)[1], dev)
+    rate = block_rate(planned(rate)[1], dev)
+    wishes, preset, groups = planned(rate)
     print(*dev.why[:2], f'products of matrices {limit / 1e9:,.0f} GFLOP/s, blocks of this model '
           f'{rate / 1e9:,.0f} ({rate / limit:.0%}), measured; {duration(seconds)} are '
           f'{rate * seconds:.1e} FLOP', sep='\n')
@@ -376,9 +382,10 @@ def main(train: dict | None = None) -> dict:
     elif laptop:
         result = plan_laptop(given)
     elif CONFIGS or not own:
-        if set(own) & {'params', 'tokens', 'flops', 'target_loss', 'data', 'budget', 'hours'}:
-            stop(f'{own[0]}: {CONFIGS[0]} says what is trained; leave one of the two out, or '
-                 'change it with flags of train.py')
+        if clash := {*own} & {'params', 'tokens', 'flops', 'target_loss', 'data', 'budget',
+                              'hours'}:
+            stop(f'{min(clash)}: {", ".join(CONFIGS)} says what is trained; leave one of the two '
+                 'out, or change it with flags of train.py')
         result = plan(SimpleNamespace(**train), given) if own else list_presets(sys.argv[1:])
     else:
         result = plan(None, given)

@@ -38,7 +38,8 @@ MpiDefault=none
 JobRequeue=1
 KillWait=30
 MinJobAge=300
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:2 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -60,6 +61,7 @@ def slurm(tmp_path, monkeypatch):
     conf = folder / 'slurm.conf'
     conf.write_text(CONF.format(host=socket.gethostname(), ctld=free_port(), slurmd=free_port(),
                                 folder=folder, cpus=os.cpu_count()))
+    (folder / 'gres.conf').write_text('Name=gpu Count=2\n')     # counted, not there
     monkeypatch.setenv('SLURM_CONF', str(conf))
     daemons = [subprocess.Popen([name, '-D', *flags], stdout=subprocess.DEVNULL,
                                 stderr=subprocess.DEVNULL)
@@ -118,8 +120,13 @@ def test_slurm_script_is_valid_bash():
 
 
 def test_kubernetes_schema():
+    check_kubernetes((ROOT / 'cluster/kubernetes.yaml').read_text())
+
+
+def check_kubernetes(text: str) -> None:
+    """Its schema, and that its parts agree."""
     validate = pytest.importorskip('kubernetes_validate')
-    documents = list(yaml.safe_load_all((ROOT / 'cluster/kubernetes.yaml').read_text()))
+    documents = list(yaml.safe_load_all(text))
     assert [document['kind'] for document in documents] == ['Service', 'Job']
     for document in documents:
         validate.validate(document, '1.31', strict=True)
@@ -171,3 +178,85 @@ def test_machines_listen_on_the_default_route(tmp_path, kind, given):
     assert gloo == given.get('GLOO_SOCKET_IFNAME', default)
     assert nccl == given.get('NCCL_SOCKET_IFNAME', default)
     assert rest[:2] == ['-m', 'torch.distributed.run'] and rest[-2:] == ['config/1b.py', '--zero=2']
+
+
+# ---------------------------------------------------------------------------------------------
+# The files of plan.py --write
+
+
+SMALL = ['--n_layer=4', '--n_head=4', '--n_kv_head=2', '--n_embd=32', '--n_hidden=64',
+         '--block_size=32', '--batch_size=8', '--micro_batch_size=1', '--max_steps=3',
+         '--warmup_steps=1', '--device=cpu', '--compile=False', '--eval_tokens=200']
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A function that writes the files of a plan in a copy of the repository; their name."""
+    place = tmp_path / 'place'
+    place.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in ('config', 'cluster'):
+            shutil.copytree(path, place / path.name)
+        elif path.name == 'plan.py':
+            shutil.copy(path, place)
+        elif path.name not in ('out', 'data', '.git'):
+            (place / path.name).symlink_to(path)
+
+    def write(*wishes) -> tuple[Path, str]:
+        done = subprocess.run([sys.executable, 'plan.py', *wishes, '--write'], cwd=place, text=True,
+                              capture_output=True, check=True)
+        written, = (line for line in done.stdout.splitlines() if line.startswith('written: '))
+        return place, Path(written.split(', ')[1]).stem
+    return write
+
+
+def test_planned_kubernetes_file(planned):
+    """The schema's, and consistent in itself, on 8 machines of 8 GPUs."""
+    place, name = planned('--params=7b', '--gpus=64', '--name=planned_seven')
+    text = (place / f'cluster/{name}.yaml').read_text()
+    check_kubernetes(text)
+    _, job = yaml.safe_load_all(text)
+    assert job['spec']['completions'] == 8 and 'train.py config/planned_seven.py' in \
+        job['spec']['template']['spec']['containers'][0]['args'][0]
+    for path in (place / 'cluster').glob('*.sbatch'):
+        subprocess.run(['bash', '-n', path], check=True)
+    head = (place / f'cluster/{name}.sbatch').read_text()
+    assert '#SBATCH --nodes=8\n#SBATCH --gpus-per-node=8\n' in head and '#SBATCH --requeue' in head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('wishes', [('--params=7b', '--gpus=4', '--gpu=h200'),
+                                    ('--params=30b', '--gpus=4', '--gpu=b200', '--hours=9999')])
+def test_planned_config_trains_in_its_layout(planned, text_file, wishes):
+    """Three steps at reduced size, on as many CPU ranks as GPUs were planned."""
+    place, name = planned(*wishes, '--name=planned_here')
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=4',
+         'train.py', f'config/{name}.py', f'--dataset={text_file}', '--tokenizer=byte', *SMALL],
+        cwd=place, capture_output=True, text=True, timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    run, = (place / 'out').glob('planned_here*/log.jsonl')
+    losses = [event['train_loss'] for event in read_log(run.parent, 'step')]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    assert '4 x data (ZeRO' in done.stdout
+
+
+@pytest.mark.slow
+def test_planned_slurm_file(planned, text_file, slurm):
+    """sbatch takes it as it stands on a machine with two GPUs, and runs it."""
+    place, name = planned('--params=100m', '--gpus=2', '--name=planned_two')
+    env = {**os.environ, 'PYTHON': sys.executable, 'PORT': str(free_port()),
+           'OMP_NUM_THREADS': '1'}
+    batch = f'cluster/{name}.sbatch'
+    asked = subprocess.run(['sbatch', '--test-only', batch], cwd=place, env=env, text=True,
+                           capture_output=True)
+    assert asked.returncode == 0 and 'to start at' in asked.stderr, asked.stderr
+    answer = subprocess.run(['sbatch', '--parsable', batch, f'--dataset={text_file}',
+                             '--tokenizer=byte', '--out_dir=out/tiny', *SMALL], cwd=place, env=env,
+                            text=True, capture_output=True, check=True)
+    output, end = place / f'{name}-{answer.stdout.strip()}.txt', time.monotonic() + 300
+    while not read_log(place / 'out/tiny', 'end'):
+        assert time.monotonic() < end, output.read_text()[-3000:]
+        time.sleep(1)
+    assert '1 x 2 processes: train.py config/planned_two.py' in output.read_text()

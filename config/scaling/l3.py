@@ -1,9 +1,10 @@
 """Model 2 of the five of config/scaling: see config/scaling/l2.py.
 
 python train.py config/scaling/l3.py
-3 blocks of 4 x 48 x 48 (attention) + 3 x 48 x 128 (MLP), and two tables of 258 x 48:
-108,432 parameters, 1.02 MFLOP per token, 2,048 tokens per step
-10 x 108,432 tokens are 529 steps.
+
+3 blocks of 4 x 48 x 48 (attention) + 3 x 48 x 128 (MLP), and two tables of 261 x 48:
+108,432 parameters, 1.02 MFLOP per token, 512 tokens per step
+10 x 108,432 tokens are 2,118 steps.
 """
 from config.scaling.l2 import *  # noqa: F403
 
@@ -11,4 +12,5 @@ n_layer = 3
 n_head = 3
 n_embd = 48
 
-max_steps = 529
+batch_size = 2
+max_steps = 2118

@@ -12,7 +12,7 @@ from core.planning.machines import GPU
 from core.planning.memory import Layout, key, step_memory
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
-from core.settings import Stop
+from core.settings import Stop, stop
 from model import GPTConfig, flops_per_token
 
 MACHINE = 8             # GPUs in one
@@ -83,40 +83,52 @@ def step_seconds(config: GPTConfig, layout: Layout, gpu: GPU, mfu: float, batch_
             'data': max(0.0, data - behind), 'pipeline': pipeline}
 
 
-def candidates(n_gpus: int, batch_size: int, block_size: int):
-    """Layouts to look at: powers of two, tensor parallelism within a machine."""
+def candidates(n_gpus: int, fixed: dict):
+    """Layouts to look at: powers of two, tensor parallelism within a machine; or as in `fixed`,
+    settings of train.py that the user has given. Stops if the GPUs cannot be divided so."""
     per_machine = min(MACHINE, n_gpus)
-    powers = [2 ** i for i in range(10)]
-    for tp, pp in itertools.product([n for n in powers if n <= per_machine],
-                                    [n for n in powers if n <= min(64, n_gpus)]):
-        if n_gpus % (tp * pp):
-            continue
+    powers = [2 ** i for i in range(7)]
+
+    def values(name, others):
+        return [fixed[name]] if name in fixed else others
+    tps, pps = values('tp', [n for n in powers if n <= per_machine]), values('pp', powers)
+    fitting = [(tp, pp) for tp, pp in itertools.product(tps, pps) if n_gpus % (tp * pp) == 0]
+    if not fitting:
+        stop(f'gpus={n_gpus}: cannot be divided into groups of {tps[0]} x {pps[0]} (tp x pp); give '
+             f'a multiple of {tps[0] * pps[0]}')
+    for tp, pp in fitting:
         dp = n_gpus // (tp * pp)
-        copies = {1, dp // (per_machine // tp)} if dp * tp > per_machine else {1}
-        for zero, schedule in itertools.product((0, 2, 3) if dp > 1 else (0,),
-                                                ('1f1b', 'interleaved') if pp > 1 else ('1f1b',)):
-            for replicas in sorted(copies) if zero else (dp,):
-                yield Layout(dp, tp, pp, zero, replicas, tp > 1, schedule)
+        copies = {1, dp // (per_machine // tp)} if dp * tp > per_machine > tp else {1}
+        for zero, schedule, sequence in itertools.product(
+                values('zero', (0, 2, 3) if dp > 1 else (0,)),
+                values('pp_schedule', ('1f1b', 'interleaved') if pp > 1 else ('1f1b',)),
+                values('sequence_parallel', (tp > 1,))):
+            for replicas in values('replicas', sorted(copies)) if zero else (dp,):
+                yield Layout(dp, tp, pp, zero, max(1, replicas), sequence, schedule)
 
 
 def choose(config: GPTConfig, gpu: GPU, n_gpus: int, batch_size: int, mfu: float, *,
-           optimizer: str, dtype: str, n_parameters: int) -> tuple[list[Choice], list[Choice]]:
-    """(the layouts that fit, fastest first; the others, with the reason of each)."""
-    fitting, refused = [], []
+           optimizer: str, dtype: str, n_parameters: int, fixed: dict | None = None
+           ) -> tuple[list[Choice], list[Choice]]:
+    """(the layouts that fit, fastest first; the others, with the reason of each). In `fixed` are
+    settings of train.py that must be so."""
+    fitting, refused, fixed = [], [], fixed or {}
     room = SPARE * gpu.memory - 1.5e9
-    for layout in candidates(n_gpus, batch_size, config.block_size):
+    for layout in candidates(n_gpus, fixed):
         if why := reason(config, layout, batch_size):
             refused.append(Choice(layout, {}, math.inf, {}, why))
             continue
-        per_rank, best, least = math.ceil(batch_size / layout.dp), None, None
-        for recompute in (False, True):
-            for rows in sizes(per_rank, config.block_size, layout.pp):
+        per_rank, best, tight = math.ceil(batch_size / layout.dp), None, []
+        for recompute in [fixed['activation_checkpointing']] if \
+                'activation_checkpointing' in fixed else [False, True]:
+            for rows in [fixed['micro_batch_size']] if fixed.get('micro_batch_size') else sizes(
+                    per_rank, config.block_size, layout.pp):
                 tried = replace(layout, recompute=recompute, rows=rows,
                                 n_micro=math.ceil(per_rank / rows))
                 memory = step_memory(config, tried, dtype, optimizer=optimizer)
                 taken = sum(memory.values())
                 if taken > room:
-                    least = min(least or (math.inf,), (taken, tried, memory), key=lambda x: x[0])
+                    tight.append((taken, tried, memory))
                     break
                 parts = step_seconds(config, tried, gpu, mfu, batch_size, n_parameters)
                 choice = Choice(tried, memory, sum(parts.values()), parts)
@@ -126,7 +138,7 @@ def choose(config: GPTConfig, gpu: GPU, n_gpus: int, batch_size: int, mfu: float
         if best:
             fitting.append(best)
         else:
-            taken, tried, memory = least
+            taken, tried, memory = min(tight, key=lambda found: found[0])
             refused.append(Choice(tried, memory, math.inf, {},
                                   f'needs {taken / 1e9:,.0f} GB of {room / 1e9:,.0f}, most of it '
                                   f'for {max(memory, key=lambda k: memory[k])}'))

@@ -202,8 +202,8 @@ def watch(make, run, dtype: str, fresh: bool) -> Passes:
 
 
 @functools.cache
-def block_passes(arch: tuple, rows: int, T: int, dtype: str, kind: str, flash: bool, fresh: bool
-                 ) -> Passes:
+def block_passes(arch: tuple, rows: int, T: int, dtype: str, *, kind: str, flash: bool,
+                 fresh: bool) -> Passes:
     """One block's, for `rows` sequences of T tokens."""
     config = GPTConfig(*arch)
 
@@ -281,66 +281,85 @@ def step_memory(config: GPTConfig, layout: Layout, dtype: str, kind: str = 'cuda
 def rank_memory(config: GPTConfig, layout: Layout, pp_rank: int, dtype: str, *, kind: str = 'cuda',
                 optimizer: str = 'adamw', flash: bool = True) -> dict[str, int]:
     """`step_memory` of the ranks of one pipeline stage, the first of those that share a matrix."""
-    tp, T, C = layout.tp, config.block_size, config.n_embd
     whole = held(config, layout, pp_rank)
     mine = held(config, layout, pp_rank, shard=0) if layout.zero else whole
     n_whole, n_mine = sum(whole.values()), sum(mine.values())
-    root = {name: n for name, n in whole.items() if not name.startswith('h.')}
+    n_root = sum(n for name, n in whole.items() if not name.startswith('h.'))
     n_blocks = len({name.split('.')[1] for name in whole if name.startswith('h.')})
-    n_block = (n_whole - sum(root.values())) / max(1, n_blocks)
-    weights, states = 4 * n_mine, 4 * sum(n * (1 if is_muons(name, optimizer) else 2)
-                                          for name, n in mine.items())
+    n_block = (n_whole - n_root) // max(1, n_blocks)
 
-    # What passes take. Gradients are new memory in the first micro-batch, and where they are
-    # scattered block by block.
+    # Are gradients scattered block by block? Are they new memory in each pass, or are they added
+    # to those of the micro-batch before?
     scattered = layout.zero == 3 or layout.zero == 2 and layout.n_micro == 1
-    fresh = layout.n_micro == 1 and layout.zero != 0 or scattered
-    cut = replace(config, n_head=config.n_head // tp, n_kv_head=config.n_kv_head // tp,
-                  n_hidden=config.n_hidden // tp, head_dim=config.head_dim)
-    block = block_passes(key(cut), layout.rows, T, dtype, kind, flash, fresh)
-    stream = 4 * layout.rows * T * C // (tp if layout.sequence_parallel else 1)
-    saved = block.kept
-    if layout.sequence_parallel:
-        norm = norm_kept(key(config), layout.rows, T, dtype)
-        saved -= int(2 * norm * (1 - 1 / tp))
-    kept = stream if layout.recompute else saved
-    flights = layout.in_flight if layout.pp > 1 else 1
-    passes = flights - pp_rank if layout.pp > 1 and layout.chunks == 1 else flights
-    passes = max(1, passes)
-    activations = stream + kept * math.ceil(n_blocks / layout.chunks) * passes
-    last, head = pp_rank == layout.pp - 1, None
-    if last:
-        cut_head = replace(config, vocab_size=-(-config.vocab_size // tp), tied=False)
-        head = head_passes(key(cut_head), layout.rows, T, dtype, kind, fresh)
-        if tp > 1:
-            head = replace(head, back=head.back + 4 * layout.rows * T * cut_head.vocab_size)
-
-    # What ZeRO gathers: all weights in a step (2), or the block at work and the next one (3).
+    fresh = scattered or layout.n_micro == 1
+    gradients = 4 * (n_mine if scattered else n_whole)
+    if layout.tp > 1:       # the embedding's is whole until the end of the step
+        gradients += 4 * whole.get('wte.weight', 0) * (layout.tp - 1)
     gathered = 0
     if layout.zero == 2 or layout.zero and layout.pp > 1:
-        gathered = 4 * n_whole
+        gathered = 4 * n_whole                      # all weights, during the step
     elif layout.zero:
-        gathered = int(4 * (sum(root.values()) + 2 * n_block))
+        gathered = 4 * (n_root + 2 * n_block)       # of blocks the one at work and the next
     elif layout.dp > 1:
-        gathered = 4 * n_whole      # DDP's buckets
-    gradients = 4 * (n_mine if scattered else n_whole)
-    if tp > 1 and 'wte.weight' in root:     # its gradient is whole until the end of the step
-        gradients += int(4 * root['wte.weight'] * (tp - 1))
-    if layout.pp > 1:       # torch has a buffer for what is received, for each micro-batch
-        activations += 4 * layout.rows * T * C * (layout.n_micro + (pp_rank == 0))
-    head_grads = 4 * sum(n for name, n in root.items()
-                         if name in ('lm_head.weight', 'wte.weight')) // (1 if config.tied else 2)
-    moments = {
-        'head': (activations, head.back if head else 0),
-        'block': (activations - (0 if layout.recompute else saved),
-                  block.back + (head_grads if head and fresh else 0)
-                  + (int(4 * n_block) if scattered and layout.zero else 0)),
-    }
-    at, (activations, work) = max(moments.items(), key=lambda item: sum(item[1]))
-    if layout.n_micro == 1 and not layout.zero and at == 'head':
-        gradients = 0       # there are none yet
-    return {'weights': weights, 'optimizer': states, 'gradients': gradients,
-            'activations': activations, 'gathered': gathered, 'work': work}
+        gathered = 4 * n_whole                      # DDP's buckets
+
+    block = local_block(config, layout, dtype, kind=kind, flash=flash, fresh=fresh)
+    head = local_head(config, layout, dtype, kind, fresh) if pp_rank == layout.pp - 1 else None
+    stream = 4 * layout.rows * config.block_size * config.n_embd
+    cut = layout.tp if layout.sequence_parallel else 1
+    kept = stream // cut if layout.recompute else block.kept
+    passes = max(1, layout.in_flight - pp_rank * (layout.chunks == 1)) if layout.pp > 1 else 1
+    activations = stream // cut + kept * math.ceil(n_blocks / layout.chunks) * passes
+    if layout.pp > 1:       # torch has a buffer for what each micro-batch receives
+        activations += stream * (layout.n_micro + (pp_rank == 0))
+
+    # Where the head's passes begin; in the last block's backward pass, where the head's new
+    # gradient and what is being scattered of another block may lie beside it; at the end of the
+    # first block's; in the optimizer's step.
+    alone = layout.n_micro == 1 and not scattered       # no gradients are there at first
+    left = activations - (0 if layout.recompute else block.kept)
+    beside = (head.grads if head and fresh else 0) + 4 * n_block * scattered
+    lasting = {'weights': 4 * n_mine, 'optimizer': sum(
+        n * (4 if is_muons(name, optimizer) else 8) for name, n in mine.items())}
+    moments = [
+        (0 if alone else gradients, activations, gathered, head.back if head else 0),
+        (0 if alone else gradients, left, gathered, block.back + beside),
+        (gradients, stream // cut, gathered, block.back),
+        (4 * n_mine, 0, gathered if layout.zero == 0 else 0,
+         update_extra(config, layout, n_blocks, dtype) if optimizer == 'muon' else 0)]
+    names = 'gradients', 'activations', 'gathered', 'work'
+    return lasting | dict(zip(names, max(moments, key=sum)))
+
+
+def update_extra(config: GPTConfig, layout: Layout, n_blocks: int, dtype: str) -> int:
+    """Bytes of Muon's step for the matrices of the most common shape, of which each rank takes a
+    share whole."""
+    n = n_blocks * (2 if config.mlp == 'swiglu' else 1)
+    shape = config.n_hidden // layout.tp, config.n_embd
+    copies = 4 * n * math.prod(shape) if layout.zero == 0 and layout.dp > 1 else 0
+    return copies + muon_extra(shape, math.ceil(n / layout.dp), 5, dtype != 'float32')
+
+
+def local_block(config: GPTConfig, layout: Layout, dtype: str, *, kind: str, flash: bool,
+                fresh: bool) -> Passes:
+    """One block's passes on a rank, with its part of heads and hidden channels."""
+    tp, T = layout.tp, config.block_size
+    part = replace(config, n_head=config.n_head // tp, n_kv_head=config.n_kv_head // tp,
+                   n_hidden=config.n_hidden // tp)
+    found = block_passes(key(part), layout.rows, T, dtype, kind=kind, flash=flash, fresh=fresh)
+    if layout.sequence_parallel:        # both norms see their part of the positions only
+        less = 2 * norm_kept(key(config), layout.rows, T, dtype) * (tp - 1) // tp
+        found = replace(found, kept=found.kept - less, back=found.back - less)
+    return found
+
+
+def local_head(config: GPTConfig, layout: Layout, dtype: str, kind: str, fresh: bool) -> Passes:
+    """The head's passes on a rank, with its part of the vocabulary."""
+    part = replace(config, vocab_size=-(-config.vocab_size // layout.tp), tied=False)
+    found = head_passes(key(part), layout.rows, config.block_size, dtype, kind, fresh)
+    logits = 4 * layout.rows * config.block_size * part.vocab_size
+    # the loss of cut logits has one tensor more of their size
+    return replace(found, back=found.back + logits * (layout.tp > 1))
 
 
 def is_muons(name: str, optimizer: str) -> bool:

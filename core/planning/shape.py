@@ -78,7 +78,7 @@ def settings_for(N: float, D: float, data: str, given: dict, most_flops: float =
     block = given.get('block_size') or (4096 if N >= 1e9 else 2048 if N >= 3e8 else 1024
                                         if N >= 3e7 else 256)
     dataset = data or given.get('dataset', 'fineweb-edu' if N >= 3e7 else 'tinystories')
-    chosen = {'dataset': dataset}
+    chosen: dict = {'dataset': dataset}
     if N < 3e7 and not data and 'tokenizer' not in given and 'vocab_size' not in given:
         chosen |= {'tokenizer': 'bpe', 'vocab_size': 4096 if N >= 2e6 else 512}
     vocab = given.get('vocab_size') or chosen.get('vocab_size') or known_vocabulary(

@@ -89,15 +89,13 @@ class Wishes:
 
     def solve(self, law: laws.Law) -> tuple[float, float]:
         """N and D. Stops if the wishes contradict each other, saying what would do."""
-        N, D = self.params, self.tokens
-        guess = N or 7e9
+        N, D, limit = self.params or 7e9, 0.0, ''
         for _ in range(20):     # the rate depends on N, which depends on the rate
-            C, limit = self.allowed(guess)
-            found = self.split(law, C, limit)
-            if abs(math.log(found[0] / guess)) < 1e-9:
+            before = N
+            C, limit = self.allowed(N)
+            N, D = self.split(law, C, limit)
+            if abs(math.log(N / before)) < 1e-9:
                 break
-            guess = found[0]
-        N, D = found
         if D / N < FEWEST:
             need = law.tokens_of(N)
             best = law.optimum(6 * N * D)[0]

@@ -181,6 +181,8 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     ('--gpus=8 --hours=1 --params=70b', 'gpus=8, hours=1: enough for 27.1M tokens with 70B'),
     ('--gpu=h900 --params=7b', 'gpu=h900: is not known; choose one of b200'),
     ('--params=70b --gpus=1', 'gpus=1: no layout of 70.1B parameters fits H100s of 80 GB'),
+    ('--params=7b --gpus=6 --tp=3', 'tp=3: must divide n_head=32'),
+    ('--params=7b --gpus=8 --tp=3', 'gpus=8: cannot be divided into groups of 3 x 1 (tp x pp)'),
     ('--params=7bb', 'params=7bb: must be a positive number such as 125m'),
     ('--params=-3', 'params=-3: must be a positive number'),
     ('--hours=3', 'hours=3: on how many GPUs? Give --gpus'),
