@@ -201,7 +201,7 @@ def duration(seconds: float) -> str:
 
 
 def lay_out(preset: SimpleNamespace, found: dict, card: machines.GPU, n_gpus: int, part: float
-            ) -> tuple[layouts.Choice, list, list]:
+            ) -> tuple[list, list]:
     """Print the layouts that fit, fastest first, and why the others do not. Stops if none does."""
     config = preset_config(preset)
     dtype = 'float16' if card.name in ('V100', 'T4') else 'bfloat16'
@@ -228,7 +228,7 @@ def lay_out(preset: SimpleNamespace, found: dict, card: machines.GPU, n_gpus: in
     for which in reasons.values():
         print(f'  {which[0].layout}: {which[0].refused}'
               + f' (and {len(which) - 1} more like it)' * (len(which) > 1))
-    return good[0], good, refused
+    return good, refused
 
 
 def plan(preset: SimpleNamespace | None, given: dict) -> dict:
@@ -241,31 +241,33 @@ def plan(preset: SimpleNamespace | None, given: dict) -> dict:
         settings, groups = settings_for(N, D, data, given, wishes.allowed(N)[0])
         preset = SimpleNamespace(**read_settings(ROOT / 'train.py') | settings)
         check_settings(vars(preset) | {'FLAGS': (), 'GIVEN': ()})
-    n_gpus = n_gpus or 8
-    found = figures(preset)
+    else:
+        flags = {k: v for k, v in given.items() if k in FLAGS}
+        groups = [('as you gave it', flags)] * bool(flags)
+    n_gpus, found = n_gpus or 8, figures(preset)
+    if preset.arch != 'gpt':
+        stop(f'arch={preset.arch}: plans are for GPTs')
     if not found['tokens']:
         stop(f'max_steps={preset.max_steps}, max_minutes={preset.max_minutes}: a plan needs a '
              'number of steps; give --max_steps, and --max_minutes=0')
     print(line(found))
     cost = price_it(found, card, n_gpus)
     saving = save_it(found, n_gpus, cost, preset.optimizer)
-    best, good, refused = lay_out(preset, found, card, n_gpus, cost['mfu'])
+    good, refused = lay_out(preset, found, card, n_gpus, cost['mfu'])
     label = name or f'planned_{CONFIG or shown(found["parameters"]).replace(" ", "").lower()}'
-    folder = Path('out') / label
-    pictures.draw(folder, laws.CORRECTED, found, good[:8])
-    print(f'drawn: {folder}/loss.png, {folder}/memory.png')
+    pictures.draw(Path('out') / label, laws.CORRECTED, found, good[:8])
+    print(f'drawn: out/{label}/loss.png, out/{label}/memory.png')
     if write:
-        write_plan(label, found, groups, best.layout, saving=saving, cost=cost, n_gpus=n_gpus)
+        write_plan(label, found, groups, good[0].layout, saving=saving, cost=cost, n_gpus=n_gpus)
     return found | cost | saving | {
-        'layout': layout_settings(best.layout), 'layouts': len(good), 'refused': len(refused),
-        'bytes': sum(best.memory.values()), 'seconds_per_step': best.seconds}
+        'layout': layout_settings(good[0].layout), 'layouts': len(good), 'refused': len(refused),
+        'bytes': sum(good[0].memory.values()), 'seconds_per_step': good[0].seconds}
 
 
 def write_plan(label, found, groups, layout, *, saving, cost, n_gpus) -> None:
     """Write the config, and what starts it on Slurm and Kubernetes."""
     per_machine = min(layouts.MACHINE, n_gpus)
     n_machines = math.ceil(n_gpus / per_machine)
-    source = f'from config.{CONFIG} import *' if CONFIG else ''
     start = f'torchrun --nnodes={n_machines} --nproc_per_node={per_machine} train.py'
     summary = (f'Planned for {n_gpus} x {machines.find_gpu(gpu).name}, '
                f'{duration(cost["hours"] * 3600)} at an MFU of {cost["mfu"]:.0%}.\n\n'
@@ -273,15 +275,11 @@ def write_plan(label, found, groups, layout, *, saving, cost, n_gpus) -> None:
     groups = [*groups, (f'on {n_gpus} GPUs: {layout}', layout_settings(layout)),
               ('as often as failures want it (Daly 2006)',
                {'save_interval': saving['save_interval']})]
-    text = launch.config_text(summary, groups)
-    if source:
-        text = text.replace('"""\n\n', f'"""\n{source}  # noqa: F403\n\n', 1)
-    paths = {ROOT / f'config/{label}.py': text,
-             ROOT / f'cluster/{label}.sbatch': launch.slurm_text(label, n_machines, per_machine,
-                                                                 cost['hours']),
-             ROOT / f'cluster/{label}.yaml': launch.kubernetes_text(label, n_machines, per_machine)}
-    launch.write_files(paths)
-    print('written: ' + ', '.join(str(path.relative_to(ROOT)) for path in paths))
+    text = launch.config_text(summary, groups, CONFIGS)
+    size = label, n_machines, per_machine
+    launch.write_files(ROOT, {
+        f'config/{label}.py': text, f'cluster/{label}.yaml': launch.kubernetes_text(*size),
+        f'cluster/{label}.sbatch': launch.slurm_text(*size, cost['hours'])})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -333,8 +331,7 @@ def plan_laptop(given: dict) -> dict:
     if write:
         text = launch.config_text(f'Planned for {duration(seconds)} on this machine.\n\npython '
                                   f'train.py config/{label}.py\n\n{line(found)}', groups)
-        launch.write_files({ROOT / f'config/{label}.py': text})
-        print(f'written: config/{label}.py')
+        launch.write_files(ROOT, {f'config/{label}.py': text})
     return found | {'matmul_rate': limit, 'rate': rate, 'bytes': needed}
 
 
@@ -374,6 +371,8 @@ def main(train: dict | None = None) -> dict:
     check_bounds(globals(), gpus=(0, 100_000), hours=(0, None), budget=(0, None), price=(0, None),
                  mfu=(0, 1), target_loss=(0, None), storage_gb=(1e-3, None),
                  restart_minutes=(0, None))
+    if not re.fullmatch(r'[A-Za-z]?[\w-]*', name):
+        stop(f'name={name}: must be letters, digits, - and _, as the names of files')
     if what not in ('', 'fit'):
         stop(f'{what}: unexpected word; plan.py takes a config file, or fit and run directories')
     own = sorted({*FLAGS} & {*settings_of(globals())} - {'name', 'write'})

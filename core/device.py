@@ -166,15 +166,29 @@ def choose_dtype(kind: str, dtype: str, training: bool) -> tuple[str, str]:
         return 'float32', 'mixed precision is untested on Apple GPUs'
     if not training:
         return 'float32', 'on a CPU, the fastest for one row at a time'
-    # A rule: on a busy machine, measurements would choose differently from start to start. With
-    # matrices of 1,024 x 1,024 bfloat16 is 4 times as fast as float32 on an Intel Xeon with AMX,
-    # twice on AMD's Zen 4, half as fast on an Intel Xeon with AVX-512 alone.
+    if why := fast_bfloat16():
+        return 'bfloat16', why
+    return 'float32', 'faster on this CPU, whose instructions for bfloat16 are slow or missing'
+
+
+def fast_bfloat16() -> str:
+    """Why this CPU multiplies bfloat16 faster than float32; '' if it does not.
+
+    A rule: on a busy machine, measurements would choose differently from start to start. With
+    matrices of 1,024 x 1,024 bfloat16 is 4 times as fast on an Intel Xeon with AMX, twice on AMD's
+    Zen 4, half as fast on an Intel Xeon with AVX-512 alone.
+    """
     flags = cpu_info('flags').split()
     if 'amx_bf16' in flags:
-        return 'bfloat16', 'this CPU multiplies it in its matrix unit, AMX'
+        return 'this CPU multiplies it in its matrix unit, AMX'
     if 'avx512_bf16' in flags and not is_intel():
-        return 'bfloat16', 'this CPU multiplies it at twice the speed of float32'
-    return 'float32', 'faster on this CPU, whose instructions for bfloat16 are slow or missing'
+        return 'this CPU multiplies it at twice the speed of float32'
+    return ''
+
+
+def main_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def keep_freed_memory(keep: bool = True) -> None:
@@ -265,7 +279,7 @@ def fit_micro_batch(device: Device, per_rank: int, block_size: int, n_layer: int
         free, memory = torch.cuda.mem_get_info(device.name)     # the weights are there already
         lasting += 12 << 27     # logits of a chunk of the loss (model.CHUNK_ELEMENTS), gradients
     else:
-        free = memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // local_world
+        free = memory = main_memory() // local_world
     each = 73 if DTYPES[device.dtype] == torch.float32 else 40
     per_row = block_size * n_embd * (each + 4 * n_layer if recompute else each * n_layer)
     most = min(memory // 2, (free - lasting) * 4 // 5) // per_row

@@ -4,43 +4,44 @@
     int4    w = scale (q - 8) + zero for each 32 weights of a row, q from 0 to 15
 
 Integers are rounded to nearest (Jacob et al. 2018, section 2.1; no calibration), scales are
-bfloat16. `quantize` puts a QuantLinear into the place of each linear layer, and a QuantEmbedding
-into that of a tied embedding. Norms, biases and positions stay.
+bfloat16. `quantize` replaces linear layers and a tied embedding; norms, positions and biases stay.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.device import fast_bfloat16, main_memory
 from core.net.weights import Model
 from core.settings import stop
 
 KINDS = ('int8', 'int4')
 GROUP = 32          # weights of a row that share a scale in int4
 FEW_ROWS = {'int8': 64, 'int4': 128}    # up to so many, dequantizing costs more than it saves
+WIDE_ROWS = 6       # from more on, products in bfloat16 are faster than the kernel for integers
 
 
 class QuantLinear(nn.Module):
     """x W^T + b, where W (O, I) is what `dequantized` gives, however many rows x has.
 
     On a CPU, x is rounded to bfloat16 and y comes in bfloat16, as torch's kernels for integers want
-    it; a few rows take these.
+    it; a few rows take these. With `wide`, int8 is kept in bfloat16, too, which holds it exactly.
     """
-
     q: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor          # int4 only, as the next two
     packed: torch.Tensor        # the integers once more, in the order of torch's kernel
     scales: torch.Tensor
     bias: torch.Tensor | None
+    wide: torch.Tensor | None
 
-    def __init__(self, layer: nn.Linear, kind: str):
+    def __init__(self, layer: nn.Linear, kind: str, wide: bool = False):
         super().__init__()
         self.kind = kind
         self.out_features, self.in_features = layer.weight.shape
         q, scale, zero = (to_int8 if kind == 'int8' else to_int4)(layer.weight.detach().float())
         bias = None if layer.bias is None else layer.bias.bfloat16()
-        made = dict(q=q, scale=scale, zero=zero, bias=bias, packed=None, scales=None)
-        for name, t in made.items():
+        for name, t in dict(q=q, scale=scale, zero=zero, bias=bias, packed=None, scales=None,
+                            wide=q.bfloat16() if wide else None).items():
             self.register_buffer(name, t)
         if kind == 'int4' and q.device.type == 'cpu':
             pad = (0, 0, 0, -len(q) % 16)       # it takes rows in sixteens
@@ -51,22 +52,20 @@ class QuantLinear(nn.Module):
     def forward(self, x):
         """x (.., I) to y (.., O)."""
         if x.device.type != 'cpu':
-            y = F.linear(x, self.dequantized().type_as(x))
-            return y if self.bias is None else y + self.bias
+            bias = None if self.bias is None else self.bias.type_as(x)
+            return F.linear(x, self.dequantized().type_as(x), bias)
         flat = x.reshape(-1, self.in_features).bfloat16()
-        if len(flat) > FEW_ROWS[self.kind]:
+        if self.wide is not None and len(flat) > WIDE_ROWS:
+            y = F.linear(flat, self.wide) * self.scale
+        elif len(flat) > FEW_ROWS[self.kind]:
             y = F.linear(flat.float(), self.dequantized()).bfloat16()
         elif self.kind == 'int8':
             y = torch.ops.aten._weight_int8pack_mm(flat, self.q, self.scale)
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales)
             y = y if len(self.packed) == self.out_features else y[:, :self.out_features]
-        if self.bias is not None:
-            y += self.bias
+        y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
-
-    def extra_repr(self) -> str:
-        return f'{self.in_features}, {self.out_features}, {self.kind}'
 
     def dequantized(self) -> torch.Tensor:
         """W, (O, I) in fp32."""
@@ -95,13 +94,13 @@ class QuantEmbedding(nn.Module):
 def to_int8(w: torch.Tensor):
     """(q, scale, None) of W (O, I): int8 (O, I), bfloat16 (O,)."""
     scale = (w.abs().amax(dim=1) / 127).bfloat16()
-    q = (w / scale.float().clamp(min=1e-30)[:, None]).round().clamp(-127, 127)
-    return q.to(torch.int8), scale, None
+    q = (w / scale.float().clamp(min=1e-30)[:, None]).round()
+    return q.clamp(-127, 127).to(torch.int8), scale, None
 
 
 def to_int4(w: torch.Tensor):
-    """(q, scale, zero) of W (O, I): bytes (O, I / 32, 16), the low halves of which are the first 16
-    weights of a group, and bfloat16 (O, I / 32)."""
+    """(q, scale, zero) of W (O, I): bytes (O, I / 32, 16), whose low halves are the first 16 of a
+    group, and bfloat16 (O, I / 32)."""
     groups = w.unflatten(1, (-1, GROUP))
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     scale = ((high - low) / 15).bfloat16()
@@ -131,20 +130,21 @@ def quantize(model: Model, kind: str) -> None:
         if kind == 'int4' and layer.in_features % GROUP:
             stop(f'quantize=int4: the rows of {name}.weight have {layer.in_features} weights, '
                  f'which {GROUP} does not divide; use int8')
+    wide = kind == 'int8' and model.lm_head.weight.is_cpu and bool(fast_bfloat16()) and sum(
+        2 * layer.weight.numel() for layer in layers.values()) < main_memory() // 8
     for name, layer in layers.items():
         parent, _, last = name.rpartition('.')
-        setattr(model.get_submodule(parent), last, QuantLinear(layer, kind))
+        setattr(model.get_submodule(parent), last, QuantLinear(layer, kind, wide))
     if model.config.tied:
         model.wte = QuantEmbedding(model.lm_head)   # type: ignore  # which took its place above
 
 
 def bytes_read(model: Model, size: int) -> int:
-    """The bytes of weights that a step of decoding reads, of which those that are no integers take
-    `size` bytes each: all but what is looked up."""
-    looked_up = ('wpe.', 'wte.head.') if model.config.tied else ('wpe.', 'wte.')
-    total = 0
+    """Bytes of weights that a step of decoding reads, without what is looked up; `size` each where
+    they are no integers."""
+    looked_up, total = ('wpe.', 'wte.head.' if model.config.tied else 'wte.'), 0
     for name, t in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False)):
         quantized = isinstance(model.get_submodule(name.rpartition('.')[0]), QuantLinear)
-        if not name.startswith(looked_up) and not name.endswith(('.packed', '.scales')):
+        if not name.startswith(looked_up) and not name.endswith(('.packed', '.scales', '.wide')):
             total += t.nbytes if quantized else t.numel() * size
     return total

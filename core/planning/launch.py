@@ -15,9 +15,16 @@ def literal(value) -> str:
     return repr(value)
 
 
-def config_text(summary: str, groups: list[tuple[str, dict]]) -> str:
-    """A config file: what it is, then the settings in groups, each under its comment."""
+def config_text(summary: str, groups: list[tuple[str, dict]], bases=()) -> str:
+    """A config file: what it is, the config files on which it builds, then the settings in groups,
+    each under its comment. Stops at a base that it could not import."""
     parts = [f'"""{summary.rstrip()}\n"""']
+    for base in bases:
+        path = Path(base).resolve()
+        if not path.is_relative_to(ROOT / 'config'):
+            stop(f'{base}: a planned config imports it, so it must be in {ROOT / "config"}')
+        module = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+        parts[0] += f'\nfrom {module} import *  # noqa: F403'
     for comment, settings in groups:
         lines = [f'# {line}' for line in comment.splitlines()]
         parts.append('\n'.join([*lines, *(f'{k} = {literal(v)}' for k, v in settings.items())]))
@@ -73,14 +80,17 @@ def kubernetes_text(name: str, machines: int, gpus: int) -> str:
     return text
 
 
-def write_files(files: dict[Path, str]) -> None:
+def write_files(folder: Path, files: dict[str, str]) -> None:
     """Write them, each whole or not at all. Stops at one that is there and says something else."""
-    for path, text in files.items():
+    for name, text in files.items():
+        path = folder / name
         if path.exists() and path.read_text(encoding='utf-8') != text:
             stop(f'{path}: is there and holds something else, so nothing was written; remove it, '
                  'or give another --name')
-    for path, text in files.items():
+    for name, text in files.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f'.tmp-{path.name}')
         tmp.write_text(text, encoding='utf-8')
         os.replace(tmp, path)
+    print('written: ' + ', '.join(files))

@@ -100,7 +100,8 @@ def candidates(n_gpus: int, fixed: dict):
         dp = n_gpus // (tp * pp)
         copies = {1, dp // (per_machine // tp)} if dp * tp > per_machine > tp else {1}
         for zero, schedule, sequence in itertools.product(
-                values('zero', (0, 2, 3) if dp > 1 else (0,)),
+                [2 if zero == 1 else zero for zero in     # as train.py takes it
+                 values('zero', (0, 2, 3) if dp > 1 else (0,))],
                 values('pp_schedule', ('1f1b', 'interleaved') if pp > 1 else ('1f1b',)),
                 values('sequence_parallel', (tp > 1,))):
             for replicas in values('replicas', sorted(copies)) if zero else (dp,):

@@ -9,6 +9,10 @@ from core.planning.memory import Layout
 from core.planning.wishes import shown
 from core.settings import stop
 
+# Settings of train.py that a plan decides.
+FOLLOWS = {'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'head_dim', 'depth', 'arch',
+           'init_from', 'max_steps', 'tied', 'mlp', 'bias', 'qk_norm', 'norm', 'position'}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -74,6 +78,9 @@ def settings_for(N: float, D: float, data: str, given: dict, most_flops: float =
     """train.py's settings for N parameters and D tokens, or as many as most_flops allow (fewer, as
     attention is not in 6 N D); and the same in groups with their comments, for a config file.
     `data` is a prepared dataset or '', `given` are train.py's settings that the user has set."""
+    if clash := FOLLOWS & given.keys():
+        stop(f'{min(clash)}={given[min(clash)]}: follows from what you wish; leave it out, or plan '
+             'for a config file that says what is trained')
     C = 6 * N * D
     block = given.get('block_size') or (4096 if N >= 1e9 else 2048 if N >= 3e8 else 1024
                                         if N >= 3e7 else 256)

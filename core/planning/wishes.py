@@ -21,8 +21,9 @@ def amount(text: str, name: str) -> float:
     if not text:
         return 0.0
     value = float(found[1].replace('_', '')) * UNITS[found[2]] if found else 0.0
-    if not 0 < value < 1e40:
-        stop(f'{name}={text}: must be a positive number such as 125m, 7b, 1.4t or 1e21')
+    most = 1e35 if name == 'flops' else 1e16
+    if not 1 <= value <= most:
+        stop(f'{name}={text}: must be a number from 1 to {most:g}, such as 125m, 7b, 1.4t or 1e21')
     return value
 
 

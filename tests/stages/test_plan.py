@@ -183,13 +183,18 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     ('--params=70b --gpus=1', 'gpus=1: no layout of 70.1B parameters fits H100s of 80 GB'),
     ('--params=7b --gpus=6 --tp=3', 'tp=3: must divide n_head=32'),
     ('--params=7b --gpus=8 --tp=3', 'gpus=8: cannot be divided into groups of 3 x 1 (tp x pp)'),
-    ('--params=7bb', 'params=7bb: must be a positive number such as 125m'),
-    ('--params=-3', 'params=-3: must be a positive number'),
+    ('--params=7bb', 'params=7bb: must be a number from 1 to 1e+16, such as 125m'),
+    ('--params=-3', 'params=-3: must be a number from 1'),
     ('--hours=3', 'hours=3: on how many GPUs? Give --gpus'),
     ('--gpus=8', 'give what you wish: --params=7b'),
     ('--target_loss=1.5', 'target_loss=1.5: no number of tokens leads there; the law ends at'),
     ('--target_loss=2 --gpus=8 --hours=1', 'target_loss=2: takes 2.'),
     ('--params=7b --tokens=1t --gpus=8 --hours=24', 'gpus=8, hours=24: 7B parameters and 1T'),
+    ('--params=7b --n_layer=3', 'n_layer=3: follows from what you wish; leave it out'),
+    ('--params=7b --depth=3', 'depth=3: follows'), ('--params=7b --name=a/b', 'name=a/b: must be'),
+    ('--params=1e17', 'params=1e17: must be a number from 1 to 1e+16'),
+    ('--params=10 --gpus=1', 'params=10: too few for a vocabulary of'),
+    ('--params=7b --gpus=8 --replicas=3 --zero=2', 'replicas=3: must divide the 8 data-parallel'),
     ('--mfu=1.5 --params=7b', 'mfu=1.5: must be at least 0 and at most 1'),
     ('--data=nowhere', "dataset 'nowhere': not prepared yet"),
     ('fitt', 'fitt: unexpected word'), ('fit', 'give run directories'),
@@ -199,6 +204,11 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
 def test_wishes_that_cannot_be(run_plan, capsys, words, message):
     said = stopped(capsys, lambda: run_plan(*words.split()))
     assert message in said and '\n' not in said.strip()
+
+
+def test_lstm_is_refused(run_plan, capsys):
+    preset = str(ROOT / 'config/shakespeare_lstm.py')
+    assert 'arch=lstm: plans are for GPTs' in stopped(capsys, lambda: run_plan(preset, '--gpus=1'))
 
 
 def test_a_preset_and_a_wish_contradict(run_plan, capsys):
@@ -222,7 +232,7 @@ def test_written_files_are_what_was_planned(run_plan, monkeypatch, tmp_path):
     monkeypatch.setattr(plan, 'ROOT', tmp_path)
     found, said = run_plan('--params=1b', '--gpus=16', '--write')
     name, = (path.stem for path in tmp_path.glob('config/planned_*.py'))
-    assert f'written: config/{name}.py, cluster/{name}.sbatch, cluster/{name}.yaml' in said
+    assert f'written: config/{name}.py, cluster/{name}.yaml, cluster/{name}.sbatch' in said
     preset = plan.load_preset([str(tmp_path / f'config/{name}.py')])
     again = plan.figures(preset)
     assert {k: found[k] for k in again} == again
