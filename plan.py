@@ -142,8 +142,7 @@ def settle(wishes: Wishes, serving: bool) -> tuple[float, float]:
           f'\n  balanced for {shown(N)} parameters: '
           f'{shown(laws.tokens_by_table(N, 1))} tokens (Hoffmann et al. 2022, approach 1), '
           f'{shown(laws.tokens_by_table(N, 2))} (2), {shown(law.tokens_of(N))} (3, corrected)')
-    fresh = law.loss(N, D)
-    print(f'  loss on Chinchilla\'s data {fresh:.3f} nats per token; the best of these FLOPs '
+    print(f'  loss on Chinchilla\'s data {law.loss(N, D):.3f} nats per token; the best of these FLOPs '
           f'{law.loss(*law.optimum(C)):.3f}')
     if D > wishes.unique:
         repeated = laws.loss_repeated(law, N, D, wishes.unique)
@@ -153,6 +152,8 @@ def settle(wishes: Wishes, serving: bool) -> tuple[float, float]:
     if serving:
         for part in (0.75, 0.5, 0.35):
             more, factor, served = laws.overtrained(law, N, D, part)
+            if math.isinf(more):    # so few parameters never get there
+                break
             dollars = factor * C / wishes.rate(part * N) / 3600 * wishes.price
             print(f'  as good: {shown(part * N)} parameters, {shown(more)} tokens, {factor:.2f} '
                   f'times the FLOPs (${dollars:,.0f}); pays from {shown(served)} served tokens on')

@@ -33,7 +33,7 @@ def test_one_gpu_needs_no_layout():
 
 
 def test_what_fits_is_what_the_memory_says():
-    """A 7B fits no single H100, and eight only if its optimizer is sharded."""
+    """A 7B fits no single H100, and eight only if it is divided."""
     seven = GPTConfig(block_size=2048, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
                       n_hidden=13_312, vocab_size=50_304, norm='rmsnorm', position='rope',
                       mlp='swiglu', qk_norm=True, bias=False, tied=False)
@@ -42,7 +42,7 @@ def test_what_fits_is_what_the_memory_says():
     good, refused = chosen(seven, 8)
     room = layouts.SPARE * H100.memory - 1.5e9
     assert all(sum(choice.memory.values()) <= room for choice in good)
-    assert good and all(choice.layout.zero or choice.layout.tp * choice.layout.pp == 8
+    assert good and all(choice.layout.zero or choice.layout.tp * choice.layout.pp > 1
                         for choice in good)
     assert any('needs' in choice.refused and str(choice.layout).startswith('dp=8,')
                for choice in refused)
@@ -88,8 +88,9 @@ def test_shapes(N):
 
 
 def test_memory_without_flash_attention_is_that_of_the_scores():
-    """12 heads x 1,024 x 1,024 scores in each of 12 layers, in fp32 at least."""
+    """12 heads x 1,024 x 1,024 probabilities in each of 12 layers, in fp32."""
     layout = Layout(rows=1)
     flash = step_memory(SMALL, layout, 'float32')
     math_ = step_memory(SMALL, layout, 'float32', flash=False)
-    assert math_['activations'] - flash['activations'] >= 12 * 12 * 1024 ** 2 * 4
+    assert math_['activations'] - flash['activations'] == pytest.approx(
+        12 * 12 * 1024 ** 2 * 4, rel=0.01)
