@@ -63,6 +63,8 @@ def draw_fit(path: Path, runs: Runs, fitted: Fit, targets: list) -> None:
         ax.errorbar(C, loss, [[loss - low], [high - loss]], fmt='s', color='black', capsize=4)
         ax.annotate(f'{loss:.3f}', (C, loss), textcoords='offset points', xytext=(8, 4))
     ax.set(xscale='log', yscale='log', xlabel='FLOP of training', ylabel='validation loss, nats')
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter('{x:g}')
     ax.grid(alpha=0.3, which='both')
     ax.legend()
     figure.savefig(path, dpi=120)
