@@ -137,14 +137,16 @@ class Watch(TorchDispatchMode):
         if any(hasattr(kind, 'placements') for kind in types):
             return NotImplemented       # a DTensor: what it does with its parts is seen
         out = func(*args, **(kwargs or {}))
+        grown = False
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 storage = t.untyped_storage()
                 if storage._cdata not in self.known:
                     seen = self.live.get(storage._cdata)
                     if seen is None or seen.expired():
-                        self.live[storage._cdata] = StorageWeakRef(storage)
-        self.peak = max(self.peak, self.now)
+                        self.live[storage._cdata], grown = StorageWeakRef(storage), True
+        if grown:
+            self.peak = max(self.peak, self.now)
         return out
 
     @property

@@ -11,7 +11,7 @@ from conftest import stopped
 import plan
 import train
 from core.net.weights import build_model
-from core.settings import configure, read_settings, settings_of
+from core.settings import Stop, configure, read_settings, settings_of
 from model import count_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +133,15 @@ def run_plan(monkeypatch, tmp_path, capsys):
     vars(plan).update(before)
 
 
+def refused(capsys, run) -> str:
+    """The message of a stop, one line of an error, after what a plan has said so far."""
+    with pytest.raises(Stop) as e:
+        run()
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err == f'error: {e.value.message}\n' and err.count('\n') == 1
+    return e.value.message
+
+
 def test_a_size_on_gpus(run_plan, tmp_path):
     """7B on 64 H100: balanced tokens, a time that is FLOPs / (GPUs x peak x MFU), and layouts."""
     found, said = run_plan('--params=7b', '--gpus=64', '--gpu=h100')
@@ -166,14 +175,14 @@ def test_a_preset_on_gpus(run_plan):
 
 def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     """Its vocabulary, its number of tokens; repeated, and refused where it is too small."""
-    data = tmp_path / 'data' / 'mine'
-    subprocess.run([sys.executable, ROOT / 'prepare.py', text_file, '--tokenizer=byte',
-                    f'--out_dir={data}'], check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / 'prepare.py', text_file, '--tokenizer=byte'], check=True,
+                   capture_output=True, cwd=tmp_path)
+    data, = (path.parent for path in tmp_path.glob('data/*/meta.json'))
     meta = json.loads((data / 'meta.json').read_text())
     found, said = run_plan(f'--data={data}', '--gpus=1')
     assert found['tokens'] <= 4 * meta['train_tokens'] and 'each read 4.0 times' in said
-    assert 'too few for' in stopped(capsys, lambda: run_plan('--data=data/mine', '--params=1000'))
-    message = stopped(capsys, lambda: run_plan(f'--data={data}', '--params=100m', '--tokens=2b'))
+    assert 'too few for' in refused(capsys, lambda: run_plan(f'--data={data}', '--params=1000'))
+    message = refused(capsys, lambda: run_plan(f'--data={data}', '--params=100m', '--tokens=2b'))
     assert f'of which 2B are {2e9 / meta["train_tokens"]:,.0f} readings' in message
 
 
@@ -202,8 +211,7 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     ('--param=7b', "--param=7b: no setting named 'param', did you mean 'params'?"),
 ])
 def test_wishes_that_cannot_be(run_plan, capsys, words, message):
-    said = stopped(capsys, lambda: run_plan(*words.split()))
-    assert message in said and '\n' not in said.strip()
+    assert message in refused(capsys, lambda: run_plan(*words.split()))
 
 
 def test_lstm_is_refused(run_plan, capsys):
