@@ -16,14 +16,9 @@ import core.start  # noqa: F401  it comes first, before torch
 import json
 import math
 import re
-import statistics
 import sys
-import timeit
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-
-import torch
 
 from core import device as hardware
 from core.data import named
@@ -31,8 +26,8 @@ from core.formats import hf, hub
 from core.net.weights import build_model
 from core.planning import fit as fitting
 from core.planning import launch, laws, layouts, machines, pictures
-from core.planning.memory import Layout, step_memory
-from core.planning.shape import layout_settings, settings_for
+from core.planning.memory import Layout, checkpoint_bytes, step_memory
+from core.planning.shape import LAYOUT, layout_settings, settings_for
 from core.planning.wishes import Wishes, amount, shown
 from core.run import checkpoint, models
 from core.run.begin import adapted, check_settings, from_model, model_config, tokenizer_wanted
@@ -80,7 +75,9 @@ def load_preset(words: list[str]) -> SimpleNamespace:
 
 def preset_config(preset: SimpleNamespace) -> GPTConfig:
     """The architecture that the settings of train.py describe, without data or weights."""
-    n_tokens = named.count_tokens(preset.dataset, tokenizer_wanted(preset), preset.vocab_size)
+    made = named.made_folder(preset.dataset, preset.data_dir)
+    n_tokens = named.read_meta(made).get('vocab_size', 0) if made and not preset.tokenizer else \
+        named.count_tokens(preset.dataset, tokenizer_wanted(preset), preset.vocab_size)
     init_from = preset.init_from
     if init_from in hub.GPT2_SIZES:  # known by heart
         n_layer, n_head, n_embd = hub.GPT2_SIZES[init_from]
@@ -142,8 +139,8 @@ def settle(wishes: Wishes, serving: bool) -> tuple[float, float]:
           f'\n  balanced for {shown(N)} parameters: '
           f'{shown(laws.tokens_by_table(N, 1))} tokens (Hoffmann et al. 2022, approach 1), '
           f'{shown(laws.tokens_by_table(N, 2))} (2), {shown(law.tokens_of(N))} (3, corrected)')
-    print(f'  loss on Chinchilla\'s data {law.loss(N, D):.3f} nats per token; the best of these FLOPs '
-          f'{law.loss(*law.optimum(C)):.3f}')
+    print(f'  loss on Chinchilla\'s data {law.loss(N, D):.3f} nats per token; the best of these '
+          f'FLOPs {law.loss(*law.optimum(C)):.3f}')
     if D > wishes.unique:
         repeated = laws.loss_repeated(law, N, D, wishes.unique)
         print(f'  {shown(wishes.unique)} tokens are different, each read {D / wishes.unique:.1f} '
@@ -164,30 +161,28 @@ def settle(wishes: Wishes, serving: bool) -> tuple[float, float]:
 # How, how long, for how much
 
 
-def price_it(found: dict, card: machines.GPU, n_gpus: int) -> dict:
-    """Print time, cost and energy; returns them."""
-    part, source = (mfu, 'as you gave it') if mfu else machines.expected_mfu(
-        card, found['parameters'])
-    seconds = found['flops'] / (n_gpus * card.peak * part)
+def price_it(found: dict, card: machines.GPU, n_gpus: int, step_seconds: float) -> dict:
+    """Print time, cost and energy of all steps; returns them."""
+    seconds = step_seconds * found['tokens'] / found['tokens_per_step']
     gpu_hours, dollars = n_gpus * seconds / 3600, price or card.price
     least, most = machines.energy(card, gpu_hours)
-    print(f'{n_gpus} x {card.name} at an MFU of {part:.0%} ({source}):\n'
+    print(f'in the first of them, on {n_gpus} x {card.name}:\n'
           f'  {duration(seconds)}, {found["tokens"] / seconds:,.0f} tokens/s; {gpu_hours:,.0f} '
           f'GPU-hours at ${dollars:.2f} are ${gpu_hours * dollars:,.0f}; {least:,.0f} to '
           f'{most:,.0f} kWh')
-    return {'mfu': part, 'hours': seconds / 3600, 'dollars': gpu_hours * dollars,
-            'kwh': [least, most]}
+    return {'hours': seconds / 3600, 'dollars': gpu_hours * dollars, 'kwh': [least, most]}
 
 
-def save_it(found: dict, n_gpus: int, cost: dict, optimizer: str) -> dict:
-    """Print how large checkpoints are and how often to save; returns it."""
-    size = found['parameters'] * (12 if optimizer == 'adamw' else 8)     # Muon: one moment
+def save_it(found: dict, n_gpus: int, step_seconds: float, size: int) -> dict:
+    """Print how often to save checkpoints of `size` bytes; returns it."""
     mean = machines.between_failures(n_gpus)
-    stands, writes = 1 / 3600 + size / n_gpus / 2e9 / 3600, size / storage_gb / 1e9 / 3600
-    every = max(machines.save_every(stands, mean), writes)
-    part = machines.lost(stands, every, mean, restart_minutes / 60)
-    step = cost['hours'] * 3600 * found['tokens_per_step'] / found['tokens']
-    interval = max(1, round(every * 3600 / step))
+    # Training waits while tensors are copied, at 2 GB/s and with a second for the rest; then they
+    # are written beside it.
+    waits, writes = (1 + size / n_gpus / 2e9) / 3600, size / storage_gb / 1e9 / 3600
+    every = max(machines.save_every(waits, mean), writes)
+    part = machines.lost(waits, every, mean, restart_minutes / 60)
+    steps = found['tokens'] // found['tokens_per_step']
+    interval = min(steps, max(1, round(every * 3600 / step_seconds)))
     print(f'  a checkpoint of {size / 1e9:,.1f} GB every {duration(every * 3600)} ({interval:,} '
           f'steps): {n_gpus} GPUs fail once in {duration(mean * 3600)} (Llama 3\'s rate), so '
           f'{part:.1%} of the time is lost (Daly 2006)')
@@ -201,15 +196,20 @@ def duration(seconds: float) -> str:
     return f'{seconds:.0f} seconds'
 
 
-def lay_out(preset: SimpleNamespace, found: dict, card: machines.GPU, n_gpus: int, part: float
+def lay_out(preset: SimpleNamespace, found: dict, card: machines.GPU, n_gpus: int, fixed: dict
             ) -> tuple[list, list]:
-    """Print the layouts that fit, fastest first, and why the others do not. Stops if none does."""
+    """Print the layouts that fit and are as `fixed` says, fastest first, and why the others do not.
+    Stops if none does."""
     config = preset_config(preset)
-    dtype = 'float16' if card.name in ('V100', 'T4') else 'bfloat16'
+    dtype = preset.dtype or ('float16' if card.name in ('V100', 'T4') else 'bfloat16')
+    if dtype not in ('float16', 'bfloat16'):
+        stop(f'dtype={dtype}: plans are for products in 16 bits; leave it out')
+    part, source = (mfu, 'as you gave it') if mfu else machines.expected_mfu(
+        card, found['parameters'])
     good, refused = layouts.choose(config, card, n_gpus, preset.batch_size, part,
                                    optimizer=preset.optimizer, dtype=dtype,
                                    n_parameters=found['parameters'],
-                                   fixed={k: v for k, v in vars(preset).items() if k in FLAGS})
+                                   fixed=fixed)
     if not good:
         nearest = min(refused, key=lambda choice: sum(choice.memory.values()) or math.inf)
         if not nearest.memory:
@@ -217,7 +217,8 @@ def lay_out(preset: SimpleNamespace, found: dict, card: machines.GPU, n_gpus: in
         stop(f'gpus={n_gpus}: no layout of {shown(found["parameters"])} parameters fits '
              f'{card.name}s of {card.memory / 1e9:.0f} GB ({nearest.layout} {nearest.refused}); '
              'give more --gpus, a --gpu with more memory, or fewer --params')
-    print(f'{len(good)} layouts fit, fastest first (GB and seconds a step are estimates):')
+    print(f'MFU of {part:.2g} without what a layout adds ({source})\n{len(good)} layouts fit, '
+          'fastest first (GB and seconds a step are estimates):')
     for choice in good[:5]:
         parts = ', '.join(f'{k} {v:.2f}' for k, v in choice.parts.items() if v >= 0.005)
         print(f'  {choice.layout}, micro-batches of {choice.layout.rows}: '
@@ -238,24 +239,25 @@ def plan(preset: SimpleNamespace | None, given: dict) -> dict:
     if preset is None:
         wishes = Wishes.read(globals(), card)
         N, D = settle(wishes, not params)
-        n_gpus = n_gpus or wishes.gpus_for(N, D)
         settings, groups = settings_for(N, D, data, given, wishes.allowed(N)[0])
         preset = SimpleNamespace(**read_settings(ROOT / 'train.py') | settings)
-        check_settings(vars(preset) | {'FLAGS': (), 'GIVEN': ()})
+        n_gpus = wishes.gpus_for(N, figures(preset)['flops'])
     else:
-        flags = {k: v for k, v in given.items() if k in FLAGS}
-        groups = [('as you gave it', flags)] * bool(flags)
+        groups = [(f'as in {", ".join(CONFIGS)} and as you gave it', {
+            k: v for k, v in given.items() if k not in LAYOUT})]
     n_gpus, found = n_gpus or 8, figures(preset)
     if preset.arch != 'gpt':
         stop(f'arch={preset.arch}: plans are for GPTs')
     if not found['tokens']:
         stop(f'max_steps={preset.max_steps}, max_minutes={preset.max_minutes}: a plan needs a '
              'number of steps; give --max_steps, and --max_minutes=0')
-    print(line(found))
-    cost = price_it(found, card, n_gpus)
-    saving = save_it(found, n_gpus, cost, preset.optimizer)
-    good, refused = lay_out(preset, found, card, n_gpus, cost['mfu'])
-    label = name or f'planned_{CONFIG or shown(found["parameters"]).replace(" ", "").lower()}'
+    print(f'{line(found)}; {shown(found["tokens"])} tokens')
+    good, refused = lay_out(preset, found, card, n_gpus, {
+        k: v for k, v in given.items() if k in LAYOUT and k in FLAGS})
+    cost = price_it(found, card, n_gpus, good[0].seconds)
+    saving = save_it(found, n_gpus, good[0].seconds, checkpoint_bytes(
+        preset_config(preset), preset.optimizer))
+    label = name or 'planned_' + re.sub(r'\W', '_', CONFIG or shown(found['parameters']).lower())
     pictures.draw(Path('out') / label, laws.CORRECTED, found, good[:8])
     print(f'drawn: out/{label}/loss.png, out/{label}/memory.png')
     if write:
@@ -268,15 +270,17 @@ def plan(preset: SimpleNamespace | None, given: dict) -> dict:
 def write_plan(label, found, groups, layout, *, saving, cost, n_gpus) -> None:
     """Write the config, and what starts it on Slurm and Kubernetes."""
     per_machine = min(layouts.MACHINE, n_gpus)
-    n_machines = math.ceil(n_gpus / per_machine)
+    n_machines, over = divmod(n_gpus, per_machine)
+    if over:
+        stop(f'gpus={n_gpus}: files are for whole machines of {per_machine}; give a multiple of it')
     start = f'torchrun --nnodes={n_machines} --nproc_per_node={per_machine} train.py'
-    summary = (f'Planned for {n_gpus} x {machines.find_gpu(gpu).name}, '
-               f'{duration(cost["hours"] * 3600)} at an MFU of {cost["mfu"]:.0%}.\n\n'
+    summary = (f'Planned for {n_gpus} x {machines.find_gpu(gpu).name}: about '
+               f'{duration(cost["hours"] * 3600)}.\n\n'
                f'{start} config/{label}.py\n\n{line(found)}')
     groups = [*groups, (f'on {n_gpus} GPUs: {layout}', layout_settings(layout)),
               ('as often as failures want it (Daly 2006)',
                {'save_interval': saving['save_interval']})]
-    text = launch.config_text(summary, groups, CONFIGS)
+    text = launch.config_text(summary, groups)
     size = label, n_machines, per_machine
     launch.write_files(ROOT, {
         f'config/{label}.py': text, f'cluster/{label}.yaml': launch.kubernetes_text(*size),
@@ -285,22 +289,6 @@ def write_plan(label, found, groups, layout, *, saving, cost, n_gpus) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # This machine, and your own runs
-
-
-def block_rate(preset: SimpleNamespace, dev) -> float:
-    """FLOP/s of forward and backward passes through two blocks of the preset's model: measured for
-    a few seconds, not compiled."""
-    model = build_model(replace(preset_config(preset), n_layer=2), 0, dev.name)
-    ids = torch.zeros(preset.batch_size, preset.block_size, dtype=torch.long, device=dev.name)
-
-    def step():
-        with dev.autocast():
-            model(ids, ids).backward()
-        dev.synchronize()
-    times = timeit.repeat(step, number=1, repeat=2)     # the first is slower
-    n = max(3, math.ceil(2 / min(times)))
-    seconds = statistics.median(timeit.repeat(step, number=1, repeat=n))
-    return flops_per_token(model, preset.block_size) * ids.numel() / seconds
 
 
 def plan_laptop(given: dict) -> dict:
@@ -317,8 +305,10 @@ def plan_laptop(given: dict) -> dict:
             'batch_size': 8, **given, 'max_minutes': seconds / 60})
         return wishes, SimpleNamespace(**read_settings(ROOT / 'train.py') | settings), groups
     # the size depends on the rate, which depends on the size
-    rate = block_rate(planned(0.3 * limit)[1], dev)
-    rate = block_rate(planned(rate)[1], dev)
+    rate = 0.3 * limit
+    for _ in range(2):
+        preset = planned(rate)[1]
+        rate = machines.block_rate(preset_config(preset), preset.batch_size, dev)
     wishes, preset, groups = planned(rate)
     print(*dev.why[:2], f'products of matrices {limit / 1e9:,.0f} GFLOP/s, blocks of this model '
           f'{rate / 1e9:,.0f} ({rate / limit:.0%}), measured; {duration(seconds)} are '
@@ -353,6 +343,9 @@ def fit_runs() -> dict:
         print(f'  {label} {value:.4g} ({low:.4g} to {high:.4g})')
     targets, law = [], fitted.law()
     for C in [amount(flops, 'flops')] if flops else [4 * runs.C.max(), 16 * runs.C.max()]:
+        if law and min(law.alpha, law.beta) <= 0:
+            stop('the loss does not fall with both parameters and tokens, so nothing is foretold; '
+                 'leave out runs that learnt their data by heart')
         amounts = law.optimum(C) if law else (C,)
         loss, low, high = fitted.predict(*amounts)
         targets.append((C, loss, low, high))
@@ -369,20 +362,23 @@ def main(train: dict | None = None) -> dict:
     line prints."""
     train = read_settings(ROOT / 'train.py') if train is None else train
     given = {k: v for k, v in train.items() if k in GIVEN}
-    check_bounds(globals(), gpus=(0, 100_000), hours=(0, None), budget=(0, None), price=(0, None),
-                 mfu=(0, 1), target_loss=(0, None), storage_gb=(1e-3, None),
-                 restart_minutes=(0, None))
-    if not re.fullmatch(r'[A-Za-z]?[\w-]*', name):
-        stop(f'name={name}: must be letters, digits, - and _, as the names of files')
+    check_bounds(globals(), gpus=(0, 100_000), hours=(0, 1e6), budget=(0, 1e12), price=(0, 1e4),
+                 mfu=(0, 1), target_loss=(0, 100), storage_gb=(1e-3, 1e6),
+                 restart_minutes=(0, 1e6))
+    check_bounds(train, block_size=(1, None))
+    if not re.fullmatch(r'([A-Za-z]([A-Za-z0-9_-]{0,48}[A-Za-z0-9])?)?', name):
+        stop(f'name={name}: must be letters, digits, - and _, and begin with a letter')
     if what not in ('', 'fit'):
         stop(f'{what}: unexpected word; plan.py takes a config file, or fit and run directories')
-    own = sorted({*FLAGS} & {*settings_of(globals())} - {'name', 'write'})
+    own = {*FLAGS} & {*settings_of(globals())}
     if what == 'fit':
         result = fit_runs()
     elif laptop:
+        if clash := own & {'gpus', 'budget', 'target_loss', 'params', 'tokens', 'price'}:
+            stop(f'{min(clash)}: with --laptop only --hours, --flops and --data say how much')
         result = plan_laptop(given)
     elif CONFIGS or not own:
-        if clash := {*own} & {'params', 'tokens', 'flops', 'target_loss', 'data', 'budget',
+        if clash := own & {'params', 'tokens', 'flops', 'target_loss', 'data', 'budget',
                               'hours'}:
             stop(f'{min(clash)}: {", ".join(CONFIGS)} says what is trained; leave one of the two '
                  'out, or change it with flags of train.py')

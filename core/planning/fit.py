@@ -7,7 +7,7 @@ import numpy as np
 
 from core.planning.laws import Law
 from core.run.log import read_log
-from core.settings import stop
+from core.settings import stop, warn
 
 HUBER = 1e-3        # residuals of ln(loss) beyond this count linearly (Hoffmann et al. 2022, D.2)
 DRAWS = 1000        # of the bootstrap
@@ -26,9 +26,12 @@ class Runs:
 
 def read_runs(folders: list[str]) -> Runs:
     """The runs in these folders. Stops at one that is not finished, or saw other data."""
-    rows, data = [], {}
+    rows, names, data = [], [], {}
     for folder in folders:
         starts, evals = read_log(folder, 'start'), read_log(folder, 'eval')
+        if not starts and Path(folder).is_dir() and len(folders) > 1:
+            warn(f'{folder}: is no run of train.py, passed over')     # of out/*
+            continue
         if not starts:
             stop(f'{folder}: is no run (it has no log.jsonl with a start); give run directories of '
                  'train.py, such as out/l2')
@@ -42,12 +45,17 @@ def read_runs(folders: list[str]) -> Runs:
             data[start['identity']['data']['sha256'], start['identity']['tokenizer']] = folder
         except (KeyError, TypeError) as e:
             stop(f'{folder}/log.jsonl: has no {e}; fit takes runs of train.py')
+        if not (isinstance(loss, float) and math.isfinite(loss) and min(N, D, flops) > 0):
+            stop(f'{folder}: ended with a loss of {loss}; leave it out')
         rows.append((N, D, flops * D, loss))
+        names.append(Path(folder).name)
+    if not rows:
+        stop(f'{", ".join(folders)}: no runs of train.py')
     if len(data) > 1:
         stop(f'{" and ".join(data.values())}: were trained on different data, or with different '
              'tokenizers, so their losses do not compare; fit them apart')
     N, D, C, loss = np.array(rows, dtype=float).T
-    return Runs([Path(folder).name for folder in folders], N, D, C, loss)
+    return Runs(names, N, D, C, loss)
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,9 @@ def literal(value) -> str:
     return repr(value)
 
 
-def config_text(summary: str, groups: list[tuple[str, dict]], bases=()) -> str:
-    """A config file: what it is, the config files on which it builds, then the settings in groups,
-    each under its comment. Stops at a base that it could not import."""
+def config_text(summary: str, groups: list[tuple[str, dict]]) -> str:
+    """A config file: what it is, then the settings in groups, each under its comment."""
     parts = [f'"""{summary.rstrip()}\n"""']
-    for base in bases:
-        path = Path(base).resolve()
-        if not path.is_relative_to(ROOT / 'config'):
-            stop(f'{base}: a planned config imports it, so it must be in {ROOT / "config"}')
-        module = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
-        parts[0] += f'\nfrom {module} import *  # noqa: F403'
     for comment, settings in groups:
         lines = [f'# {line}' for line in comment.splitlines()]
         parts.append('\n'.join([*lines, *(f'{k} = {literal(v)}' for k, v in settings.items())]))
@@ -51,32 +44,30 @@ def slurm_text(name: str, machines: int, gpus: int, hours: float) -> str:
 
 
 def kubernetes_text(name: str, machines: int, gpus: int) -> str:
-    """cluster/kubernetes.yaml for this plan. Raises ValueError if that file has changed its form.
-    """
+    """cluster/kubernetes.yaml for this plan. Stops if that file has changed its form."""
     text = (ROOT / 'cluster/kubernetes.yaml').read_text(encoding='utf-8')
-    label = name.replace('_', '-').lower()
+    label = re.sub('[^a-z0-9-]', '-', name.lower())     # as names there must be
     comment = re.match(r'(#.*\n)+', text)
-    if not comment:
-        raise ValueError('cluster/kubernetes.yaml: begins with no comment')
     text = (f'# Trains config/{name}.py on {machines} x {gpus} GPUs: kubectl apply -f '
             f'cluster/{name}.yaml\n# To be changed: image and claimName; see '
-            'cluster/kubernetes.yaml.\n' + text[comment.end():])
+            'cluster/kubernetes.yaml.\n' + text[comment.end() if comment else 0:])
     changes = [
         (r'^(  name: )scratchgpt$', rf'\g<1>{label}', 2),
         (r'(job-name: )scratchgpt$', rf'\g<1>{label}', 2),
-        (r'(subdomain: )scratchgpt  .*$', rf'\g<1>{label}', 1),
+        (r'(subdomain: )scratchgpt\b.*$', rf'\g<1>{label}', 1),
         (r'scratchgpt-0\.scratchgpt:', f'{label}-0.{label}:', 1),
         (r'(--rdzv_id=)scratchgpt', rf'\g<1>{label}', 1),
-        (r'^(  completions: )\d+ .*$', rf'\g<1>{machines}', 1),
-        (r'^(  parallelism: )\d+$', rf'\g<1>{machines}', 1),
+        (r'^(  completions: )\d+.*$', rf'\g<1>{machines}', 1),
+        (r'^(  parallelism: )\d+.*$', rf'\g<1>{machines}', 1),
         (r'(name: NODES\n +value: )"\d+"', rf'\g<1>"{machines}"', 1),
         (r'(name: PROCESSES\n +value: )"\d+"', rf'\g<1>"{gpus}"', 1),
         (r'(nvidia.com/gpu: )\d+', rf'\g<1>{gpus}', 1),
-        (r'train\.py config/\S+ .*$', f'train.py config/{name}.py', 1)]
+        (r'train\.py config/\S+.*$', f'train.py config/{name}.py', 1)]
     for pattern, new, times in changes:
         text, n = re.subn(pattern, new, text, flags=re.MULTILINE)
         if n != times:
-            raise ValueError(f'cluster/kubernetes.yaml: {pattern} stands there {n} times')
+            stop(f'cluster/kubernetes.yaml: {pattern} is found there {n} times, not {times}, so no '
+                 'file could be made of it; put the file back as it was')
     return text
 
 

@@ -64,8 +64,8 @@ class Law:
 
 # Besiroglu et al. 2024 (arXiv 2404.10102), who fit the third approach again, to the runs in the
 # figures of Hoffmann et al. It gives 20 tokens per parameter at Chinchilla's budget, as approaches
-# 1 and 2 do. The published constants do not (about 70): the optimizer had stopped too early, as it
-# averaged the losses that it should have summed, and the exponents were rounded.
+# 1 and 2 do. The published constants do not (93 as printed, about 70 before rounding): the
+# optimizer had stopped too early, as it averaged the losses that it should have summed.
 CORRECTED = Law(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
 PUBLISHED = Law(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 

@@ -1,11 +1,16 @@
-"""GPUs, what training reaches on them, what it costs, and how often they fail."""
+"""GPUs: what training reaches on them, what they cost, how often they fail; and this machine."""
 import math
+import statistics
+import timeit
+from dataclasses import replace
 from typing import NamedTuple
 
-from core.device import PEAK_TFLOPS
-from core.settings import stop
+import torch
 
-GB = 1e9
+from core.device import PEAK_TFLOPS, Device
+from core.net.weights import build_model
+from core.settings import stop
+from model import GPTConfig, flops_per_token
 
 
 class GPU(NamedTuple):
@@ -23,28 +28,29 @@ class GPU(NamedTuple):
         return PEAK_TFLOPS[self.name] * 1e12
 
 
-# NVLink where there is one, else PCIe 4.0 x16; network: InfiniBand or RoCE with one card for each
-# GPU (400 Gbit/s; A100: 200; others: 25, which their machines share).
+# Link: NVLink where there is one, else PCIe of 16 lanes. Network: InfiniBand or RoCE with one card
+# for each GPU (400 Gbit/s; A100: 200); the others' machines share one of 25 Gbit/s.
 GPUS = {
     'b200': GPU('B200', 180e9, 900e9, 50e9, 1000, 5.0),
     'h200': GPU('H200', 141e9, 450e9, 50e9, 700, 3.3),
     'h100': GPU('H100', 80e9, 450e9, 50e9, 700, 2.7),
     'a100': GPU('A100', 80e9, 300e9, 25e9, 400, 1.6),
-    'l40s': GPU('L40S', 48e9, 32e9, 3e9, 350, 1.0),
-    'v100': GPU('V100', 32e9, 150e9, 3e9, 300, 0.6),
-    '4090': GPU('RTX 4090', 24e9, 32e9, 3e9, 450, 0.4),
-    '3090': GPU('RTX 3090', 24e9, 32e9, 3e9, 350, 0.25),
-    't4': GPU('T4', 16e9, 16e9, 3e9, 70, 0.2),
+    'l40s': GPU('L40S', 48e9, 32e9, 0.4e9, 350, 1.0),
+    'v100': GPU('V100', 32e9, 150e9, 0.4e9, 300, 0.6),
+    '4090': GPU('RTX 4090', 24e9, 32e9, 0.4e9, 450, 0.4),
+    '3090': GPU('RTX 3090', 24e9, 32e9, 0.4e9, 350, 0.25),
+    't4': GPU('T4', 16e9, 16e9, 0.4e9, 70, 0.2),
 }
 
-# (GPU, parameters, MFU, who measured it). Of other GPUs the nearest of these is taken.
+# (GPU, parameters, MFU, who measured it). Narayanan et al. count the recomputed forward pass, a
+# quarter of their FLOPs; MFU does not. Of other GPUs the nearest of these is taken.
 MFU = (
-    ('a100', 124e6, 0.32, 'nanoGPT, README: 250 ms a step on 8 A100'),
-    ('a100', 1.7e9, 0.44, 'Narayanan et al. 2021, table 1: 137 of 312 TFLOP/s'),
-    ('a100', 18.4e9, 0.43, 'Narayanan et al. 2021, table 1: 135 of 312 TFLOP/s'),
-    ('a100', 175e9, 0.51, 'Narayanan et al. 2021, table 1 (145.6B: 148, 175B: 153)'),
-    ('h100', 124e6, 0.40, 'llm.c, discussion 481: 468,000 tokens/s a GPU'),
-    ('h100', 1.6e9, 0.50, 'llm.c, discussion 677'),
+    ('a100', 124e6, 0.31, 'nanoGPT: 30 to 33%'),
+    ('a100', 1.7e9, 0.33, 'Narayanan et al. 2021, table 1: 3/4 of 137 of 312 TFLOP/s'),
+    ('a100', 18.4e9, 0.32, 'Narayanan et al. 2021, table 1: 3/4 of 135 of 312 TFLOP/s'),
+    ('a100', 145.6e9, 0.36, 'Narayanan et al. 2021, table 1: 3/4 of 148 of 312 TFLOP/s'),
+    ('h100', 124e6, 0.40, 'llm.c: 468,000 tokens/s a GPU'),
+    ('h100', 1.6e9, 0.50, 'llm.c, 1,558 million parameters: about 50%'),
     ('h100', 8e9, 0.36, 'torchtitan (Liang et al. 2024), Llama 3.1 8B: 33 to 39%'),
     ('h100', 405e9, 0.40, 'Llama Team 2024, table 4: 38 to 43%'),
 )
@@ -102,3 +108,18 @@ def lost(save: float, every: float, mean: float, restart: float) -> float:
     """The part of all time that saving, repeating half of what lies between two checkpoints, and
     starting again take."""
     return save / (every + save) + (every / 2 + restart) / mean
+
+
+def block_rate(config: GPTConfig, rows: int, dev: Device) -> float:
+    """FLOP/s of forward and backward passes of `rows` sequences through two blocks of a model on
+    this machine: measured for a few seconds, not compiled."""
+    model = build_model(replace(config, n_layer=2), 0, dev.name)
+    ids = torch.zeros(rows, config.block_size, dtype=torch.long, device=dev.name)
+
+    def step():
+        with dev.autocast():
+            model(ids, ids).backward()
+        dev.synchronize()
+    times = timeit.repeat(step, number=1, repeat=2)     # the first is slower
+    times = timeit.repeat(step, number=1, repeat=max(3, math.ceil(2 / min(times))))
+    return flops_per_token(model) * ids.numel() / statistics.median(times)

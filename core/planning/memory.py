@@ -274,7 +274,7 @@ def step_memory(config: GPTConfig, layout: Layout, dtype: str, kind: str = 'cuda
     """Bytes by what they are for, of the rank that needs most: weights, optimizer, gradients,
     activations, gathered (whole weights, and whole gradients, of what is otherwise sharded), and
     work (of the operation at the peak)."""
-    ranks = range(layout.pp) if layout.pp <= 2 else (0, layout.pp - 1)
+    ranks = range(layout.pp)
     found = [rank_memory(config, layout, pp_rank, dtype, kind=kind, optimizer=optimizer,
                          flash=flash) for pp_rank in ranks]
     return max(found, key=lambda parts: sum(parts.values()))
@@ -367,3 +367,9 @@ def local_head(config: GPTConfig, layout: Layout, dtype: str, kind: str, fresh: 
 def is_muons(name: str, optimizer: str) -> bool:
     """Whether Muon, which keeps one number for each weight, trains a parameter."""
     return optimizer == 'muon' and name.startswith('h.') and name.endswith('_proj.weight')
+
+
+def checkpoint_bytes(config: GPTConfig, optimizer: str) -> int:
+    """Of weights and the optimizer's moments, in fp32."""
+    return sum(n * (8 if is_muons(name, optimizer) else 12)
+               for name, n in held(config, Layout()).items())

@@ -12,6 +12,9 @@ from core.settings import stop
 # Settings of train.py that a plan decides.
 FOLLOWS = {'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'head_dim', 'depth', 'arch',
            'init_from', 'max_steps', 'tied', 'mlp', 'bias', 'qk_norm', 'norm', 'position'}
+# ... and those that say how it lies on the GPUs.
+LAYOUT = {'tp', 'pp', 'zero', 'replicas', 'sequence_parallel', 'pp_schedule', 'micro_batch_size',
+          'activation_checkpointing', 'save_interval'}
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ def choose(N: float, vocab_size: int) -> Shape:
             if best is None or away < best[0]:
                 best = away, replace(none, n_hidden=n_hidden)
     if best is None:
-        stop(f'params={N:,.0f}: too few for a vocabulary of {vocab_size:,}; give a smaller '
-             '--vocab_size, or more --params')
+        stop(f'{N:,.0f} parameters: too few for a vocabulary of {vocab_size:,}; give a smaller '
+             '--vocab_size, or wish for more')
+    if best[1].n_hidden > 8 * best[1].n_embd and N > 1e9:
+        stop(f'{N:.3g} parameters: more than a GPT of 32,768 channels has; wish for fewer')
     return best[1]
 
 
@@ -91,7 +96,8 @@ def settings_for(N: float, D: float, data: str, given: dict, most_flops: float =
     vocab = given.get('vocab_size') or chosen.get('vocab_size') or known_vocabulary(
         data, dataset, given)
     shape = choose(N, vocab)
-    sequences = max(8, 2 ** round(math.log2(laws.batch_tokens(C) / block)))
+    sequences = given.get('batch_size') or max(8, 2 ** round(math.log2(
+        laws.batch_tokens(C) / block)))
     D = min(D, most_flops / shape.flops_per_token(block))
     steps = max(1, math.floor(D / (sequences * block)))
     rate = laws.learning_rate(C)
@@ -113,7 +119,8 @@ def settings_for(N: float, D: float, data: str, given: dict, most_flops: float =
           'warmup_steps': min(1000, max(1, steps // 50)), 'min_lr_fraction': 0.0})]
     groups = [(comment, {k: given.get(k, v) for k, v in group.items()})
               for comment, group in groups]
-    more = {k: v for k, v in given.items() if not any(k in group for _, group in groups)}
+    more = {k: v for k, v in given.items()
+            if k not in LAYOUT and not any(k in group for _, group in groups)}
     groups += [('as you gave it', more)] * bool(more)
     return {k: v for _, group in groups for k, v in group.items()}, groups
 

@@ -1,7 +1,7 @@
 """What a user wishes and has, and the parameters and tokens that follow."""
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from core.settings import stop
 
 UNITS = {'': 1, 'k': 1e3, 'm': 1e6, 'b': 1e9, 't': 1e12}
 FEWEST = 1.0        # tokens per parameter: below it nothing is learnt (GPT-3 had 1.7)
+MOST = 1e14         # parameters: beyond any GPT
 MOST_EPOCHS = 16.0  # Muennighoff et al. 2023, figure 5: reading the same more often brings little
 
 
@@ -49,7 +50,6 @@ class Wishes:
     price: float
     mfu: float
     unique: float = math.inf        # different tokens that there are
-    limits: list = field(default_factory=list)      # (FLOPs, what allows no more)
 
     @classmethod
     def read(cls, settings: dict, card: GPU) -> 'Wishes':
@@ -58,6 +58,9 @@ class Wishes:
         found = cls(amount(s['params'], 'params'), amount(s['tokens'], 'tokens'),
                     amount(s['flops'], 'flops'), s['target_loss'], s['hours'], s['budget'],
                     s['gpus'], card, s['price'] or card.price, s['mfu'])
+        for name in ('hours', 'budget'):
+            if 0 < s[name] < 0.01:
+                stop(f'{name}={s[name]:g}: must be 0.01 at least')
         if s['data']:
             meta = named.read_meta(named.find(s['data']))
             found.unique = float(meta['train_tokens'])
@@ -97,6 +100,8 @@ class Wishes:
             N, D = self.split(law, C, limit)
             if abs(math.log(N / before)) < 1e-9:
                 break
+        if N > MOST:
+            stop(f'{limit or "your wish"}: asks for {N:.1e} parameters; wish for less')
         if D / N < FEWEST:
             need = law.tokens_of(N)
             best = law.optimum(6 * N * D)[0]
@@ -117,6 +122,9 @@ class Wishes:
                 stop(f'{limit}: {shown(N)} parameters and {shown(D)} tokens take '
                      f'{6 * N * D / C:,.1f} times as much; with this, {shown(C / 6 / N)} tokens '
                      f'would do, or {shown(C / 6 / D)} parameters')
+            if self.target_loss and law.loss(N, D) > self.target_loss:
+                stop(f'target_loss={self.target_loss:g}: {shown(N)} parameters and {shown(D)} '
+                     f'tokens reach {law.loss(N, D):.3f}; leave one of the three out')
             return N, D
         if self.target_loss:
             return self.to_loss(law, C, limit)
@@ -161,12 +169,12 @@ class Wishes:
                  f'with this, {reached:.3f} would do')
         return N, D
 
-    def gpus_for(self, N: float, D: float) -> int:
+    def gpus_for(self, N: float, flops: float) -> int:
         """As many GPUs as were given, or as the hours ask for, in whole machines; else one for
         what it does in two days, or eight."""
         if self.gpus:
             return self.gpus
-        hours = 6 * N * D / self.rate(N) / 3600
+        hours = flops / self.rate(N) / 3600
         if self.hours:
             n = math.ceil(hours / self.hours - 1e-9)
             return 2 ** math.ceil(math.log2(n)) if n <= 8 else 8 * math.ceil(n / 8)

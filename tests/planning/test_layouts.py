@@ -1,10 +1,12 @@
 """Layouts: what is refused and why, what each exchanges, which is fastest."""
+from dataclasses import replace
+
 import pytest
 
 from core.planning import layouts
 from core.planning.layouts import choose, reason, step_seconds
 from core.planning.machines import GPUS
-from core.planning.memory import Layout, held, key, step_memory
+from core.planning.memory import Layout, held, key, rank_memory, step_memory
 from core.planning.shape import choose as shape_for
 from model import GPTConfig
 
@@ -24,6 +26,22 @@ def test_reasons_are_those_of_train():
     assert reason(SMALL, Layout(dp=2, tp=2), 512).startswith('tp=2 with zero=0 on 4 processes')
     assert 'fewer sequences' in reason(SMALL, Layout(dp=4), 2)
     assert reason(SMALL, Layout(dp=2, tp=2, zero=3), 512) == ''
+
+
+def test_a_pipeline_has_at_least_pp_micro_batches():
+    good, _ = chosen(SMALL, 8, fixed={'pp': 4, 'zero': 2})
+    assert good and all(choice.layout.n_micro >= 4 for choice in good)
+    good, _ = chosen(SMALL, 8, fixed={'replicas': 2})
+    assert good and all(choice.layout.zero and choice.layout.replicas == 2 for choice in good)
+
+
+def test_every_stage_is_looked_at():
+    """Of 9 layers on 4 stages the last has 3, the others 2: an earlier one holds more
+    micro-batches, a later one more layers."""
+    config = replace(SMALL, n_layer=9)
+    layout = Layout(pp=4, n_micro=8)
+    found = [sum(rank_memory(config, layout, i, 'bfloat16').values()) for i in range(4)]
+    assert sum(step_memory(config, layout, 'bfloat16').values()) == max(found)
 
 
 def test_one_gpu_needs_no_layout():
@@ -56,17 +74,23 @@ def test_seconds_by_hand():
     N, tokens = 1_000_000, 512 * 1024
     flops = layouts.whole_flops(key(SMALL)) * tokens
     rate = 8 * H100.peak * 0.5
-    plain = step_seconds(SMALL, Layout(8, zero=2, n_micro=64), gpu, 0.5, 512, N)
+    plain = step_seconds(SMALL, Layout(8, zero=2, n_micro=64), gpu, 0.5, n_parameters=N)
     assert plain['compute'] == pytest.approx(flops / rate)
     # gathered once, scattered once: 7/8 of 4 bytes each, behind one of 64 micro-batches
     assert plain['data'] == pytest.approx(max(0, 2 * 7 / 8 * 4 * N / 1e9 - flops / rate / 64))
-    again = step_seconds(SMALL, Layout(8, recompute=True, n_micro=64), gpu, 0.5, 512, N)
+    again = step_seconds(SMALL, Layout(8, recompute=True, n_micro=64), gpu, 0.5, n_parameters=N)
     assert again['compute'] == pytest.approx(4 / 3 * plain['compute'])
     # 4 all-reduces a layer of a row of 1,024 x 768 in 2 bytes, each 2 x 1/2 of it
-    tensor = step_seconds(SMALL, Layout(4, 2, zero=2, n_micro=128), gpu, 0.5, 512, N)['tensor']
+    cut = step_seconds(SMALL, Layout(4, 2, zero=2, n_micro=128), gpu, 0.5, n_parameters=N)
+    tensor = cut['tensor']
     assert tensor == pytest.approx(128 * 12 * 4 * 2 * 1024 * 768 / 1e9)
-    pipe = step_seconds(SMALL, Layout(2, pp=4, zero=2, n_micro=256), gpu, 0.5, 512, N)
+    pipe = step_seconds(SMALL, Layout(2, pp=4, zero=2, n_micro=256), gpu, 0.5, n_parameters=N)
     assert pipe['bubble'] == pytest.approx(pipe['compute'] * 3 / 256)
+    # fp32 hidden states of 256 rows, forward and back
+    assert pipe['pipeline'] == pytest.approx(2 * 256 * 4 * 1024 * 768 / 1e9)
+    # rows that only fill up: 3 micro-batches of 2 on 96 ranks are 576, not 512
+    filled = step_seconds(SMALL, Layout(96, rows=2, n_micro=3), gpu, 0.5, n_parameters=N)
+    assert filled['compute'] == pytest.approx(flops / 512 * 576 / (96 * H100.peak * 0.5))
 
 
 @pytest.mark.parametrize('N', [1e6, 30e6, 124e6, 1e9, 7e9, 13e9, 70e9, 175e9])

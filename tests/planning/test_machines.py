@@ -24,9 +24,17 @@ def test_names(capsys):
 
 def test_mfu_is_that_of_the_nearest_measurement():
     assert machines.expected_mfu(GPUS['h100'], 7e9)[0] == 0.36
-    assert machines.expected_mfu(GPUS['a100'], 1e9)[0] == 0.44
+    assert machines.expected_mfu(GPUS['a100'], 1e9)[0] == 0.33
     part, source = machines.expected_mfu(GPUS['l40s'], 124e6)
     assert part == 0.40 and source.endswith('measured on an H100, not on L40S')
+
+
+def test_mfu_is_what_the_sources_say():
+    """llm.c's 468,000 tokens a second of 854.65 MFLOP; three quarters of Narayanan's TFLOP/s."""
+    assert 468_000 * 854.65e6 / GPUS['h100'].peak == pytest.approx(0.40, abs=0.01)
+    for N, tflops in ((1.7e9, 137), (18.4e9, 135), (145.6e9, 148)):
+        assert machines.expected_mfu(GPUS['a100'], N)[0] == pytest.approx(
+            tflops * 0.75 / 312, abs=0.005)
 
 
 def test_energy_by_hand():

@@ -147,22 +147,29 @@ def test_a_size_on_gpus(run_plan, tmp_path):
     found, said = run_plan('--params=7b', '--gpus=64', '--gpu=h100')
     assert found['parameters'] == pytest.approx(7e9, rel=0.03)
     assert found['tokens'] / found['parameters'] == pytest.approx(20, rel=0.1)
-    assert found['hours'] == pytest.approx(found['flops'] / (64 * 989e12 * found['mfu']) / 3600)
+    steps = found['tokens'] / found['tokens_per_step']
+    assert found['hours'] == pytest.approx(steps * found['seconds_per_step'] / 3600)
+    least = found['flops'] / (64 * 989e12 * 0.36) / 3600      # at the stated MFU alone
+    assert least <= found['hours'] < 1.1 * least
     assert found['dollars'] == pytest.approx(64 * found['hours'] * 2.7)
     assert found['layout']['zero'] in (2, 3) and found['bytes'] < 80e9
     assert 'approach 1' in said and 'DDP around tensor parallelism' in said
     assert json.loads(said.splitlines()[-1]) == found
     for name in ('loss', 'memory'):
-        assert (tmp_path / f'out/planned_6.99b/{name}.png').stat().st_size > 10_000
+        assert (tmp_path / f'out/planned_6_99b/{name}.png').stat().st_size > 10_000
 
 
 def test_time_and_money_are_kept(run_plan):
     found, _ = run_plan('--gpus=8', '--hours=24', '--gpu=a100')
-    assert 23 < found['hours'] <= 24
+    assert 23 < found['hours'] <= 24.5
+    found, _ = run_plan('--params=7b', '--hours=100', '--gpu=h100')
+    assert 50 < found['hours'] <= 100
     found, said = run_plan('--budget=900')
     assert 850 < found['dollars'] <= 900 and 'pays from' in said
     found, _ = run_plan('--flops=1e20', '--gpus=8', '--block_size=512')
     assert found['flops'] == pytest.approx(1e20, rel=0.03)
+    found, said = run_plan('--params=1b', '--gpus=8', '--batch_size=16')
+    assert found['tokens_per_step'] == 16 * 4096 and found['tokens'] > 20e9
     found, _ = run_plan('--target_loss=2.6', '--gpus=1')
     assert found['parameters'] < 1e9
 
@@ -190,7 +197,7 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     ('--gpus=8 --hours=1 --params=70b', 'gpus=8, hours=1: enough for 27.1M tokens with 70B'),
     ('--gpu=h900 --params=7b', 'gpu=h900: is not known; choose one of b200'),
     ('--params=70b --gpus=1', 'gpus=1: no layout of 70.1B parameters fits H100s of 80 GB'),
-    ('--params=7b --gpus=6 --tp=3', 'tp=3: must divide n_head=32'),
+    ('--params=7b --gpus=6 --tp=3 --zero=2', 'tp=3: must divide n_head=32'),
     ('--params=7b --gpus=8 --tp=3', 'gpus=8: cannot be divided into groups of 3 x 1 (tp x pp)'),
     ('--params=7bb', 'params=7bb: must be a number from 1 to 1e+16, such as 125m'),
     ('--params=-3', 'params=-3: must be a number from 1'),
@@ -202,8 +209,21 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     ('--params=7b --n_layer=3', 'n_layer=3: follows from what you wish; leave it out'),
     ('--params=7b --depth=3', 'depth=3: follows'), ('--params=7b --name=a/b', 'name=a/b: must be'),
     ('--params=1e17', 'params=1e17: must be a number from 1 to 1e+16'),
-    ('--params=10 --gpus=1', 'params=10: too few for a vocabulary of'),
+    ('--params=10 --gpus=1', '10 parameters: too few for a vocabulary of'),
     ('--params=7b --gpus=8 --replicas=3 --zero=2', 'replicas=3: must divide the 8 data-parallel'),
+    ('--params=7b --name=-x', 'name=-x: must be'),
+    ('--params=7b --block_size=-1', 'block_size=-1: must be at least 1'),
+    ('--laptop --threads=-1', 'threads=-1: must be at least 0'),
+    ('--laptop --batch_size=-1', 'batch_size=-1: must be at least 1'),
+    ('--laptop --budget=3', 'budget: with --laptop only'),
+    ('--gpus=8 --hours=1e7', 'hours=10000000.0: must be at least 0 and at most 1000000.0'),
+    ('--params=7b --gpus=8 --hours=1e-300', 'hours=1e-300: must be 0.01 at least'),
+    ('--params=1e16 --gpus=8', 'asks for 1.0e+16 parameters'),
+    ('--params=1e14 --gpus=8', 'more than a GPT of 32,768 channels has'),
+    ('--params=7b --tokens=100b --target_loss=1.9', 'target_loss=1.9: 7B parameters and 100B'),
+    ('--params=1b --gpus=8 --dtype=float32', 'dtype=float32: plans are for'),
+    ('--params=7b --gpus=100000', 'give a larger --batch_size, or fewer --gpus'),
+    ('--params=7b --gpus=12 --write', 'gpus=12: files are for whole machines of 8'),
     ('--mfu=1.5 --params=7b', 'mfu=1.5: must be at least 0 and at most 1'),
     ('--data=nowhere', "dataset 'nowhere': not prepared yet"),
     ('fitt', 'fitt: unexpected word'), ('fit', 'give run directories'),
@@ -251,6 +271,20 @@ def test_written_files_are_what_was_planned(run_plan, monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         run_plan('--params=1b', '--gpus=8', '--write', f'--name={name}')
     assert (tmp_path / f'config/{name}.py').read_text() == text
+
+
+def test_a_preset_can_be_written(run_plan, monkeypatch, tmp_path):
+    """With a name that Python could not import, and a layout that is not its own."""
+    for name in ('config', 'cluster'):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / 'train.py', tmp_path)
+    monkeypatch.setattr(plan, 'ROOT', tmp_path)
+    found, _ = run_plan(str(ROOT / 'config/7b.py'), '--gpus=64', '--gpu=b200', '--write')
+    preset = plan.load_preset([str(tmp_path / 'config/planned_7b.py')])
+    again = plan.figures(preset)
+    assert {k: found[k] for k in again} == again and found['tokens'] == 33_000 * 4_194_304
+    for name, default in (('zero', 0), ('tp', 1), ('activation_checkpointing', False)):
+        assert getattr(preset, name) == found['layout'].get(name, default)
 
 
 def test_fit_of_logs(run_plan, tmp_path):
