@@ -1,5 +1,6 @@
 """plan.py and the presets: what each states is what it is."""
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -182,8 +183,10 @@ def test_a_preset_on_gpus(run_plan):
 
 def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     """Its vocabulary, its number of tokens; repeated, and refused where it is too small."""
-    subprocess.run([sys.executable, ROOT / 'prepare.py', text_file, '--tokenizer=byte'], check=True,
-                   capture_output=True, cwd=tmp_path)
+    drawn, words = random.Random(0), text_file.read_text().split()
+    (tmp_path / 'mine.txt').write_text(' '.join(drawn.choices(words, k=300_000)))
+    subprocess.run([sys.executable, ROOT / 'prepare.py', 'mine.txt', '--tokenizer=byte'],
+                   check=True, capture_output=True, cwd=tmp_path)
     data, = (path.parent for path in tmp_path.glob('data/*/meta.json'))
     meta = json.loads((data / 'meta.json').read_text())
     found, said = run_plan(f'--data={data}', '--gpus=1')
