@@ -15,7 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import plan
 import train
-from core.net.weights import build_model, named_weights
+from core.net.weights import build_model
+from core.planning.memory import Layout, held
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
 from model import GPTConfig
@@ -138,32 +139,12 @@ def counted(rank: int, layout: dict, config: GPTConfig) -> int:
     return sum(parallel.local(p).numel() for p in model.parameters())
 
 
-def share_of(n: int, parts: int, i: int) -> int:
-    """Of n rows in `parts` parts as torch.chunk makes them, those of part i."""
-    size = -(-n // parts)
-    return max(0, min(n - i * size, size))
-
-
 def expected(rank: int, layout: dict, config: GPTConfig) -> int:
-    """The same by counting rows."""
+    """The same as core/planning counts it, without building the model."""
     tp, pp = layout.get('tp', 1), layout.get('pp', 1)
     dp = 1024 // tp // pp
-    stage, data, cut = rank // tp // dp, rank // tp % dp, rank % tp
-    layers = range(stage * config.n_layer // pp, (stage + 1) * config.n_layer // pp)
-    total = 0
-    for name, p in named_weights(build_model(config, None, 'meta')).items():
-        if name.startswith('h.') and int(name.split('.')[1]) not in layers:
-            continue
-        if name == 'wte.weight' and stage or name.startswith(('ln_f', 'lm_head')) and \
-                stage < pp - 1:
-            continue
-        rows, columns = p.shape[0], p.numel() // p.shape[0]
-        if p.ndim == 2 and name.endswith(('o_proj.weight', 'down_proj.weight')):
-            columns = share_of(columns, tp, cut)
-        elif p.ndim == 2:
-            rows = share_of(rows, tp, cut)
-        total += share_of(rows, dp, data) * columns
-    return total
+    planned = Layout(dp, tp, pp, layout['zero'])
+    return sum(held(config, planned, rank // tp // dp, rank % tp, rank // tp % dp).values())
 
 
 COUNTED = [dict(zero=3), dict(zero=3, tp=8), dict(zero=2, tp=8, pp=8), dict(zero=3, tp=8, pp=4)]
