@@ -295,7 +295,7 @@ def rank_memory(config: GPTConfig, layout: Layout, pp_rank: int, dtype: str, *, 
     scattered = layout.zero == 3 or layout.zero == 2 and layout.n_micro == 1
     fresh = scattered or layout.n_micro == 1
     gradients = 4 * (n_mine if scattered else n_whole)
-    if layout.tp > 1:       # the embedding's is whole until the end of the step
+    if layout.tp > 1 and not config.tied:   # the embedding's is whole until the end of the step
         gradients += 4 * whole.get('wte.weight', 0) * (layout.tp - 1)
     gathered = 0
     if layout.zero == 2 or layout.zero and layout.pp > 1:
