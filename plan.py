@@ -235,17 +235,18 @@ def lay_out(preset: SimpleNamespace, found: dict, card: machines.GPU, n_gpus: in
 
 def plan(preset: SimpleNamespace | None, given: dict) -> dict:
     """Settle what to train, price it, lay it out; draw, and write the files if asked."""
-    card, n_gpus, groups = machines.find_gpu(gpu), gpus, []
+    card = machines.find_gpu(gpu)
     if preset is None:
         wishes = Wishes.read(globals(), card)
         N, D = settle(wishes, not params)
         settings, groups = settings_for(N, D, data, given, wishes.allowed(N)[0])
         preset = SimpleNamespace(**read_settings(ROOT / 'train.py') | settings)
-        n_gpus = wishes.gpus_for(N, figures(preset)['flops'])
+        found = figures(preset)
+        n_gpus = wishes.gpus_for(N, found['flops'])
     else:
         groups = [(f'as in {", ".join(CONFIGS)} and as you gave it', {
             k: v for k, v in given.items() if k not in LAYOUT})]
-    n_gpus, found = n_gpus or 8, figures(preset)
+        n_gpus, found = gpus or 8, figures(preset)
     if preset.arch != 'gpt':
         stop(f'arch={preset.arch}: plans are for GPTs')
     if not found['tokens']:

@@ -274,9 +274,8 @@ def step_memory(config: GPTConfig, layout: Layout, dtype: str, kind: str = 'cuda
     """Bytes by what they are for, of the rank that needs most: weights, optimizer, gradients,
     activations, gathered (whole weights, and whole gradients, of what is otherwise sharded), and
     work (of the operation at the peak)."""
-    ranks = range(layout.pp)
     found = [rank_memory(config, layout, pp_rank, dtype, kind=kind, optimizer=optimizer,
-                         flash=flash) for pp_rank in ranks]
+                         flash=flash) for pp_rank in range(layout.pp)]
     return max(found, key=lambda parts: sum(parts.values()))
 
 

@@ -34,7 +34,6 @@ class Shape:
         block = 2 * C * C + 2 * C * self.n_kv_head * D + 3 * C * self.n_hidden + 2 * C + 2 * D
         return self.n_layer * block + (1 if self.tied else 2) * self.vocab_size * C + C
 
-
     def flops_per_token(self, T: int) -> int:
         """Of a forward and a backward pass, as model.flops_per_token counts them: 6 for each weight
         that multiplies, and 12 L C T for attention."""
