@@ -65,10 +65,12 @@ write = False           # write them
 # Presets
 
 
-def load_preset(words: list[str]) -> SimpleNamespace:
-    """train.py's settings with config files and flags applied."""
-    settings = read_settings(ROOT / 'train.py')
-    configure(settings, words)
+def train_settings(changed: dict, words=()) -> SimpleNamespace:
+    """train.py's settings, with those that are `changed`, or with the config files and flags among
+    the words of a command line. Stops where train.py would."""
+    settings = read_settings(ROOT / 'train.py') | changed
+    if words:
+        configure(settings, words)
     check_settings(settings)
     return SimpleNamespace(**settings)
 
@@ -118,7 +120,7 @@ def list_presets(words: list[str]) -> dict:
         (*ROOT.glob('config/*.py'), *ROOT.glob('config/scaling/*.py'))))]
     results = {}
     for words in presets:
-        preset = load_preset(words)
+        preset = train_settings({}, words)
         label = preset.CONFIG or 'gpt2'
         found = results[label] = figures(preset)
         in_all = f'; {found["tokens"] / 1e6:,.1f} million tokens, {found["flops"]:.2e} FLOP in all'
@@ -237,10 +239,10 @@ def plan(preset: SimpleNamespace | None, given: dict) -> dict:
     """Settle what to train, price it, lay it out; draw, and write the files if asked."""
     card = machines.find_gpu(gpu)
     if preset is None:
-        wishes = Wishes.read(globals(), card)
+        wishes = Wishes.read(given | globals(), card)
         N, D = settle(wishes, not params)
         settings, groups = settings_for(N, D, data, given, wishes.allowed(N)[0])
-        preset = SimpleNamespace(**read_settings(ROOT / 'train.py') | settings)
+        preset = train_settings(settings)
         found = figures(preset)
         n_gpus = wishes.gpus_for(N, found['flops'])
     else:
@@ -300,11 +302,11 @@ def plan_laptop(given: dict) -> dict:
     seconds = (hours or 1.0) * 3600
 
     def planned(rate: float):
-        wishes = Wishes.read(globals() | {'flops': flops or f'{rate * seconds:e}', 'hours': 0.0},
+        wishes = Wishes.read(given | globals() | {'flops': flops or f'{rate * seconds:e}', 'hours': 0.0},
                              machines.GPUS['t4'])
         settings, groups = settings_for(*wishes.solve(laws.CORRECTED), data, {
             'batch_size': 8, **given, 'max_minutes': seconds / 60})
-        return wishes, SimpleNamespace(**read_settings(ROOT / 'train.py') | settings), groups
+        return wishes, train_settings(settings), groups
     # the size depends on the rate, which depends on the size
     rate = 0.3 * limit
     for _ in range(2):

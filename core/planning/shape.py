@@ -126,7 +126,8 @@ def settings_for(N: float, D: float, data: str, given: dict, most_flops: float =
 
 def known_vocabulary(data: str, dataset: str, given: dict) -> int:
     """Tokens in a dataset's vocabulary, rounded up as train.py does."""
-    n = named.read_meta(named.find(data)).get('vocab_size', 0) if data else \
+    folder = given.get('data_dir', 'data')
+    n = named.read_meta(named.find(data, folder)).get('vocab_size', 0) if data else \
         named.count_tokens(dataset, given.get('tokenizer', ''), 0)
     return padded(n or 50_257)
 

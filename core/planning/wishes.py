@@ -53,7 +53,7 @@ class Wishes:
 
     @classmethod
     def read(cls, settings: dict, card: GPU) -> 'Wishes':
-        """From the settings of plan.py. Stops if nothing is wished."""
+        """From the settings of plan.py and those of train.py that were given. Stops if nothing is wished."""
         s = settings
         found = cls(amount(s['params'], 'params'), amount(s['tokens'], 'tokens'),
                     amount(s['flops'], 'flops'), s['target_loss'], s['hours'], s['budget'],
@@ -62,7 +62,7 @@ class Wishes:
             if 0 < s[name] < 0.01:
                 stop(f'{name}={s[name]:g}: must be 0.01 at least')
         if s['data']:
-            meta = named.read_meta(named.find(s['data']))
+            meta = named.read_meta(named.find(s['data'], s.get('data_dir', 'data')))
             found.unique = float(meta['train_tokens'])
         if not any((found.params, found.tokens, found.flops, found.target_loss, found.budget,
                     found.hours, s['data'])):

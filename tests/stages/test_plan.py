@@ -191,6 +191,8 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     meta = json.loads((data / 'meta.json').read_text())
     found, said = run_plan(f'--data={data}', '--gpus=1')
     assert found['tokens'] <= 4 * meta['train_tokens'] and 'each read 4.0 times' in said
+    again, _ = run_plan(f'--data={data.name}', f'--data_dir={data.parent}', '--gpus=1')
+    assert again['tokens'] == found['tokens']
     assert 'too few for' in refused(capsys, lambda: run_plan(f'--data={data}', '--params=1000'))
     message = refused(capsys, lambda: run_plan(f'--data={data}', '--params=100m', '--tokens=2b'))
     assert f'of which 2B are {2e9 / meta["train_tokens"]:,.0f} readings' in message
@@ -212,6 +214,8 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     ('--params=7b --n_layer=3', 'n_layer=3: follows from what you wish; leave it out'),
     ('--params=7b --depth=3', 'depth=3: follows'), ('--params=7b --name=a/b', 'name=a/b: must be'),
     ('--params=1e17', 'params=1e17: must be a number from 1 to 1e+16'),
+    ('--params=7b --optimizer=adam', 'optimizer=adam: must be one of'),
+    ('--params=7b --sample_interval=5 --pp=2', 'sample_interval=5: no text can be written'),
     ('--params=10 --gpus=1', '10 parameters: too few for a vocabulary of'),
     ('--params=7b --gpus=8 --replicas=3 --zero=2', 'replicas=3: must divide the 8 data-parallel'),
     ('--params=7b --name=-x', 'name=-x: must be'),
