@@ -65,12 +65,11 @@ write = False           # write them
 # Presets
 
 
-def train_settings(changed: dict, words=()) -> SimpleNamespace:
-    """train.py's settings, with those that are `changed`, or with the config files and flags among
-    the words of a command line. Stops where train.py would."""
-    settings = read_settings(ROOT / 'train.py') | changed
-    if words:
-        configure(settings, words)
+def load_preset(words: list[str], changed: dict | None = None) -> SimpleNamespace:
+    """train.py's settings, those that are `changed` and then config files and flags applied. Stops
+    where train.py would."""
+    settings = read_settings(ROOT / 'train.py') | (changed or {})
+    configure(settings, words)
     check_settings(settings)
     return SimpleNamespace(**settings)
 
@@ -120,7 +119,7 @@ def list_presets(words: list[str]) -> dict:
         (*ROOT.glob('config/*.py'), *ROOT.glob('config/scaling/*.py'))))]
     results = {}
     for words in presets:
-        preset = train_settings({}, words)
+        preset = load_preset(words)
         label = preset.CONFIG or 'gpt2'
         found = results[label] = figures(preset)
         in_all = f'; {found["tokens"] / 1e6:,.1f} million tokens, {found["flops"]:.2e} FLOP in all'
@@ -242,7 +241,7 @@ def plan(preset: SimpleNamespace | None, given: dict) -> dict:
         wishes = Wishes.read(given | globals(), card)
         N, D = settle(wishes, not params)
         settings, groups = settings_for(N, D, data, given, wishes.allowed(N)[0])
-        preset = train_settings(settings)
+        preset = load_preset([], settings)
         found = figures(preset)
         n_gpus = wishes.gpus_for(N, found['flops'])
     else:
@@ -302,11 +301,11 @@ def plan_laptop(given: dict) -> dict:
     seconds = (hours or 1.0) * 3600
 
     def planned(rate: float):
-        wishes = Wishes.read(given | globals() | {'flops': flops or f'{rate * seconds:e}', 'hours': 0.0},
-                             machines.GPUS['t4'])
+        allowed = {'flops': flops or f'{rate * seconds:e}', 'hours': 0.0}
+        wishes = Wishes.read(given | globals() | allowed, machines.GPUS['t4'])
         settings, groups = settings_for(*wishes.solve(laws.CORRECTED), data, {
             'batch_size': 8, **given, 'max_minutes': seconds / 60})
-        return wishes, train_settings(settings), groups
+        return wishes, load_preset([], settings), groups
     # the size depends on the rate, which depends on the size
     rate = 0.3 * limit
     for _ in range(2):
