@@ -53,7 +53,8 @@ class Wishes:
 
     @classmethod
     def read(cls, settings: dict, card: GPU) -> 'Wishes':
-        """From the settings of plan.py and those of train.py that were given. Stops if nothing is wished."""
+        """From the settings of plan.py, and those of train.py that were given. Stops if nothing is
+        wished."""
         s = settings
         found = cls(amount(s['params'], 'params'), amount(s['tokens'], 'tokens'),
                     amount(s['flops'], 'flops'), s['target_loss'], s['hours'], s['budget'],
