@@ -20,8 +20,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
 from core import device as hardware
 from core.net import quant
+from core.net.draw import Sampling
 from core.net.engine import Engine
 from core.run import models
 from core.settings import check_bounds, configure, stop
@@ -58,6 +61,7 @@ seed = 1337                 # of requests that give none: the same question, the
 device = ''                 # '': cuda, else mps, else cpu
 dtype = ''                  # '': bfloat16 where the GPU has it, else float16; float32 on a CPU
 quantize = ''               # int8 or int4: round the weights, for less memory and more speed
+compile = True              # compile the blocks before the first request: half a minute, later less
 threads = 0                 # CPU threads; 0: torch's choice
 data_dir = 'data'
 
@@ -74,7 +78,7 @@ class Server:
     def __init__(self, model, tokenizer, chats: bool, served: str, dev):
         self.tokenizer, self.chats, self.name, self.dev = tokenizer, chats, served, dev
         self.size, self.started = model.config.block_size, int(time.time())
-        self.engine = Engine(model, slots, tokenizer=tokenizer, piece=piece,
+        self.engine = Engine(model, slots, tokenizer=tokenizer, piece=piece, compiled=dev.compile,
                              remember=remember or 2 * self.size)
         self.counts = Counter()
         self.templates = ThreadPoolExecutor(1)      # a chat template has one process
@@ -277,6 +281,15 @@ def listen() -> socket.socket:
         stop(f'host={host}, port={port}: {e}; is another server running? Give another --port')
 
 
+def warm_up(engine: Engine, dev) -> None:
+    """Have all graphs compiled: of one row, of a few, of many."""
+    for n in tqdm(sorted({1, min(2, slots), slots}), desc='compiling', disable=None):
+        rows = [engine.submit([0], Sampling(2)) for _ in range(n)]
+        with dev.autocast():
+            while not all(row.ended for row in rows):
+                engine.step()
+
+
 def main() -> dict:
     """Serve until a signal comes; answers that are being written are finished first."""
     global api_key
@@ -288,7 +301,7 @@ def main() -> dict:
     if not local and not api_key:
         stop(f'host={host}: others can reach this address, so an API key is needed: set '
              'SCRATCHGPT_API_KEY')
-    dev = hardware.choose(device, dtype, False, threads, training=False, quantized=bool(quantize))
+    dev = hardware.choose(device, dtype, compile, threads, training=False, quantized=bool(quantize))
     model, tokenizer, state = models.load_run(run_dir, step, dev.name, data_dir)
     if quantize:
         quant.quantize(model, quantize)
@@ -298,9 +311,12 @@ def main() -> dict:
     except ValueError as e:
         stop(f'{run_dir}: {e}')
     socket_ = listen()
+    print(*dev.why[:3], sep='\n')
+    if dev.compile:
+        warm_up(server.engine, dev)
     at = socket_.getsockname()[1]
     names = {'localhost', '127.0.0.1', '[::1]', host, *filter(None, hosts.lower().split(','))}
-    print(*dev.why[:3], f'{served}: a {"chat" if server.chats else "base"} model, step '
+    print(f'{served}: a {"chat" if server.chats else "base"} model, step '
           f'{state["step"]}' + f', weights in {quantize}' * bool(quantize), sep='\n')
     print(f'http://{f"[{host}]" if ":" in host else host}:{at}/  the page; Ctrl-C ends', flush=True)
     config = uvicorn.Config(

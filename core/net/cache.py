@@ -1,12 +1,17 @@
-"""The cache of keys and values of a model that writes: what is computed once is not again.
+"""The cache of keys and values of a model that writes: what is computed once is not again. And the
+model's blocks, compiled for steps with a cache.
 
 Of this the model knows only the methods `room`, `positions`, `mask`, `update` and `advance`.
 """
 import copy
+import functools
 
 import torch
+from torch import nn
 
+from core.device import compile_options
 from core.net.lstm import State
+from model import Block
 
 
 class KVCache:
@@ -86,17 +91,9 @@ class KVCache:
 
     def update(self, layer: int, k, v):
         """Store a layer's new keys and values (B, heads, T, D); returns all that it has now."""
-        T, last, end = k.size(2), self.first + k.size(0), self.longest + k.size(2)
         if layer not in self.k:
             self.k[layer], self.v[layer] = self.empty(k), self.empty(v)
-        k_all = self.k[layer][self.first:last, :, :end]
-        v_all = self.v[layer][self.first:last, :, :end]
-        for new, stored in ((k, k_all), (v, v_all)):
-            if self.even:
-                stored[:, :, self.longest:] = new
-            else:
-                stored.scatter_(2, self.positions(T)[:, None, :, None].expand_as(new), new)
-        return k_all, v_all
+        return Layer(self, layer).update(0, k, v)
 
     def advance(self, T: int, n_new=None) -> None:
         """Count T tokens as stored; of row b only the first n_new[b], if the rest was padding."""
@@ -108,7 +105,68 @@ class KVCache:
             self.even = bool((self.lengths == self.longest).all())
 
 
+class Layer:
+    """One layer of a KVCache that has been used: what a compiled block takes, so that its graph
+    serves all layers."""
+
+    def __init__(self, cache: KVCache, layer: int):
+        self.k, self.v = cache.k[layer], cache.v[layer]
+        self.first, self.longest, self.even = cache.first, cache.longest, cache.even
+        self.lengths = cache.lengths
+
+    def update(self, layer: int, k, v):
+        """KVCache.update, of this layer."""
+        T, last, end = k.size(2), self.first + k.size(0), self.longest + k.size(2)
+        k_all = self.k[self.first:last, :, :end]
+        v_all = self.v[self.first:last, :, :end]
+        for new, stored in ((k, k_all), (v, v_all)):
+            if self.even:
+                stored[:, :, self.longest:] = new
+            else:
+                at = self.lengths[:, None] + torch.arange(T, device=k.device)
+                stored.scatter_(2, at[:, None, :, None].expand_as(new), new)
+        return k_all, v_all
+
+
 def new_cache(model, batch_size: int, device=None, size: int = 0):
     """An empty cache for up to `size` positions (0: block_size); an LSTM has a state instead."""
     lstm = model.config.arch == 'lstm'
     return State() if lstm else KVCache(batch_size, size or model.config.block_size, device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Blocks that are compiled for steps with a cache
+
+
+class CompiledBlock(nn.Module):
+    """A block for steps with a cache, through the graph that all blocks share."""
+
+    def __init__(self, block: Block, run):
+        super().__init__()
+        self.block, self.run = block, run
+
+    def forward(self, x, rope, mask, cache, layer):
+        return self.run(self.block, x, rope, mask, Layer(cache, layer))
+
+
+def compiled_blocks(model):
+    """The same GPT, its blocks compiled for steps with a cache of any length: one graph for all of
+    them is made in ten seconds, one of the whole model in minutes."""
+    compiled, device = copy.copy(model), next(model.parameters()).device.type
+    run = compiled_for(f'{model.h["0"]} {model.config}', device)
+    compiled._modules = model._modules | {'h': nn.ModuleDict({
+        i: CompiledBlock(block, run) for i, block in model.h.items()})}
+    return compiled
+
+
+@functools.cache
+def compiled_for(structure: str, device: str):
+    """A function of a block and its arguments, compiled, for blocks of one structure. It does not
+    look before each call whether a layer has changed, which takes up to a twentieth of a step. So
+    blocks of another structure must not find its graphs, which belong to its code object."""
+    def run(block, x, rope, mask, cache):
+        return block(x, rope, mask, cache)
+    run.__code__ = run.__code__.replace(co_name='run')
+    options = compile_options(device)
+    options['guard_filter_fn'] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(run, dynamic=True, options=options)

@@ -3,14 +3,12 @@
 `Engine` serves requests; `generate` continues some prompts together, with the engine where it can.
 model.generate does the same for one prompt, plainly.
 """
-import functools
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 import torch
 
-from core.device import compile_options
-from core.net.cache import KVCache, new_cache
+from core.net.cache import KVCache, compiled_blocks, new_cache
 from core.net.draw import Sampling, next_ids
 
 # ---------------------------------------------------------------------------------------------
@@ -99,7 +97,7 @@ class Engine:
     slots       requests that are served at a time; others wait
     tokenizer   whose text `step` gives, and whose stop strings end a request; None: ids only
     n_tokens    ids from here on are never drawn (0: all may be)
-    compiled    whether steps of single tokens are compiled
+    compiled    whether the blocks are compiled for steps of single tokens
     speculate   whether a lone request tries ids that came after the same GRAM ids before: a step
                 computes them all, and those that are drawn are kept. Ids are the same without.
     piece       ids of prompts in a step, so that other requests go on meanwhile (0: no limit)
@@ -117,7 +115,7 @@ class Engine:
         self.device = next(model.parameters()).device
         self.size = model.config.block_size
         self.n_tokens = n_tokens or (len(tokenizer) if tokenizer else 0)
-        self.tokenizer, self.run = tokenizer, compiled_step(model) if compiled else model
+        self.tokenizer, self.run = tokenizer, compiled_blocks(model) if compiled else model
         self.waiting: deque[Request] = deque()
         self.rows: list[Request] = []       # in the order of the cache's rows
         self.cache, self.piece, self.remember = None, piece, remember
@@ -199,8 +197,10 @@ class Engine:
         """Logits (B, n_logits, V) of ids (B, T), which go on the rows from number `first` on."""
         lengths = [row.cached for row in self.rows[first:first + len(ids)]]
         self.make_room(max(lengths) + len(ids[0]))
-        idx = torch.tensor(ids, device=self.device)
-        return run(idx, cache=self.cache.part(first, lengths), n_logits=n_logits)
+        idx, part = torch.tensor(ids, device=self.device), self.cache.part(first, lengths)
+        if run is not self.model and len(ids) > 1:
+            part.even = False       # so that one graph serves rows of equal lengths, too
+        return run(idx, cache=part, n_logits=n_logits)
 
     def make_room(self, needed: int) -> None:
         """A cache for so many positions."""
@@ -336,25 +336,6 @@ def refusal(model) -> str:
     return ''
 
 
-def compiled_step(model):
-    """The model, compiled for steps of a cache of any length."""
-    device = next(model.parameters()).device.type
-    return functools.partial(compiled_for(f'{model} {model.config}', device), model)
-
-
-@functools.cache
-def compiled_for(structure: str, device: str):
-    """A function of a model and its arguments, compiled, for models of one structure. It does not
-    look before each step whether a layer has changed, which takes up to a twentieth of a step. So
-    models of another structure must not find its graphs, which belong to its code object."""
-    def step(model, *args, **options):
-        return model(*args, **options)
-    step.__code__ = step.__code__.replace(co_name='step')
-    options = compile_options(device)
-    options['guard_filter_fn'] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    return torch.compile(step, dynamic=True, options=options)
-
-
 # ---------------------------------------------------------------------------------------------
 # Some prompts together
 
@@ -389,7 +370,7 @@ def steps_of(model, prompts, wanted: list[Sampling], *, tokenizer=None, n_tokens
     is full, the last half of it is prefilled again."""
     prompts = [prompt[-model.config.block_size:] for prompt in prompts]
     if refusal(model):
-        yield from steps_together(model, prompts, wanted, tokenizer, n_tokens, compiled)
+        yield from steps_together(model, prompts, wanted, tokenizer, n_tokens)
         return
     engine = Engine(model, len(prompts), tokenizer=tokenizer, n_tokens=n_tokens, compiled=compiled,
                     speculate=speculate)
@@ -400,10 +381,10 @@ def steps_of(model, prompts, wanted: list[Sampling], *, tokenizer=None, n_tokens
 
 
 @torch.no_grad()
-def steps_together(model, prompts, wanted, tokenizer, n_tokens: int, compiled: bool):
+def steps_together(model, prompts, wanted, tokenizer, n_tokens: int):
     """`steps_of` for what the engine refuses: an LSTM, and a sharded model, whose processes all
     call it. The rows share one window: when the longest is full, all begin anew."""
-    device, step = next(model.parameters()).device, compiled_step(model) if compiled else model
+    device = next(model.parameters()).device
     rows = [Request(*each, tokenizer) for each in zip(prompts, wanted)]
     size = min(model.config.block_size, max(map(len, prompts)) + wanted[0].max_new_tokens)
     cache = idx = None
@@ -414,7 +395,7 @@ def steps_together(model, prompts, wanted, tokenizer, n_tokens: int, compiled: b
             idx, doc = pad_rows([row.ids[-keep:] for row in rows], device)
             logits = model(idx, doc=doc, cache=cache, n_logits=1)
         else:
-            logits = step(idx, cache=cache, n_logits=1)
+            logits = model(idx, cache=cache, n_logits=1)
         new = next_ids(logits[:, -1], [(row.sampling, row.ids) for row in rows],
                        n_tokens or len(tokenizer or ()))
         idx = torch.tensor(new, device=device)[:, None]

@@ -23,8 +23,8 @@ WIDE_ROWS = 6       # from more on, products in bfloat16 are faster than the ker
 class QuantLinear(nn.Module):
     """x W^T + b, where W (O, I) is what `dequantized` gives, however many rows x has.
 
-    On a CPU, x is rounded to bfloat16 and y comes in bfloat16, as torch's kernels for integers want
-    it; a few rows take these. With `wide`, int8 is kept in bfloat16, too, which holds it exactly.
+    On a CPU, x and y are rounded to bfloat16, as torch's kernels for integers want it; a few rows
+    take these. With `wide`, int8 is kept in bfloat16, too, which holds it exactly.
     """
     q: torch.Tensor
     scale: torch.Tensor
@@ -65,7 +65,7 @@ class QuantLinear(nn.Module):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales)
             y = y if len(self.packed) == self.out_features else y[:, :self.out_features]
         y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
+        return y.type_as(x).view(*x.shape[:-1], -1)     # attention in bfloat16 would be slow
 
     def dequantized(self) -> torch.Tensor:
         """W, (O, I) in fp32."""

@@ -48,13 +48,11 @@ class Layout:
         """Pipeline stages that one rank holds."""
         return 2 if self.pp > 1 and self.pp_schedule == 'interleaved' else 1
 
-    @property
-    def in_flight(self) -> int:
-        """Passes through one stage whose activations the first rank of a pipeline keeps at once
-        (Narayanan et al. 2021, section 2.2; interleaved: the warm-up of Megatron-LM's schedule)."""
-        if self.chunks == 1:
-            return min(self.pp, self.n_micro)
-        return min(2 * (self.pp - 1) + self.pp + 1, 2 * self.n_micro)
+    def in_flight(self, pp_rank: int) -> int:
+        """Passes through one stage whose activations a rank of a pipeline keeps at once: those of
+        the schedule's warm-up and one more (Narayanan et al. 2021, section 2.2)."""
+        warm_up = (self.chunks - 1) * self.pp + self.chunks * (self.pp - 1 - pp_rank)
+        return min(warm_up + 1, self.chunks * self.n_micro)
 
     def __str__(self):
         words = [f'dp={self.dp}'] + [f'{k}={v}' for k, v in (
@@ -309,15 +307,15 @@ def rank_memory(config: GPTConfig, layout: Layout, pp_rank: int, dtype: str, *, 
     stream = 4 * layout.rows * config.block_size * config.n_embd
     cut = layout.tp if layout.sequence_parallel else 1
     kept = stream // cut if layout.recompute else block.kept
-    passes = max(1, layout.in_flight - pp_rank * (layout.chunks == 1)) if layout.pp > 1 else 1
-    activations = stream // cut + kept * math.ceil(n_blocks / layout.chunks) * passes
+    activations = stream // cut + kept * math.ceil(
+        n_blocks / layout.chunks) * layout.in_flight(pp_rank)
     if layout.pp > 1:       # torch has a buffer for what each micro-batch receives
         activations += stream * (layout.n_micro + (pp_rank == 0))
 
     # Where the head's passes begin; in the last block's backward pass, where the head's new
     # gradient and what is being scattered of another block may lie beside it; at the end of the
     # first block's; in the optimizer's step.
-    alone = layout.n_micro == 1 and not scattered       # no gradients are there at first
+    alone = layout.n_micro == 1         # no gradients are there at first
     left = activations - (0 if layout.recompute else block.kept)
     beside = (head.grads if head and fresh else 0) + 4 * n_block * scattered
     lasting = {'weights': 4 * n_mine, 'optimizer': sum(
