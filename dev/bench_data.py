@@ -30,6 +30,7 @@ from core.data.dataset import open_shard
 from core.settings import check_bounds, configure, stop
 from core.text import clean
 from core.text import tokenizer as tokenizers
+from core.text.words import word_hashes
 
 corpus_mb = 60              # megabytes of text
 line_mb = 0                 # and one more file of a single line of so many
@@ -72,7 +73,7 @@ def made_up(megabytes: float) -> Iterator[tuple[str, str, int]]:
 def edited(kind: str, body: list[str], words: list[str], chance) -> list[str]:
     """A document with words replaced: 5% of them, or until it is as similar as `kind` says."""
     found = ''.join(body).split(' ')
-    shingles = lambda: clean.shingles(clean.word_hashes(' '.join(found))[0], 3)
+    shingles = lambda: clean.shingles(word_hashes(' '.join(found))[0], 3)
     before, low = shingles(), float(kind.split()[1]) if kind.startswith('Jaccard') else 0
     places = chance.sample(range(len(found)), len(found))
     for n, i in enumerate(places):

@@ -1,6 +1,6 @@
 """What a trained character model has inside: python dev/pictures.py [out/shakespeare].
 
-Writes docs/guide/data/: attention_patterns.json (the weights of heads on one line of text),
+Writes docs/guide/data/: shakespeare.json (the run's log), attention_patterns.json (the weights of heads on one line of text),
 residual_norms.json (length of the residual stream after each block), embeddings.json (characters
 in two dimensions) and loss_by_position.json; dev/figures.py draws them.
 """
@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import model as model_module  # noqa: E402
 from core.data.dataset import open_shard  # noqa: E402
 from core.data.named import find  # noqa: E402
-from core.run import models  # noqa: E402
+from core.run import log, models  # noqa: E402
 
 TARGET = ROOT / 'docs/guide/data'
 LINE = 'ROMEO:\nO, speak again, bright angel!'
@@ -75,7 +75,22 @@ def residual_norms(model, ids: torch.Tensor) -> list[float]:
     return found
 
 
+def write_log(run: str) -> None:
+    """The losses and learning rates of a run, and what it ended with."""
+    start, = log.read_log(run, 'start')
+    end, = log.read_log(run, 'end')
+    steps, evals = log.read_log(run, 'step'), log.read_log(run, 'eval')
+    write('shakespeare', run='python train.py config/shakespeare.py',
+          device=start['device'], parameters=start['parameters'],
+          val_loss=round(evals[-1]['val_loss'], 4), seconds=round(evals[-1]['seconds'], 1),
+          step=[e['step'] for e in steps], train_loss=[round(e['train_loss'], 4) for e in steps],
+          learning_rate=[e['learning_rate'] for e in steps],
+          eval_step=[e['step'] for e in evals], eval_loss=[round(e['val_loss'], 4) for e in evals],
+          best_val_loss=round(end['best_val_loss'], 4))
+
+
 def main(run: str) -> None:
+    write_log(run)
     model, tokenizer, _ = models.load_run(run)
     model.eval()
     ids = tokenizer.encode(LINE)

@@ -37,6 +37,7 @@ from core.settings import read_settings, settings_of, stop, warn
 from core.source import source_hashes
 from core.text import clean
 from core.text import tokenizer as tokenizers
+from core.text.words import word_hashes
 
 PREPARE = named.ROOT / 'prepare.py'     # whose settings are the options here
 NOT_IN_META = ('dataset', 'name', 'data_dir', 'workers', 'tokenizer', 'vocab_size')
@@ -407,7 +408,7 @@ def benchmark_index(options: dict) -> dict:
             stop(f'decontaminate={place}:{number}: cannot be read ({e}); give JSON, JSON lines or '
                  'text, also as .gz')
     index = clean.ngram_index(texts, options['overlap_words'])
-    short = sum(len(clean.word_hashes(text)[0]) < clean.SHORTEST for text in texts)
+    short = sum(len(word_hashes(text)[0]) < clean.SHORTEST for text in texts)
     if options['decontaminate'] and (short or not index):
         warn(f'decontaminate={options["decontaminate"]}: {short:,} of {len(texts):,} texts '
              f'have fewer than {clean.SHORTEST} words and are not looked for')

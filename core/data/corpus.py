@@ -20,6 +20,7 @@ from core.read.documents import Bad
 from core.settings import stop, warn
 from core.text import clean
 from core.text.tokenizer import normalize
+from core.text.words import repeats, word_hashes
 from core.workers import ordered_map
 
 MANY = 100                      # documents: from so many on validation takes whole ones, at random
@@ -107,7 +108,7 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
     body = follow_rules(body, where, options, banned, tally, source)
     if body is None:
         return
-    words, found, pieces = clean.word_hashes(body)[0], [], [body]
+    words, found, pieces = word_hashes(body)[0], [], [body]
     if index:
         found = clean.overlaps(body, index, words)
         pieces = clean.without_overlaps(body, found) if found else pieces
@@ -116,7 +117,7 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
             tally.example('benchmark items', where, body[begin:end])
     for i, piece in enumerate(pieces):
         continued = document.continued and i == 0 and body.startswith(piece)
-        yield piece, clean.word_hashes(piece)[0] if found else words, continued
+        yield piece, word_hashes(piece)[0] if found else words, continued
 
 
 def follow_rules(body: str, where: str, options: dict, banned: dict, tally: Tally, source: int
@@ -141,7 +142,7 @@ def follow_rules(body: str, where: str, options: dict, banned: dict, tally: Tall
         body = kept
     if 'gopher' in families:
         measures['gopher'] = (*clean.gopher_quality(body),
-                              *clean.gopher_repetition(body, *clean.word_hashes(body)))
+                              *clean.gopher_repetition(body, *word_hashes(body)))
     bad = set()
     for family, values in measures.items():
         for measure, value in clean.outside(values).items():
@@ -210,7 +211,7 @@ def drop_duplicates(corpus: Corpus, given: np.ndarray, options: dict, n_workers:
     given = given[rows['source']]
     threshold, order = options['near_duplicates'], np.argsort(~given, kind='stable')
     stays = np.ones(len(rows), bool)
-    stays[order[clean.repeats(rows['hash'][order])]] = False
+    stays[order[repeats(rows['hash'][order])]] = False
     sizes = rows['characters'].astype(np.int64)
     tally.step_of_all('without equal documents', rows['source'], sizes, sizes * stays)
     for i in np.flatnonzero(~stays)[:3]:
@@ -258,7 +259,7 @@ def check_bucket(places: list, work: Path, threshold: float, n: int
     kept, found = [], []
     for place in places:
         text = read_document(work, place)
-        shingles = clean.shingles(clean.word_hashes(text)[0], n)
+        shingles = clean.shingles(word_hashes(text)[0], n)
         like = sorted(((clean.jaccard(shingles, other), -i, other_text)
                        for i, other, other_text in kept), reverse=True)
         gone = [some for some in like if some[0] >= threshold and clean.same_in_detail(

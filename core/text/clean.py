@@ -1,19 +1,17 @@
 """Text as it comes -> text worth learning from: masks, quality rules, duplicates.
 
-Texts are compared by words: runs of letters, marks and digits in lower case (in Chinese and
-Japanese, which have no spaces, single characters). A word is known by its CRC-32, n words in a row
-by a 64-bit hash of these. Nothing here reads or writes files.
+Texts are compared by their words: see core/text/words.py. Nothing here reads or writes files.
 """
 import functools
 import hashlib
 import itertools
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import regex  # comes with tiktoken
+
+from core.text.words import crc, inside_of, lower, ngram_hashes, repeats, word_hashes, word_pattern
 
 # ---------------------------------------------------------------------------------------------
 # What is no part of the text, or should not be
@@ -32,7 +30,7 @@ def strip_gutenberg(text: str, part: bool = False) -> str:
 
     Of a `part` of a long document a header before a lone start goes, and all after a lone end.
     """
-    marks = [(found[1], *found.span()) for found in MARKER.finditer(text)]
+    marks = [(found[1], *found.span()) for found in MARKER.finditer(text)] if '***' in text else []
     if part and marks and marks[0][0] == 'END':
         marks.insert(0, ('START', 0, 0))
     if part and marks and marks[-1][0] == 'START':
@@ -44,117 +42,61 @@ def strip_gutenberg(text: str, part: bool = False) -> str:
     return '\n\n'.join(CREDITS.sub('', book).strip() + '\n' for book in books)
 
 
+# Each with what must be there for it to be found, which is found out ten times as fast.
 MASKS = {
-    'e-mail address': re.compile(
-        r'(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}\b'),
-    'IP address': re.compile(
+    'e-mail address': (re.compile('@'), re.compile(
+        r'(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}\b')),
+    'IP address': (re.compile(r'\d\.\d'), re.compile(
         r'(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}'
-        r'(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]\d|\w)'),
+        r'(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]\d|\w)')),
     # with the country's code, in North American groups, or with a leading 0
-    'phone number': re.compile(
+    'phone number': (re.compile(r'[+\d](?:(?<=\+)\d|\d\d[ .-]\d|\d\d\) ?\d)'), re.compile(
         r'(?<![\w.+-])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,5}|'
         r'(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}|'
-        r'0\d{2,4}[ -]\d{3,4}[ -]\d{3,4})(?!\w|[.-]\d)')}
+        r'0\d{2,4}[ -]\d{3,4}[ -]\d{3,4})(?!\w|[.-]\d)'))}
 
 
 def mask(text: str) -> tuple[str, Counter]:
     """The text with [e-mail address], [IP address], [phone number] in place of such; how many."""
-    counts = Counter()
-    for name, pattern in MASKS.items():
-        text, n = pattern.subn(f'[{name}]', text)
-        counts[name] += n
+    counts = Counter(dict.fromkeys(MASKS, 0))
+    for name, (needed, pattern) in MASKS.items():
+        if needed.search(text):
+            text, counts[name] = pattern.subn(f'[{name}]', text)
     return text, counts
 
 
 # ---------------------------------------------------------------------------------------------
-# Words and their hashes
-
-CJK = '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff'
-WORD = re.compile(rf'[^\W{CJK}]+|[{CJK}]')     # for texts without marks, since it is faster
-MARK = regex.compile(r'\p{M}')     # accents and vowels that Hindi, Thai, Arabic add to letters
-MARKED_WORD = regex.compile(rf'[\p{{L}}\p{{M}}\p{{N}}_--{CJK}]+|[{CJK}]', regex.V1)
-
-
-def lower(text: str) -> str:
-    """The text in lower case, each character where it was."""
-    low = text.lower()
-    return low if len(low) == len(text) else ''.join(c.lower()[:1] for c in text)
-
-
-def word_pattern(text: str) -> re.Pattern | regex.Pattern:
-    """The pattern that finds the words of a text in lower case."""
-    return MARKED_WORD if MARK.search(text) else WORD
-
-
-def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """The CRC-32 of each word, (number of words,) uint64, and how many characters it has."""
-    text = lower(text)
-    words = word_pattern(text).findall(text)
-    return (np.fromiter(map(crc, words), np.uint64, len(words)),
-            np.fromiter(map(len, words), np.int64, len(words)))
-
-
-@functools.lru_cache(1 << 18)   # few words are most of any text
-def crc(word: str) -> int:
-    return zlib.crc32(word.encode('utf-8', 'replace'))
-
-
-@functools.lru_cache(1 << 18)
-def has_letter(word: str) -> bool:
-    return any(map(str.isalpha, word))
-
-
-MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))    # odd, random bits
-
-
-def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
-    """(len(words) - n + 1,) uint64 hashes of n words in a row; empty if there are fewer."""
-    grams = np.zeros((max(0, len(words) - n + 1), *words.shape[1:]), np.uint64)
-    for i in range(n):      # Horner's rule, modulo 2^64
-        grams *= MIX[0]
-        grams += words[i:i + len(grams)]
-    grams ^= grams >> np.uint64(31)
-    grams *= MIX[1]
-    return grams ^ grams >> np.uint64(29)
-
-
-def inside_of(found: list[tuple[np.ndarray, int]], n_words: int) -> np.ndarray:
-    """(n_words,) which words lie in what was found: (where n words in a row begin, n)."""
-    changes = np.zeros(n_words + 1, np.int64)
-    for begins, n in found:
-        np.add.at(changes, begins, 1)
-        np.add.at(changes, begins + n, -1)
-    return np.cumsum(changes[:-1]) > 0
+# Equal texts
 
 
 # What prose has little of: digits, brackets, operators and the like, one or some in a row.
 SYMBOL = re.compile(r'[0-9#$%&()*+/:<=>@[\]^_`{|}~\\±×÷\u2190-\u2bff]+')
+ASCII_SYMBOLS = ''.join(SYMBOL.findall(''.join(map(chr, range(128))))).encode()
 
 
-def is_prose(text: str) -> bool:
-    """Whether a text has ten words and four more for each symbol. Jane Austen's novels have a
-    hundred for each, Python's own source has one."""
-    return len(text.split()) >= 10 + 4 * len(SYMBOL.findall(text))
+def is_prose(text: str, n_words: int) -> bool:
+    """Whether a text of n_words between spaces has ten words and four more for each symbol. Jane
+    Austen's novels have a hundred for each, Python's own source has one."""
+    if n_words < 10:
+        return False
+    if text.isascii():      # symbols in a row count once: there are at most so many
+        raw = text.encode()
+        if n_words >= 10 + 4 * (len(raw) - len(raw.translate(None, ASCII_SYMBOLS))):
+            return True
+    return n_words >= 10 + 4 * len(SYMBOL.findall(text))
 
 
 def text_hash(text: str, equal: str = '') -> int:
     """64 bits that are the same for equal texts: 'exact', all characters but line ends; 'loose',
     up to case and white space; '', loose for prose (see is_prose), whose meaning stays, and exact
     for all else, such as code, formulas and short records."""
-    if equal == 'loose' or not equal and is_prose(text):
-        text = ' '.join(text.lower().split())
+    words = text.lower().split()
+    if equal == 'loose' or not equal and is_prose(text, len(words)):
+        text = ' '.join(words)
     else:
         text = text.replace('\r\n', '\n').strip('\n')
     digest = hashlib.blake2b(text.encode('utf-8', 'replace'), digest_size=8).digest()
     return int.from_bytes(digest, 'little')
-
-
-def repeats(hashes: np.ndarray) -> np.ndarray:
-    """For each of (n,) hashes, whether it came before: [5, 7, 5, 5] gives [no, no, yes, yes]."""
-    order = np.argsort(hashes, kind='stable')
-    found = np.zeros(len(hashes), bool)
-    found[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
-    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,19 +136,24 @@ STOP_WORDS = {'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'}
 BULLETS = ('•', '●', '‣', '*', '-')
 
 
+@functools.lru_cache(1 << 18)
+def has_letter(word: str) -> bool:
+    return any(map(str.isalpha, word))
+
+
 def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
     """The measures of Rae et al. 2021, appendix A1.1, "Quality filtering"."""
     words = text.split()
-    n = max(1, len(words))
+    n, counts = max(1, len(words)), Counter(words)
     lines = [line for line in text.split('\n') if line.strip()]
     m = max(1, len(lines))
     yield 'words', len(words)
-    yield 'mean_word_length', sum(map(len, words)) / n
+    yield 'mean_word_length', len(''.join(words)) / n
     yield 'symbols', max(text.count('#'), text.count('...') + text.count('…')) / n
     yield 'bullet_lines', sum(line.lstrip().startswith(BULLETS) for line in lines) / m
     yield 'ellipsis_lines', sum(line.rstrip().endswith(('...', '…')) for line in lines) / m
-    yield 'alphabetic_words', sum(map(has_letter, words)) / n
-    yield 'stop_words', len(STOP_WORDS.intersection(map(str.lower, {*words})))
+    yield 'alphabetic_words', sum(k for word, k in counts.items() if has_letter(word)) / n
+    yield 'stop_words', len(STOP_WORDS.intersection(map(str.lower, counts)))
 
 
 def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
@@ -224,10 +171,10 @@ def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
             (n - 1) * len(part) for part, n in counts.items() if n > 1) / size
     for n in (2, 3, 4):
         grams, most = ngram_hashes(words, n), 0
-        values, counts = np.unique(grams, return_counts=True)
-        if len(counts) and (top := counts.max()) > 1:
-            first = np.argmax(grams == values[counts.argmax()])
-            most = top * lengths[first:first + n].sum()
+        value, count = most_frequent(grams)
+        if count > 1:
+            first = np.argmax(grams == value)
+            most = count * lengths[first:first + n].sum()
         yield f'top_{n}_words', float(most / size)
     at = words
     for n in range(5, 11):
@@ -235,6 +182,15 @@ def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
         at = np.flatnonzero(repeats(ngram_hashes(words, n))) if len(at) else at
         yield f'repeated_{n}_words', float(
             len(at) and lengths[inside_of([(at, n)], len(words))].sum() / size)
+
+
+def most_frequent(hashes: np.ndarray) -> tuple[int, int]:
+    """The most frequent of (n,) hashes, of several the smallest, and how often it is there."""
+    hashes = np.sort(hashes)
+    ends = np.append(np.flatnonzero(hashes[1:] != hashes[:-1]), len(hashes) - 1)
+    counts = np.diff(ends, prepend=-1)
+    i = counts.argmax()
+    return (hashes[ends[i]], counts[i]) if len(hashes) else (0, 0)
 
 
 PARAGRAPH = re.compile(r'\n{2,}')
@@ -361,7 +317,7 @@ def same_in_detail(a: str, b: str, threshold: float, n: int) -> bool:
     """Whether texts with similar words are near duplicates: prose is; other text, short or rich in
     symbols, may differ in what is no word. From 1,000 characters on its sets of n tokens in a row
     (each symbol and indentation is one) must be as similar as the words; shorter text never is."""
-    if is_prose(a) and is_prose(b):
+    if all(is_prose(text, len(text.split())) for text in (a, b)):
         return True
     tokens = [TOKEN.findall(text) for text in (a, b)]
     return min(len(a), len(b)) >= 1000 and threshold <= jaccard(*(
@@ -377,10 +333,12 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 def minhash(shingles: np.ndarray) -> np.ndarray:
     """(N_HASHES,) uint32: the least value of each of N_HASHES hash functions over the shingles. Two
     sets have the same one with a probability equal to their Jaccard similarity."""
-    low = np.full(N_HASHES, 0xffffffff, np.uint64)
-    for i in range(0, len(shingles), 512):
-        np.minimum(low, ((shingles[i:i + 512, None] * A + B) >> np.uint64(32)).min(axis=0), out=low)
-    return low.astype(np.uint32)
+    low = np.full(N_HASHES, 0xffffffffffffffff, np.uint64)
+    for i in range(0, len(shingles), 256):      # which fit into a core's cache
+        hashes = shingles[i:i + 256, None] * A
+        hashes += B
+        np.minimum(low, hashes.min(axis=0), out=low)
+    return (low >> np.uint64(32)).astype(np.uint32)
 
 
 def bands_and_rows(threshold: float) -> tuple[int, int]:

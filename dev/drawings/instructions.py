@@ -3,7 +3,8 @@ import numpy as np
 from figures import BLUE, DARK, LIGHT, PALE, box, canvas
 
 USER, SAID, END = '<|user|>', '<|assistant|>', '<|end|>'
-TALKS = ([USER, '2', '+', '2', '?', END, SAID, '4', END], [USER, 'H', 'i', END, SAID, 'Y', 'o', END])
+TALKS = ([USER, '2', '+', '2', '?', END, SAID, '4', END],
+         [USER, 'H', 'i', END, SAID, 'Y', 'o', END])
 LEARNT = ((7, 8), (5, 6, 7))        # which ids of the two conversations the assistant says
 
 

@@ -60,7 +60,8 @@ def quantization_gguf():
     """The parts of a file, and what a field and a tensor's entry hold."""
     figure, axes = canvas(6.2, 2.9, x=(0, 15.5), y=(-0.1, 7.15))
     parts = ((0.2, 2.2, 'head\n24 bytes', LIGHT), (2.4, 3.4, 'fields', '#dde5ec'),
-             (5.8, 3.2, 'tensors', LIGHT), (9.0, 0.9, '', 'white'), (9.9, 2.5, 'data of\ntensor 0', PALE),
+             (5.8, 3.2, 'tensors', LIGHT), (9.0, 0.9, '', 'white'),
+             (9.9, 2.5, 'data of\ntensor 0', PALE),
              (12.4, 2.9, 'data of tensor 1, ...', PALE))
     for x, width, text, fill in parts:
         box(axes, x, 3.2, width, 1.3, text, fill=fill, size=8)

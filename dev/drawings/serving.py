@@ -1,50 +1,57 @@
 """Figures of the chapter on serving."""
 from figures import BLUE, DARK, LIGHT, PALE, arrow, box, canvas
 
-LENGTHS = (2, 8, 4, 3, 5, 2)        # tokens of the chapter's six answers
+LENGTHS, COMES = (2, 8, 4, 3, 5, 2), (0, 0, 1, 3, 4, 6)    # the chapter's six requests
 FILLS = (BLUE, '#7f98ad', '#dde5ec', '#c96a1b', '#b8c4d0', '#f0d9c3')
 
 
-def _static(slots):
-    """(request, slot, begin) of batches that wait for their longest answer, and the end."""
-    found, at = [], 0
-    for first in range(0, len(LENGTHS), slots):
-        batch = LENGTHS[first:first + slots]
-        found += [(first + slot, slot, at) for slot in range(len(batch))]
-        at += max(batch)
+def _static():
+    """(request, slot, begin) of batches of two, each of which begins when the one before it ends,
+    and the end."""
+    found, at, left = [], 0, list(range(len(LENGTHS)))
+    while left:
+        batch = [number for number in left if COMES[number] <= at][:2]
+        left = [number for number in left if number not in batch]
+        found += [(number, slot, at) for slot, number in enumerate(batch)]
+        at += max(LENGTHS[number] for number in batch)
     return found, at
 
 
-def _continuous(slots):
+def _continuous():
     """The same where each request takes the slot that is free first."""
-    free, found = [0] * slots, []
+    free, found = [0, 0], []
     for number, length in enumerate(LENGTHS):
         slot = free.index(min(free))
-        found.append((number, slot, free[slot]))
-        free[slot] += length
+        begin = max(free[slot], COMES[number])
+        found.append((number, slot, begin))
+        free[slot] = begin + length
     return found, max(free)
 
 
 def serving_timetable():
     """Static and continuous batching of six requests in two slots."""
-    figure, axes = canvas(6.2, 2.75, x=(-2.0, 17.6), y=(-0.75, 7.75))
-    for y, schedule, name in ((4.4, _static, 'static'), (0.2, _continuous, 'continuous')):
-        places, end = schedule(2)
+    figure, axes = canvas(6.2, 3.0, x=(-2.6, 17.3), y=(-1.0, 8.6))
+    for y, schedule, name in ((5.0, _static, 'static'), (0.9, _continuous, 'continuous')):
+        places, end = schedule()
         for slot in range(2):
             box(axes, 0, y + 1.15 * (1 - slot), end, 1, fill='white')
-            axes.text(-0.2, y + 1.15 * (1 - slot) + 0.5, f'slot {slot + 1}', ha='right', va='center',
-                      size=8)
+            axes.text(-0.2, y + 1.15 * (1 - slot) + 0.5, f'slot {slot + 1}', ha='right',
+                      va='center', size=8)
         for number, slot, begin in places:
             dark = FILLS[number] in (BLUE, '#7f98ad', '#c96a1b')
             box(axes, begin, y + 1.15 * (1 - slot), LENGTHS[number], 1, str(number + 1),
                 fill=FILLS[number], size=9, color='white' if dark else DARK)
-        axes.text(0, y + 2.35, name, size=8, va='bottom')
-        axes.text(end + 0.15, y + 1.07, f'{end} steps' if end < 15 else '', size=8, va='center')
-        if end >= 15:
-            axes.text(17, y + 2.35, f'{end} steps', size=8, va='bottom', ha='right')
+        axes.text(-0.6, y + 2.75, name, size=8, va='center', ha='right')
+        axes.text(17, y + 2.75, f'{end} steps', size=8, va='center', ha='right')
+        for number, step in enumerate(COMES):
+            x = step + (0.35 * number if step == 0 else 0)
+            axes.plot([x], [y + 2.42], 'v', ms=4, color=DARK)
+            axes.text(x, y + 2.75, str(number + 1), size=7.5, ha='center', va='center')
     for step in range(0, 18):
-        axes.plot([step, step], [-0.02, 0.12], '-', color=DARK, lw=0.6)
-    axes.text(8.5, -0.5, 'steps', ha='center', va='center', size=8)
+        axes.plot([step, step], [0.55, 0.7], '-', color=DARK, lw=0.6)
+        if step % 2 == 0:
+            axes.text(step, 0.2, str(step), size=7.5, ha='center', va='center')
+    axes.text(8.5, -0.55, 'step', ha='center', va='center', size=8)
     return figure
 
 

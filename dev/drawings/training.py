@@ -42,16 +42,16 @@ def training_step():
 def training_schedules():
     """All kinds of schedules, of 100 steps."""
     steps = range(100)
-    figure, axes = canvas(5.4, 2.3)
+    figure, axes = canvas(5.4, 1.85)
     for kind, style, color in (('cosine', '-', BLUE), ('linear', '--', ORANGE), ('wsd', '-.', DARK),
                                ('constant', ':', '#7a7a7a')):
         axes.plot(steps, [optim.schedule(step, 100, kind, 10, 0.5, 0.1) for step in steps],
                   ls=style, color=color, label=kind)
-    axes.set(xlabel='step', ylabel='factor on the learning rates', ylim=(0, 1.08))
+    axes.set(xlabel='step', ylabel='factor on the rates', ylim=(0, 1.08))
     axes.xaxis.label.set_size(8)
     axes.yaxis.label.set_size(8)
     axes.tick_params(labelsize=8)
-    axes.legend(frameon=False, fontsize=8, loc='lower left', bbox_to_anchor=(0.12, 0.02))
+    axes.legend(frameon=False, fontsize=8, loc='lower left', bbox_to_anchor=(0.1, -0.02))
     return figure
 
 

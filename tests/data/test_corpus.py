@@ -20,6 +20,7 @@ from core.data.dataset import Tokens, open_shard
 from core.text import clean
 from core.text.clean import text_hash
 from core.text.tokenizer import load
+from core.text.words import word_hashes
 from dev import bench_data
 
 
@@ -141,7 +142,7 @@ def shares(folder) -> tuple[list[str], list[str], float]:
 
 def like(texts: list[str], others: list[str], low: float) -> int:
     """How many of the texts have a similar one among the others, by comparing all with all."""
-    sets = [[clean.shingles(clean.word_hashes(text)[0], 3) for text in some]
+    sets = [[clean.shingles(word_hashes(text)[0], 3) for text in some]
             for some in (texts, others)]
     return sum(any(clean.jaccard(mine, other) >= low for other in sets[1]) for mine in sets[0])
 

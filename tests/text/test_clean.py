@@ -1,5 +1,6 @@
 """core/text/clean.py: every measure by hand, every method against a slow one that does the same."""
 import random
+import zlib
 import re
 import textwrap
 import time
@@ -10,8 +11,17 @@ import numpy as np
 import pytest
 
 from core.text import clean
-from core.text.clean import mask, ngram_hashes, outside, strip_gutenberg, word_hashes
+from core.text.clean import mask, outside, strip_gutenberg
 from core.text.tokenizer import normalize
+from core.text.words import (
+    MARKED_WORD,
+    WORD,
+    lower,
+    ngram_hashes,
+    repeats,
+    word_hashes,
+    word_pattern,
+)
 
 BOOK = '''The Project Gutenberg EBook of Tales, by A. Writer
 
@@ -156,6 +166,21 @@ def test_different_ngrams_have_different_hashes():
     assert len(np.unique(ngram_hashes(words, 13))) == 100_000
 
 
+@pytest.mark.parametrize('alphabet', ['abc XYZ 019.-_\n', 'aé½中文あ・ -٣𝒜İß\ud800', 'ae\u0301 \u0903',
+                                      'ab'])
+def test_word_hashes_are_crcs(alphabet):
+    """Of what the pattern finds, for words of one character up to some hundreds."""
+    rng = random.Random(0)
+    for n in (0, 1, 2, 30, 900):
+        text = ''.join(rng.choices(alphabet, k=n))
+        low = lower(text)
+        found = [zlib.crc32(word.encode('utf-8', 'replace'))
+                 for word in word_pattern(low).findall(low)]
+        hashes, lengths = word_hashes(text)
+        assert hashes.tolist() == found and hashes.dtype == np.uint64
+        assert lengths.tolist() == [*map(len, word_pattern(low).findall(low))]
+
+
 def test_text_hash():
     same = clean.text_hash('A  b\n', 'loose')
     assert same == clean.text_hash(' a\tB', 'loose') != clean.text_hash('ab', 'loose')
@@ -168,7 +193,7 @@ HINDI = 'यह एक सुन्दर दिन है और हम सब 
 
 def test_words_of_all_scripts():
     words = lambda text: [text.lower()[a:b] for a, b in (
-        found.span() for found in clean.word_pattern(text.lower()).finditer(text.lower()))]
+        found.span() for found in word_pattern(text.lower()).finditer(text.lower()))]
     assert words(HINDI) == HINDI.split() and len(HINDI.split()) == 12
     assert words('Cafe\u0301, naïve_1; x² 東京 สวัสดี עִבְרִית') == [
         'cafe\u0301', 'naïve_1', 'x²', '東', '京', 'สวัสดี', 'עִבְרִית']
@@ -185,15 +210,15 @@ def test_word_patterns_agree_where_there_are_no_marks():
     chance = random.Random(0)
     for _ in range(200):
         text = ''.join(chance.choices('abÉß_ 09²½,.-–‘ⅷд東ひカ\n', k=50))
-        assert clean.WORD.findall(text) == clean.MARKED_WORD.findall(text)
+        assert WORD.findall(text) == MARKED_WORD.findall(text)
 
 
 def test_repeats():
-    assert clean.repeats(np.array([5, 7, 5, 5], np.uint64)).tolist() == [False, False, True, True]
-    assert clean.repeats(np.empty(0, np.uint64)).tolist() == []
+    assert repeats(np.array([5, 7, 5, 5], np.uint64)).tolist() == [False, False, True, True]
+    assert repeats(np.empty(0, np.uint64)).tolist() == []
     for seed in range(50):
         hashes = np.random.default_rng(seed).integers(0, 20, 30).astype(np.uint64)
-        assert clean.repeats(hashes).tolist() == [
+        assert repeats(hashes).tolist() == [
             hash in hashes[:i].tolist() for i, hash in enumerate(hashes.tolist())]
 
 
