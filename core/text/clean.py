@@ -144,7 +144,7 @@ def has_letter(word: str) -> bool:
 def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
     """The measures of Rae et al. 2021, appendix A1.1, "Quality filtering"."""
     words = text.split()
-    n, counts = max(1, len(words)), Counter(words)
+    n = max(1, len(words))
     lines = [line for line in text.split('\n') if line.strip()]
     m = max(1, len(lines))
     yield 'words', len(words)
@@ -152,8 +152,8 @@ def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
     yield 'symbols', max(text.count('#'), text.count('...') + text.count('…')) / n
     yield 'bullet_lines', sum(line.lstrip().startswith(BULLETS) for line in lines) / m
     yield 'ellipsis_lines', sum(line.rstrip().endswith(('...', '…')) for line in lines) / m
-    yield 'alphabetic_words', sum(k for word, k in counts.items() if has_letter(word)) / n
-    yield 'stop_words', len(STOP_WORDS.intersection(map(str.lower, counts)))
+    yield 'alphabetic_words', sum(map(has_letter, words)) / n
+    yield 'stop_words', len(STOP_WORDS.intersection(map(str.lower, {*words})))
 
 
 def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
@@ -187,10 +187,13 @@ def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
 def most_frequent(hashes: np.ndarray) -> tuple[int, int]:
     """The most frequent of (n,) hashes, of several the smallest, and how often it is there."""
     hashes = np.sort(hashes)
-    ends = np.append(np.flatnonzero(hashes[1:] != hashes[:-1]), len(hashes) - 1)
+    changes = np.flatnonzero(hashes[1:] != hashes[:-1])
+    if len(changes) >= len(hashes) - 1:     # none twice
+        return (hashes[0], 1) if len(hashes) else (0, 0)
+    ends = np.append(changes, len(hashes) - 1)
     counts = np.diff(ends, prepend=-1)
     i = counts.argmax()
-    return (hashes[ends[i]], counts[i]) if len(hashes) else (0, 0)
+    return hashes[ends[i]], counts[i]
 
 
 PARAGRAPH = re.compile(r'\n{2,}')

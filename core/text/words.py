@@ -39,6 +39,7 @@ def kinds() -> np.ndarray:
     return found
 
 
+@functools.lru_cache(2)     # rules, duplicates and benchmarks ask for the same text in turn
 def word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
     """The CRC-32 of each word, (number of words,) uint64, and how many characters it has."""
     text = lower(text)
