@@ -73,9 +73,11 @@ PAGE = Path(__file__).with_name('chat.html')
 
 
 class Server:
-    """The application: a model with its tokenizer, and what is asked of it."""
+    """The application: a model with its tokenizer, and what is asked of it. `thread` is the one
+    in which the model computes."""
 
-    def __init__(self, model, tokenizer, chats: bool, served: str, dev):
+    def __init__(self, model, tokenizer, chats: bool, served: str, dev, thread: ThreadPoolExecutor):
+        self.thread = thread
         self.tokenizer, self.chats, self.name, self.dev = tokenizer, chats, served, dev
         self.size, self.started = model.config.block_size, int(time.time())
         self.engine = Engine(model, slots, tokenizer=tokenizer, piece=piece, compiled=dev.compile,
@@ -85,7 +87,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
-        self.worker = Worker(self.engine, self.dev, queue)
+        self.worker = Worker(self.engine, self.dev, queue, self.thread)
         self.task = asyncio.create_task(self.worker.run())
         yield
         self.task.cancel()
@@ -281,13 +283,28 @@ def listen() -> socket.socket:
         stop(f'host={host}, port={port}: {e}; is another server running? Give another --port')
 
 
-def warm_up(engine: Engine, dev) -> None:
-    """Have all graphs compiled: of one row, of a few, of many."""
-    for n in tqdm(sorted({1, min(2, slots), slots}), desc='compiling', disable=None):
-        rows = [engine.submit([0], Sampling(2)) for _ in range(n)]
+def load(thread: ThreadPoolExecutor) -> Server:
+    """The model, ready to answer."""
+    dev = hardware.choose(device, dtype, compile, threads, training=False, quantized=bool(quantize))
+    print(*dev.why[:3], sep='\n')
+    model, tokenizer, state = models.load_run(run_dir, step, dev.name, data_dir)
+    if quantize:
+        quant.quantize(model, quantize)
+    served = name or Path(run_dir).resolve().name.removesuffix('.gguf')
+    try:
+        server = Server(model, tokenizer, state.get('task') == 'chat', served, dev, thread)
+    except ValueError as e:
+        stop(f'{run_dir}: {e}')
+    print(f'{served}: a {"chat" if server.chats else "base"} model, step {state["step"]}'
+          + f', weights in {quantize}' * bool(quantize))
+    # Of one row, of a few and of many there are graphs.
+    for n in tqdm(sorted({1, min(2, slots), slots} if dev.compile else {}), desc='compiling',
+                  disable=None):
+        rows = [server.engine.submit([0], Sampling(2)) for _ in range(n)]
         with dev.autocast():
             while not all(row.ended for row in rows):
-                engine.step()
+                server.engine.step()
+    return server
 
 
 def main() -> dict:
@@ -301,23 +318,13 @@ def main() -> dict:
     if not local and not api_key:
         stop(f'host={host}: others can reach this address, so an API key is needed: set '
              'SCRATCHGPT_API_KEY')
-    dev = hardware.choose(device, dtype, compile, threads, training=False, quantized=bool(quantize))
-    model, tokenizer, state = models.load_run(run_dir, step, dev.name, data_dir)
-    if quantize:
-        quant.quantize(model, quantize)
-    served = name or Path(run_dir).resolve().name.removesuffix('.gguf')
-    try:
-        server = Server(model, tokenizer, state.get('task') == 'chat', served, dev)
-    except ValueError as e:
-        stop(f'{run_dir}: {e}')
     socket_ = listen()
-    print(*dev.why[:3], sep='\n')
-    if dev.compile:
-        warm_up(server.engine, dev)
+    # All of torch runs in one thread: if OpenMP had threads for a second one, more than there are
+    # cores, each product would wait for them asleep, and steps would take twice as long.
+    thread = ThreadPoolExecutor(1)
+    server = thread.submit(load, thread).result()
     at = socket_.getsockname()[1]
     names = {'localhost', '127.0.0.1', '[::1]', host, *filter(None, hosts.lower().split(','))}
-    print(f'{served}: a {"chat" if server.chats else "base"} model, step '
-          f'{state["step"]}' + f', weights in {quantize}' * bool(quantize), sep='\n')
     print(f'http://{f"[{host}]" if ":" in host else host}:{at}/  the page; Ctrl-C ends', flush=True)
     config = uvicorn.Config(
         server.application(names), http=guard.Protocol, ws='none', access_log=False,

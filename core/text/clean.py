@@ -279,10 +279,11 @@ def overlaps(text: str, index: dict[int, np.ndarray], words: np.ndarray | None =
     for n, known in index.items():
         grams = ngram_hashes(words, n)
         place = np.minimum(np.searchsorted(known, grams), len(known) - 1)
-        found.append((np.flatnonzero(known[place] == grams), n))
-    inside = inside_of(found, len(words))
-    if not inside.any():
+        if len(begins := np.flatnonzero(known[place] == grams)):
+            found.append((begins, n))
+    if not found:
         return []
+    inside = inside_of(found, len(words))
     edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     text = lower(text)
     spans = [found.span() for found in word_pattern(text).finditer(text)]

@@ -52,13 +52,14 @@ class Worker:
     steps, in this loop.
 
     queue   answers that may wait for a slot
+    thread  in which the engine steps
     """
 
-    def __init__(self, engine: Engine, dev, queue: int):
+    def __init__(self, engine: Engine, dev, queue: int, thread: ThreadPoolExecutor):
         self.engine, self.dev, self.queue, self.counts = engine, dev, queue, Counter()
         self.coming: list[Job] = []
         self.leaving: list[Job] = []
-        self.job_of, self.work, self.thread = {}, asyncio.Event(), ThreadPoolExecutor(1)
+        self.job_of, self.work, self.thread = {}, asyncio.Event(), thread
 
     def submit(self, jobs: list[Job]) -> None:
         """Take jobs. Raises Refused if too many wait."""
@@ -85,6 +86,7 @@ class Worker:
 
     async def turn(self) -> None:
         """What came and left since the last step, and the next step; waits if there is no work."""
+        loop = asyncio.get_running_loop()
         while self.coming:
             job = self.coming[0]
             job.request = self.engine.submit(job.ids, job.wanted)
@@ -93,13 +95,12 @@ class Worker:
         for job in leaving:
             self.job_of.pop(job.request, None)
             if not job.ended:
-                self.engine.cancel(job.request)
+                await loop.run_in_executor(self.thread, self.engine.cancel, job.request)
                 self.counts['cancelled'] += 1
         if not self.engine.rows and not self.engine.waiting:
             self.work.clear()
             await self.work.wait()
             return
-        loop = asyncio.get_running_loop()
         for request, ids, text, logs in await loop.run_in_executor(self.thread, self.one_step):
             if job := self.job_of.get(request):
                 self.counts['tokens'] += len(ids)

@@ -1,11 +1,11 @@
 """Figures of the chapter on many processes."""
-from figures import BLUE, DARK, LIGHT, ORANGE, PALE, arrow, box, canvas, plt
+from figures import BLUE, DARK, LIGHT, PALE, arrow, box, canvas, plt
 
 SOFT = '#f0d9c3'        # a light orange
 
 
 def _ring(values):
-    """The states of an all-reduce on a ring: (states, the cell that each rank has just received)."""
+    """The states of an all-reduce on a ring: (the numbers, the cells that have just arrived)."""
     n, state = len(values), [list(row) for row in values]
     found = [([row.copy() for row in state], [])]
     for step in range(2 * n - 2):
@@ -59,8 +59,9 @@ def parallel_holdings():
             for parts, color in ((pale, LIGHT), (dark, BLUE)):
                 for which, start, end in parts:
                     if which == layer:
-                        axes.add_patch(plt.Rectangle((x + start * size, below), (end - start) * size,
-                                                     strip, facecolor=color, lw=0))
+                        axes.add_patch(plt.Rectangle(
+                            (x + start * size, below), (end - start) * size, strip,
+                            facecolor=color, lw=0))
 
     every = [(layer, 0, 1) for layer in range(4)]
     layouts = (

@@ -3,14 +3,14 @@ import json
 from pathlib import Path
 
 import torch
-from figures import BLUE, DARK, DATA, LIGHT, ORANGE, PALE, arrow, box, canvas, plt
+from figures import BLUE, DARK, DATA, LIGHT, ORANGE, arrow, box, canvas, plt
 from torch.nn import functional as F
 
 from core.net import optim
 from core.net.weights import build_model
 from model import GPTConfig
 
-DATA_FILES = tuple(name for name in ('shakespeare.json',) if (DATA / name).is_file())
+DATA_FILES = ('shakespeare.json',)
 
 
 def training_step():
@@ -82,7 +82,8 @@ def training_muon():
         y = s
         for _ in range(steps):
             y = 3.4445 * y - 4.7750 * y ** 3 + 2.0315 * y ** 5
-        one.plot(s, y, ls=style, color=color, label=f'{steps} iterations' if steps > 3 else f'{steps}')
+        label = f'{steps} iterations' if steps == 5 else str(steps)
+        one.plot(s, y, ls=style, color=color, label=label)
     one.axhline(1, color=LIGHT, lw=1, ls='-', zorder=0)
     one.set(xscale='log', ylim=(0, 1.55), xlabel='singular value before', ylabel='after')
     one.legend(frameon=False, fontsize=7, loc='upper left', ncols=3)
