@@ -346,7 +346,7 @@ def decode_in_turn(model, tokenizer, prompts: list, kind: str, dev) -> dict:
         with dev.autocast():
             return list(generate(model, prompts, new_tokens, temperature=0, compiled=compiled))
     sides: dict = {'ours': ours}
-    if dev.compile and len(prompts) == 1:
+    if dev.compile:
         sides['ours_compiled'] = functools.partial(ours, compiled=True)
     if vs:
         from dev import peers

@@ -13,18 +13,19 @@ from torch import nn
 from core.device import fast_bfloat16, main_memory
 from core.net.weights import Model
 from core.settings import stop
+from model import count_parameters
 
 KINDS = ('int8', 'int4')
 GROUP = 32          # weights of a row that share a scale in int4
 FEW_ROWS = {'int8': 64, 'int4': 128}    # up to so many, dequantizing costs more than it saves
-WIDE_ROWS = 6       # from more on, products in bfloat16 are faster than the kernel for integers
+WIDE_ROWS = {torch.bfloat16: 6, torch.float32: 24}      # from more on, floats are faster
 
 
 class QuantLinear(nn.Module):
     """x W^T + b, where W (O, I) is what `dequantized` gives, however many rows x has.
 
     On a CPU, x and y are rounded to bfloat16, as torch's kernels for integers want it; a few rows
-    take these. With `wide`, int8 is kept in bfloat16, too, which holds it exactly.
+    take these. `wide` is a dtype in which int8 is kept, too, for more rows: it holds it exactly.
     """
     q: torch.Tensor
     scale: torch.Tensor
@@ -34,14 +35,14 @@ class QuantLinear(nn.Module):
     bias: torch.Tensor | None
     wide: torch.Tensor | None
 
-    def __init__(self, layer: nn.Linear, kind: str, wide: bool = False):
+    def __init__(self, layer: nn.Linear, kind: str, wide: torch.dtype | None = None):
         super().__init__()
         self.kind = kind
         self.out_features, self.in_features = layer.weight.shape
         q, scale, zero = (to_int8 if kind == 'int8' else to_int4)(layer.weight.detach().float())
         bias = None if layer.bias is None else layer.bias.bfloat16()
         for name, t in dict(q=q, scale=scale, zero=zero, bias=bias, packed=None, scales=None,
-                            wide=q.bfloat16() if wide else None).items():
+                            wide=q.to(wide) if wide else None).items():
             self.register_buffer(name, t)
         if kind == 'int4' and q.device.type == 'cpu':
             pad = (0, 0, 0, -len(q) % 16)       # it takes rows in sixteens
@@ -55,8 +56,8 @@ class QuantLinear(nn.Module):
             bias = None if self.bias is None else self.bias.type_as(x)
             return F.linear(x, self.dequantized().type_as(x), bias)
         flat = x.reshape(-1, self.in_features).bfloat16()
-        if self.wide is not None and len(flat) > WIDE_ROWS:
-            y = F.linear(flat, self.wide) * self.scale
+        if self.wide is not None and len(flat) > WIDE_ROWS[self.wide.dtype]:
+            y = F.linear(flat.type_as(self.wide), self.wide) * self.scale
         elif len(flat) > FEW_ROWS[self.kind]:
             y = F.linear(flat.float(), self.dequantized()).bfloat16()
         elif self.kind == 'int8':
@@ -99,8 +100,8 @@ def to_int8(w: torch.Tensor):
 
 
 def to_int4(w: torch.Tensor):
-    """(q, scale, zero) of W (O, I): bytes (O, I / 32, 16), whose low halves are the first 16 of a
-    group, and bfloat16 (O, I / 32)."""
+    """(q, scale, zero) of W (O, I): bytes (O, I / 32, 16), the first 16 of a group in their low
+    halves, and bfloat16 (O, I / 32)."""
     groups = w.unflatten(1, (-1, GROUP))
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     scale = ((high - low) / 15).bfloat16()
@@ -117,8 +118,7 @@ def nibbles(q: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def quantize(model: Model, kind: str) -> None:
-    """Replace the matrices of a GPT. Stops at another kind of model, at one that is in training
-    mode, and at rows that int4 cannot divide."""
+    """Replace the matrices of a GPT; stops where they cannot be, or the model is being trained."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if kind not in KINDS:
         stop(f'quantize={kind}: must be one of {", ".join(KINDS)}, or empty')
@@ -130,8 +130,9 @@ def quantize(model: Model, kind: str) -> None:
         if kind == 'int4' and layer.in_features % GROUP:
             stop(f'quantize=int4: the rows of {name}.weight have {layer.in_features} weights, '
                  f'which {GROUP} does not divide; use int8')
-    wide = kind == 'int8' and model.lm_head.weight.is_cpu and bool(fast_bfloat16()) and sum(
-        2 * layer.weight.numel() for layer in layers.values()) < main_memory() // 8
+    wide, n = torch.bfloat16 if fast_bfloat16() else torch.float32, count_parameters(model)
+    if kind != 'int8' or not model.lm_head.weight.is_cpu or wide.itemsize * n > main_memory() // 8:
+        wide = None
     for name, layer in layers.items():
         parent, _, last = name.rpartition('.')
         setattr(model.get_submodule(parent), last, QuantLinear(layer, kind, wide))
@@ -140,8 +141,7 @@ def quantize(model: Model, kind: str) -> None:
 
 
 def bytes_read(model: Model, size: int) -> int:
-    """Bytes of weights that a step of decoding reads, without what is looked up; `size` each where
-    they are no integers."""
+    """Bytes of weights that a decoding step reads; `size` each where they are no integers."""
     looked_up, total = ('wpe.', 'wte.head.' if model.config.tied else 'wte.'), 0
     for name, t in (*model.named_parameters(), *model.named_buffers(remove_duplicate=False)):
         quantized = isinstance(model.get_submodule(name.rpartition('.')[0]), QuantLinear)

@@ -57,21 +57,22 @@ def test_nothing_is_farther_than_half_a_step(kind, largest):
     assert off.max() > 0.3 * step.min()     # and it is not the weights themselves
 
 
-@pytest.mark.parametrize('kind, wide', [('int8', False), ('int8', True), ('int4', False)])
+@pytest.mark.parametrize('kind, wide', [
+    ('int8', None), ('int8', torch.bfloat16), ('int8', torch.float32), ('int4', None)])
 @pytest.mark.parametrize('n_out, n_in', [(48, 64), (65, 32), (1, 96), (16, 320)])
 @torch.no_grad()
 def test_every_path_has_the_same_weights(kind, wide, n_out, n_in, monkeypatch):
-    """The kernel for few rows, the product for many (of the integers in bfloat16, if they are
+    """The kernel for few rows, the product for many (of the integers as floats, if they are
     kept), and a device without such kernels."""
     one = layer(n_out, n_in)
     found, x = QuantLinear(one, kind, wide), tokens(1, 9 * n_in, V=1000).view(3, 3, -1) / 500 - 1
     want = x.bfloat16().float() @ found.dequantized().T + found.bias.float()
     if wide:
         assert torch.equal(found.wide.float() * found.scale.float()[:, None], found.dequantized())
-    monkeypatch.setattr(quant, 'WIDE_ROWS', 9)
+    monkeypatch.setattr(quant, 'WIDE_ROWS', dict.fromkeys(quant.WIDE_ROWS, 9))
     few = found(x)
     monkeypatch.setattr(quant, 'FEW_ROWS', dict.fromkeys(quant.KINDS, 0))
-    monkeypatch.setattr(quant, 'WIDE_ROWS', 0)
+    monkeypatch.setattr(quant, 'WIDE_ROWS', dict.fromkeys(quant.WIDE_ROWS, 0))
     many = found(x)
     assert few.shape == many.shape == (3, 3, n_out) and few.dtype == many.dtype == x.dtype
     for got in (few, many):

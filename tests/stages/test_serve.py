@@ -42,7 +42,8 @@ class Running:
         torch.manual_seed(0)
         self.model = randomize(build_model(GPTConfig(
             vocab_size=len(TOKENIZER), block_size=256, n_layer=2, n_head=4, n_embd=32)))
-        self.server = serve.Server(self.model, TOKENIZER, chats, 'tiny', CPU)
+        self.server = serve.Server(self.model, TOKENIZER, chats, 'tiny', CPU,
+                                   concurrent.futures.ThreadPoolExecutor(1))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(serve, 'api_key', api_key)
             app = self.server.application(set(hosts))
