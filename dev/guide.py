@@ -96,8 +96,10 @@ def link(match: re.Match) -> str:
 
 def to_pandoc(text: str, label: str) -> str:
     """A chapter, with what pandoc does not know written as Typst; `label` names the chapter."""
+    def include(part: str) -> str:
+        return INCLUDE.sub(lambda m: listing(m[1], m[2] or ''), part)
+
     def change(part: str) -> str:
-        part = INCLUDE.sub(lambda m: listing(m[1], m[2] or ''), part)
         part = EQUATION.sub(r'$$\2$$`<\1>`{=typst}', part)
         part = PICTURE.sub(r'![\1](\2){#fig-\3}', ANCHOR.sub('', part))
         part = re.sub(r'^# .*', rf'\g<0> {{#ch-{label}}}', part, flags=re.M)
@@ -106,7 +108,8 @@ def to_pandoc(text: str, label: str) -> str:
     def note_terms(part: str) -> str:
         return TERM.sub(lambda m: f'**{m[1]}**`#term({quoted(" ".join(m[1].split()))})`{{=typst}}',
                         part)
-    return outside(f'{FENCE}|{CODE}', outside(FENCE, text, change), note_terms)
+    text = outside(FENCE, outside(FENCE, text, include), change)
+    return outside(f'{FENCE}|{CODE}', text, note_terms)
 
 
 def to_typst(text: str, label: str) -> str:

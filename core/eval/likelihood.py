@@ -34,14 +34,14 @@ class Scored(NamedTuple):
 def encode_pair(tokenizer, context: str, continuation: str) -> Pair:
     """Ids of a context and what follows it, encoded together and cut where the context's own ids
     end. Spaces at the end of the context go to the continuation, as tokens begin with a space.
-    Without a context, the model's first id stands before the continuation."""
+    Without a context (or one of spaces) the model's first id stands before the continuation."""
     context, continuation = tokenizer.as_corpus(context), tokenizer.as_corpus(continuation)
     before = [tokenizer.bos] if tokenizer.add_bos else []
-    if not context:
-        ids = tokenizer.encode(continuation)
+    stripped = context.rstrip()
+    if not stripped:
+        ids = tokenizer.encode(context + continuation)
         first = first_id(tokenizer)
         return Pair([first], ids) if ids[:1] != [first] else Pair(ids[:1], ids[1:])
-    stripped = context.rstrip()
     whole = before + tokenizer.encode(context + continuation)
     ids = before + tokenizer.encode(stripped)
     return Pair(ids, whole[len(ids):])

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 from core.net.weights import build_model
 from model import GPTConfig
 
-DATA_FILES = tuple(name for name in ('residual_norms.json', 'loss_by_position.json')
-                   if (DATA / name).is_file())
+DATA_FILES = ('residual_norms.json', 'loss_by_position.json')
 
 
 def block_diagram():

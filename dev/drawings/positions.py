@@ -8,7 +8,7 @@ from figures import BLUE, DARK, DATA, LIGHT, ORANGE, arrow, canvas, plt
 
 from model import rope_tables, sinusoid
 
-DATA_FILES = tuple(name for name in ('embeddings.json',) if (DATA / name).is_file())
+DATA_FILES = ('embeddings.json',)
 
 
 def positions_embeddings():

@@ -24,6 +24,7 @@ from core.net.weights import build_model
 from core.run import models
 from core.run.log import read_log
 from core.settings import configure
+from core.text.tokenizer import ByteTokenizer
 from model import GPTConfig
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,12 @@ def alone(model, ids: list[int]) -> torch.Tensor:
 
 
 @torch.no_grad()
+def test_a_context_of_spaces_belongs_to_the_continuation():
+    tokenizer = ByteTokenizer()
+    assert likelihood.encode_pair(tokenizer, ' \n', 'a') == likelihood.encode_pair(
+        tokenizer, '', ' \na')
+
+
 def test_greedy_is_whether_generation_would_say_it():
     model = test_hf.randomize(build_model(GPTConfig(vocab_size=64, block_size=48, n_layer=2,
                                                     n_head=4, n_embd=32)))
