@@ -1,8 +1,8 @@
 """What a trained character model has inside: python dev/pictures.py [out/shakespeare].
 
-Writes docs/guide/data/: shakespeare.json (the run's log), attention_patterns.json (the weights of heads on one line of text),
-residual_norms.json (length of the residual stream after each block), embeddings.json (characters
-in two dimensions) and loss_by_position.json; dev/figures.py draws them.
+Writes docs/guide/data/: shakespeare.json (the run's log), attention_patterns.json (the weights of
+heads on one line of text), residual_norms.json (length of the residual stream after each block),
+embeddings.json (characters in two dimensions) and loss_by_position.json; dev/figures.py draws them.
 """
 import json
 import sys

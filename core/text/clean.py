@@ -189,11 +189,11 @@ def most_frequent(hashes: np.ndarray) -> tuple[int, int]:
     hashes = np.sort(hashes)
     changes = np.flatnonzero(hashes[1:] != hashes[:-1])
     if len(changes) >= len(hashes) - 1:     # none twice
-        return (hashes[0], 1) if len(hashes) else (0, 0)
+        return (int(hashes[0]), 1) if len(hashes) else (0, 0)
     ends = np.append(changes, len(hashes) - 1)
     counts = np.diff(ends, prepend=-1)
     i = counts.argmax()
-    return hashes[ends[i]], counts[i]
+    return int(hashes[ends[i]]), int(counts[i])
 
 
 PARAGRAPH = re.compile(r'\n{2,}')
