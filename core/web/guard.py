@@ -30,7 +30,10 @@ class Protocol(H11Protocol):
         self.deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        try:
+            super().data_received(data)
+        except h11.LocalProtocolError:      # a bad chunk of the body, when the answer has begun
+            self.transport.abort()
         unfinished = self.conn.their_state is h11.IDLE
         if self.deadline and not unfinished:
             self.deadline.cancel()

@@ -65,6 +65,7 @@ def parse(body: bytes) -> dict:
         raise ValueError(f'{constant} is no JSON')
     try:
         found = json.loads(body.decode('utf-8'), parse_constant=refuse)
+        json.dumps(found, ensure_ascii=False).encode()      # half a surrogate pair is no text
     except (ValueError, RecursionError) as e:
         raise Refused(f'the body is no JSON in UTF-8 ({str(e)[:100]})') from None
     if not isinstance(found, dict):

@@ -1,6 +1,7 @@
 """serve.py: the official client, streams, limits, security, clients that leave, hostile input."""
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -510,6 +511,28 @@ def mutated(drawn) -> bytes:
         headers.pop(drawn.randrange(len(headers)))
     return method + b' ' + path.encode() + b' HTTP/1.1\r\n' + b'\r\n'.join(headers) + \
         b'\r\n\r\n' + text
+
+
+@pytest.mark.parametrize('body', ['{"prompt": "a", "max_tokens": "\\ud800"}', '{"\\udfff": 1}',
+                                  '{"prompt": "\\ud83d"}', '{"prompt": ["a\\ude00"]}'])
+def test_half_a_surrogate_pair(running, body):
+    """JSON can name one, in a value or a name; no text has it, and no answer can repeat it."""
+    said = httpx.post(running.at + '/v1/completions', content=body,
+                      headers={'content-type': 'application/json'})
+    assert said.status_code == 400 and 'no JSON in UTF-8' in said.json()['error']['message']
+
+
+def test_a_bad_chunk_after_the_answer_has_begun(running, capfd, caplog):
+    with socket.create_connection(('127.0.0.1', running.port), 10) as s:
+        s.sendall(b'POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json'
+                  b'\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n')
+        assert b' 404 ' in s.recv(1000)
+        s.sendall(b'g\r\n')
+        with contextlib.suppress(ConnectionError):
+            while s.recv(1000):
+                pass
+    assert httpx.get(running.at + '/health').json()['status'] == 'ok'
+    assert 'Traceback' not in capfd.readouterr().err + caplog.text
 
 
 @pytest.mark.parametrize('n', [400, pytest.param(10_000, marks=pytest.mark.slow)])
