@@ -217,7 +217,7 @@ def test_errors_of_the_client(running):
     ({'prompt': 'a', 'stop': [1]}, 'stop'), ({'prompt': 'a', 'stop': ['a'] * 20}, 'stop'),
     ({'prompt': 'a', 'stream': 'yes'}, 'stream'), ({'prompt': 'a', 'seed': 'x'}, 'seed'),
     ({'prompt': 'a', 'logprobs': True}, 'logprobs'), ({'prompt': 'a', 'logprobs': 30}, 'logprobs'),
-    ({'prompt': 'a', 'stream_options': 3}, 'stream_options'), ({'prompt': '\ud800'}, 'prompt'),
+    ({'prompt': 'a', 'stream_options': 3}, 'stream_options'),
     ({'prompt': 'a', 'top_p': 0}, 'top_p'), ({'prompt': 'a', 'response_format': {
         'type': 'json_object'}}, 'response_format')])
 def test_what_is_refused(running, body, field):
