@@ -51,7 +51,7 @@ device = ''                 # '': cuda, else mps, else cpu
 dtype = ''                  # '': bfloat16 where the GPU has it, else float16; float32 on a CPU
 quantize = ''               # int8 or int4: round the weights, for less memory and more speed
 speculate = True            # try what followed the same three tokens before; off where it is slower
-compile = False             # compile the blocks, for long texts: 10 s, later 3; 1.3 times the speed
+compile = False             # compile the blocks, for long texts: half a minute; 1.2 times the speed
 threads = 0                 # CPU threads; 0: torch's choice
 
 
