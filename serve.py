@@ -322,7 +322,11 @@ def main() -> dict:
     # All of torch runs in one thread: if OpenMP had threads for a second one, more than there are
     # cores, each product would wait for them asleep, and steps would take twice as long.
     thread = ThreadPoolExecutor(1)
-    server = thread.submit(load, thread).result()
+    try:
+        server = thread.submit(load, thread).result()
+    except KeyboardInterrupt:       # Python would wait for the thread, which may be compiling
+        print('\ninterrupted', file=sys.stderr, flush=True)
+        os._exit(130)
     at = socket_.getsockname()[1]
     names = {'localhost', '127.0.0.1', '[::1]', host, *filter(None, hosts.lower().split(','))}
     print(f'http://{f"[{host}]" if ":" in host else host}:{at}/  the page; Ctrl-C ends', flush=True)

@@ -65,11 +65,14 @@ def parse(body: bytes) -> dict:
         raise ValueError(f'{constant} is no JSON')
     try:
         found = json.loads(body.decode('utf-8'), parse_constant=refuse)
-        json.dumps(found, ensure_ascii=False).encode()      # half a surrogate pair is no text
+        if not isinstance(found, dict):
+            raise Refused('the body must be a JSON object')
+        for name, value in found.items():
+            if re.search('[\ud800-\udfff]', json.dumps([name, value], ensure_ascii=False)):
+                name = name.encode('ascii', 'backslashreplace').decode()
+                raise Refused(f'{name}: half a surrogate pair is no text', name)
     except (ValueError, RecursionError) as e:
         raise Refused(f'the body is no JSON in UTF-8 ({str(e)[:100]})') from None
-    if not isinstance(found, dict):
-        raise Refused('the body must be a JSON object')
     return found
 
 
@@ -148,20 +151,15 @@ def stops(body: dict) -> list[str]:
     return [text for text in found if text]
 
 
-def is_text(value) -> bool:
-    """Whether a value is text that UTF-8 can spell."""
-    return isinstance(value, str) and not re.search('[\ud800-\udfff]', value)
-
-
 def texts(body: dict) -> list:
     """The prompts of a completion: a text, texts, ids, or lists of ids."""
     prompt = body.get('prompt')
-    if is_text(prompt):
+    if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
         if all(type(i) is int for i in prompt):
             return [prompt]
-        if len(prompt) <= 64 and all(is_text(p) or isinstance(p, list) and p and all(
+        if len(prompt) <= 64 and all(isinstance(p, str) or isinstance(p, list) and p and all(
                 type(i) is int for i in p) for p in prompt):
             return prompt
     raise Refused('prompt: must be a text, a list of at most 64 texts, or lists of token ids',
@@ -188,7 +186,7 @@ def conversation(body: dict) -> list[dict]:
             content = ''.join(part['text'] for part in content)
         if content is None and role == 'assistant':
             content = ''
-        if not is_text(content):
+        if not isinstance(content, str):
             raise Refused(f'{where}: "content" must be a text, or a list of texts', 'messages')
         found.append({'role': ROLES[role], 'content': content})
     return found

@@ -217,7 +217,7 @@ def test_errors_of_the_client(running):
     ({'prompt': 'a', 'stop': [1]}, 'stop'), ({'prompt': 'a', 'stop': ['a'] * 20}, 'stop'),
     ({'prompt': 'a', 'stream': 'yes'}, 'stream'), ({'prompt': 'a', 'seed': 'x'}, 'seed'),
     ({'prompt': 'a', 'logprobs': True}, 'logprobs'), ({'prompt': 'a', 'logprobs': 30}, 'logprobs'),
-    ({'prompt': 'a', 'stream_options': 3}, 'stream_options'),
+    ({'prompt': 'a', 'stream_options': 3}, 'stream_options'), ({'prompt': '\ud800'}, 'prompt'),
     ({'prompt': 'a', 'top_p': 0}, 'top_p'), ({'prompt': 'a', 'response_format': {
         'type': 'json_object'}}, 'response_format')])
 def test_what_is_refused(running, body, field):
@@ -519,7 +519,7 @@ def test_half_a_surrogate_pair(running, body):
     """JSON can name one, in a value or a name; no text has it, and no answer can repeat it."""
     said = httpx.post(running.at + '/v1/completions', content=body,
                       headers={'content-type': 'application/json'})
-    assert said.status_code == 400 and 'no JSON in UTF-8' in said.json()['error']['message']
+    assert said.status_code == 400 and 'half a surrogate' in said.json()['error']['message']
 
 
 def test_a_bad_chunk_after_the_answer_has_begun(running, capfd, caplog):
