@@ -11,6 +11,7 @@ import core.start  # noqa: F401  it comes first, before torch
 # isort: split
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from core import device as hardware
 from core.data import records
 from core.net import quant
 from core.net.draw import Sampling
-from core.net.engine import pad_rows, steps_of
+from core.net.engine import pad_rows, refusal, steps_of
 from core.read.documents import Bad, read, suffix
 from core.run import models
 from core.settings import Stop, check_bounds, configure, stop, warn
@@ -29,6 +30,8 @@ from core.settings import Stop, check_bounds, configure, stop, warn
 POSITIONAL = ('run_dir',)
 ENDS_WITH_STDOUT = True     # when nobody reads the text any more
 FLAGS = ()                  # filled by configure
+# The least probability of a shade, and its colour among a terminal's 256: white to red.
+SHADES = ((0.5, 0), (0.2, 230), (0.05, 222), (0.01, 215), (0.0, 209))
 
 run_dir = ''                # a run such as out/shakespeare, a Hugging Face folder, or a name: gpt2
 step = 0                    # which checkpoint; 0: the best one
@@ -50,6 +53,7 @@ seed = 1337                 # sample i uses seed + i
 device = ''                 # '': cuda, else mps, else cpu
 dtype = ''                  # '': bfloat16 where the GPU has it, else float16; float32 on a CPU
 quantize = ''               # int8 or int4: round the weights, for less memory and more speed
+colour = False              # shade each token by the probability that the model gave it
 speculate = True            # try what followed the same three tokens before; off where it is slower
 compile = False             # compile the blocks, for long texts: half a minute; 1.2 times the speed
 threads = 0                 # CPU threads; 0: torch's choice
@@ -72,7 +76,7 @@ def read_prompt() -> str | None:
 def check_flags(chats: bool, asked: bool) -> None:
     """Stop at a flag that has no effect: with a classifier, in a chat, or in continuing text."""
     if asked:
-        idle = ('prompt', 'prompt_file', 'num_samples', 'system', 'chat')
+        idle = ('prompt', 'prompt_file', 'num_samples', 'system', 'chat', 'colour')
         why = 'with a classifier; leave it out'
     elif chats:
         idle, why = ('num_samples',), 'in a chat; add --chat=False'
@@ -85,20 +89,30 @@ def check_flags(chats: bool, asked: bool) -> None:
             stop(f'{name}={globals()[name]}: does nothing {why}')
 
 
+def shade(text: str, logprob: float) -> str:
+    """`text` in black on a terminal's colour for its probability (before temperature and the
+    like); as it is if that is high."""
+    found = next((code for least, code in SHADES if math.exp(logprob) >= least), 0)
+    return text if not found else '\n'.join(
+        f'\x1b[38;5;16;48;5;{found}m{part}\x1b[0m' if part else '' for part in text.split('\n'))
+
+
 def write_one(model, tokenizer, ids: list[int], sample_seed: int, dev,
               chatting: bool = False) -> tuple[str, int]:
     """Generate once and print the text as it comes; returns it and the number of tokens."""
     sampling = Sampling(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty,
         f'{sample_seed} 0',     # as the first row of a call of `generate` draws
+        logprobs=0 if colour else -1,
         stop_tokens=tokenizer.turn_ends() if chatting else {tokenizer.eos},
         stop_strings=[tokenizer.as_corpus(s.replace('\\n', '\n'))
                       for s in stop_strings.split(',') if s])
     written, n = '', 0
     with dev.autocast():
-        for [(_, new, text)] in steps_of(model, [ids], [sampling], tokenizer=tokenizer,
-                                         compiled=dev.compile, speculate=speculate):
-            print(text, end='', flush=True)
+        for [(row, new, text)] in steps_of(
+                model, [ids], [sampling], tokenizer=tokenizer, compiled=dev.compile,
+                speculate=speculate and not colour):    # then a text belongs to one token
+            print(shade(text, row.logprobs[-1][0]) if colour else text, end='', flush=True)
             written, n = written + text, n + len(new)
     print(flush=True)
     return written, n
@@ -254,6 +268,8 @@ def main() -> dict:
         model, tokenizer, state = models.load_run(run_dir, step, dev.name, classifier=asked)
         if quantize:
             quant.quantize(model, quantize)
+        if colour and (why := refusal(model)):
+            stop(f'colour=True: {why.partition(":")[0]}; leave it out')
         if dev.compile and model.config.arch == 'lstm':
             dev.compile, dev.why[2] = False, 'compile off (an LSTM has no blocks)'
         print(f'{run_dir}, step {state["step"]}; {"; ".join(dev.why[:3])}' +

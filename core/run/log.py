@@ -111,17 +111,22 @@ def service_loggers(run: Path, settings: dict) -> list:
 
 
 def plot_losses(run: Path) -> bool:
-    """Draw loss.png from log.jsonl; returns whether that was possible."""
+    """Draw loss.png from log.jsonl: the losses of steps, those of evaluations marked, and below
+    them the learning rate. Returns whether that was possible."""
     def fill(figure):
-        axes = figure.subplots()
+        losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         for event, key, style in (('step', 'train_loss', '-'), ('eval', 'val_loss', 'o-')):
             found = read_log(run, event)
-            axes.plot([e['step'] for e in found], [e[key] for e in found], style,
-                      label=key.replace('_', ' '))
-        axes.set(xlabel='step', ylabel='nats per token', title=run.name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return draw(run / 'loss.png', fill, figsize=(8, 5))
+            losses.plot([e['step'] for e in found], [e[key] for e in found], style,
+                        label=key.replace('_', ' '))
+        found = read_log(run, 'step')
+        rates.plot([e['step'] for e in found], [e['learning_rate'] for e in found], color='black')
+        losses.set(ylabel='nats per token', title=run.name)
+        rates.set(xlabel='step', ylabel='learning rate', ylim=(0, None))
+        losses.legend()
+        for axes in (losses, rates):
+            axes.grid(alpha=0.3)
+    return draw(run / 'loss.png', fill, figsize=(8, 6), layout='constrained')
 
 
 def draw(path: Path, fill, **options) -> bool:

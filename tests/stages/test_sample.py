@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 
 import dpo
@@ -80,6 +81,23 @@ def test_stop_strings(run_sample):
     cut = whole[10:13]
     text, = run_sample(prompt='def ', stop_strings=f'never there,{cut}')
     assert text == whole[:whole.index(cut)]
+
+
+def test_colour(run_sample, capsys):
+    """The same text, each character on the colour of its probability under the model."""
+    plain, = run_sample(prompt='def ', seed=3, max_new_tokens=25)
+    capsys.readouterr()
+    assert run_sample(prompt='def ', seed=3, max_new_tokens=25, colour=True) == [plain]
+    out = capsys.readouterr().out.removeprefix('def ').removesuffix('\n')
+    model, tokenizer, _ = models.load_run('out/tiny')
+    ids = tokenizer.encode('def ' + plain)
+    with torch.no_grad():
+        logs = model(torch.tensor([ids[:-1]]))[:, :, :len(tokenizer)].log_softmax(dim=-1)
+    own = logs[0].gather(1, torch.tensor(ids[1:])[:, None])[3:, 0].tolist()
+    assert out == ''.join(sample.shade(c, p) for c, p in zip(plain, own, strict=True))
+    assert '48;5;230m' in out and '48;5;209m' in out
+    assert sample.shade('a\nb', math.log(0.3)) == \
+        '\x1b[38;5;16;48;5;230ma\x1b[0m\n\x1b[38;5;16;48;5;230mb\x1b[0m'
 
 
 @pytest.mark.parametrize('pieces, expected, found', [
