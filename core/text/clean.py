@@ -46,14 +46,17 @@ def strip_gutenberg(text: str, part: bool = False) -> str:
 MASKS = {
     'e-mail address': (re.compile('@'), re.compile(
         r'(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}\b')),
-    'IP address': (re.compile(r'\d\.\d'), re.compile(
+    'IP address': (re.compile(r'\d\.\d|:[\da-fA-F]{1,4}:'), re.compile(
         r'(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}'
-        r'(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]\d|\w)')),
-    # with the country's code, in North American groups, or with a leading 0
-    'phone number': (re.compile(r'[+\d](?:(?<=\+)\d|\d\d[ .-]\d|\d\d\) ?\d)'), re.compile(
-        r'(?<![\w.+-])(?:\+\d{1,3}(?:[ .-]?\(?\d{1,5}\)?){2,5}|'
-        r'(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}|'
-        r'0\d{2,4}[ -]\d{3,4}[ -]\d{3,4})(?!\w|[.-]\d)'))}
+        r'(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\w.]\d|\w)|'
+        r'(?<![\w:])(?:[\da-fA-F]{1,4}:){7}[\da-fA-F]{1,4}(?![\w:])')),
+    # with the country's code; North American and Russian; with a leading 0; Chinese mobile ones
+    'phone number': (re.compile(r'\+\d|\d{9}|\d\d[ .)/-]{1,2}\d\d'), re.compile(
+        r'(?<![\w.+-])(?<!\d )(?:\+\d(?:[ .()/-]{0,2}\d){7,14}|'
+        r'(?:0{0,2}1[ .-]|8[ -])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{2}[ -]?\d{2}|'
+        r'0\d{2,4}[ -]\d{3,4}[ -]\d{3,4}|(?=\(?0(?:[ ()/-]{0,2}\d){8,11}(?!\d))(?!0123456789)'
+        r'\(?0[1-9]\d{0,4}\)?[ /-]?\d{2,9}(?: \d{2,4}){0,3}|'
+        r'1[3-9]\d{9})(?:x\d{1,6})?(?!\w|[.-]\d| \d)'))}
 
 
 def mask(text: str) -> tuple[str, Counter]:

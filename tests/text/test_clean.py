@@ -92,10 +92,15 @@ def test_normalize(text, form, expected):
     ('Write to a.b+c@mail.example.org.', 'Write to [e-mail address].'),
     ('<x_y-z@müller.de>, 1@2.eu', '<[e-mail address]>, [e-mail address]'),
     ('at 10.0.0.1, 255.255.255.255.', 'at [IP address], [IP address].'),
+    ('2001:db8:0:0:8:800:200C:417A', '[IP address]'),
     ('http://192.168.1.20:80/', 'http://[IP address]:80/'),
     ('Call 555-123-4567.', 'Call [phone number].'), ('(555) 123-4567', '[phone number]'),
     ('+1 555 123 4567, 555.123.4567', '[phone number], [phone number]'),
-    ('020 7946 0958\n', '[phone number]\n')])
+    ('020 7946 0958\n', '[phone number]\n'), ('0171234567', '[phone number]'),
+    ('05 62 04 87 64 ou 044 668 18 00', '[phone number] ou [phone number]'),
+    ('(0341) 49604, (0341)4960412, 09061701461', '[phone number], [phone number], [phone number]'),
+    ('+33 (0)3 85 89 24 11, 13360487647', '[phone number], [phone number]'),
+    ('8 (483) 396-94-77', '[phone number]'), ('555-123-4567x123', '[phone number]')])
 def test_mask(text, expected):
     found, counts = mask(text)
     assert found == expected
@@ -106,7 +111,9 @@ def test_mask(text, expected):
     '', 'a@localhost', '@app.route', 'a @ b.c', 'Python 3.11.7', 'v1.2.3.4', '1.2.3.4a',
     '1.2.3.4.5', 'lib-a1.2.3.4', '256.1.1.1', '1.1.1.256', '2024-01-15', '15.01.2024',
     '01/02/2003', '1914-1918', '12:30 2024-01-15 10:00', '$1,234,567.89', '1.234,56 €',
-    '1 000 000 people', '12,345,678', '3.14159265', '1234567890', '0171234567', '100-200',
+    '1 000 000 people', '12,345,678', '3.14159265', '1234567890', '0123456789', '100-200',
+    '01.02.2003 12:30', '01-02-2003 12:30', '01 02 03', '12:30:45:50', '00:1b:44:11:3a:b7',
+    '01 02 03 04 05 06 07 08', '0.0123456789',
     '0.5-1.0', 'x123-456-7890', '555-123-4567-8', 'ISBN 978-0-306-40615-7'])
 def test_mask_leaves_other_numbers(text):
     assert mask(text)[0] == text
