@@ -19,6 +19,10 @@ What it writes may be false, offensive or copied from its training text, and not
 Not measured, so not known: how it does on tasks or kinds of text other than those below, in other
 languages, and for different groups of people; whether its training data holds personal data that
 was not looked for.
+
+Do not let it decide about people, do not present its text as that of a person, and do not use it
+where a wrong answer can do harm and nobody checks it. The licences of its data, below, may forbid
+more.
 '''.strip()
 
 
