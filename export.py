@@ -146,7 +146,7 @@ def said_by_llama_cpp(path: Path, prompt: list[int]) -> list[int] | None:
     params.model.path, params.n_ctx, params.n_parallel = str(path), 512, 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.warmup = False
+    params.warmup, params.verbosity = False, 1      # it tells errors only
     found = xllamacpp.Server(params).handle_completions({
         'prompt': prompt, 'n_predict': N_CHECKED, 'temperature': 0, 'ignore_eos': True,
         'return_tokens': True, 'verbose': True})
@@ -155,7 +155,7 @@ def said_by_llama_cpp(path: Path, prompt: list[int]) -> list[int] | None:
 
 def count_same(model, tokenizer, prompt: list[int], theirs: list[int]) -> int:
     """How many of their greedy ids, from the first on, our model finds best, too, if it may not end
-    the text either; two ids whose logits differ by less than 1e-3 are as good."""
+    the text either; two ids whose logits differ by less than 0.01 are as good."""
     logits = model(torch.tensor([prompt + theirs]))[0, len(prompt) - 1:-1]
     ends = tokenizer.template.ends if tokenizer.template else {tokenizer.special.get('<|end|>')}
     logits[:, [i for i in {tokenizer.eos, *ends} if i is not None]] = -math.inf

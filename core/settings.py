@@ -9,6 +9,7 @@ Every name and type is checked the same way wherever it comes from.
 """
 import ast
 import difflib
+import errno
 import io
 import math
 import os
@@ -206,9 +207,15 @@ def outlive(stream, ends: bool) -> None:
 
 
 def interrupted(kind, value, trace) -> None:
-    """Print one line, and no traceback, after Ctrl-C; whatever else was raised as always."""
+    """Print one line, and no traceback, after Ctrl-C, and where nothing can be written any more;
+    whatever else was raised as always."""
     if issubclass(kind, KeyboardInterrupt):
         print('\ninterrupted; the same command again goes on or begins anew', file=sys.stderr)
+    elif issubclass(kind, OSError) and value.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+                                                       errno.EROFS):
+        print(f'error: {value.filename or "a file"}: {value.strerror}; make room, and give the '
+              'same command again', file=sys.stderr, flush=True)
+        os._exit(2)
     else:
         sys.__excepthook__(kind, value, trace)
 

@@ -1,4 +1,5 @@
 """core/settings.py: the command line, config files, and the one way to stop."""
+import errno
 import io
 import os
 import runpy
@@ -499,6 +500,18 @@ def test_interrupt_leaves_no_traceback(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith('\ninterrupted')
     sys.excepthook(ValueError, ValueError('other'), None)
     assert 'ValueError: other' in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    ended = []
+    monkeypatch.setattr(os, '_exit', ended.append)
+    configure(fake(), [])
+    sys.excepthook(OSError, OSError(errno.ENOSPC, 'No space left on device', 'out/a'), None)
+    assert capsys.readouterr().err == 'error: out/a: No space left on device; make room, and ' \
+        'give the same command again\n' and ended == [2]
+    sys.excepthook(OSError, OSError(errno.EINVAL, 'Invalid argument'), None)
+    assert 'OSError: ' in capsys.readouterr().err and ended == [2]
 
 
 def test_importing_a_stage_does_no_work(tmp_path):

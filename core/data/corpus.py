@@ -158,10 +158,13 @@ def follow_rules(body: str, where: str, options: dict, banned: dict, tally: Tall
 def save_json(path: Path, value) -> None:
     """Write a JSON file that is either whole or not there."""
     tmp = path.with_name(f'{path.name}.part')
-    # names of files may have bytes that are no UTF-8
-    tmp.write_text(json.dumps(value, indent=1, ensure_ascii=False) + '\n', encoding='utf-8',
-                   errors='backslashreplace')
-    os.replace(tmp, path)
+    text = json.dumps(value, indent=1, ensure_ascii=False) + '\n'
+    try:    # names of files may have bytes that are no UTF-8
+        tmp.write_text(text, encoding='utf-8', errors='backslashreplace')
+        os.replace(tmp, path)
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------

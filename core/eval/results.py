@@ -46,8 +46,12 @@ class Results:
         self.found.append(result)
         if self.rank:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_json(self.path, {'results': self.found})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_json(self.path, {'results': self.found})
+        except OSError as e:
+            stop(f'{self.path}: {e.strerror}; make room, and the same command goes on with the '
+                 'tasks that are kept already')
 
     def draw(self, results: list[dict]) -> bool:
         """eval.png: these scores with their intervals, or if they are there of several checkpoints

@@ -132,14 +132,18 @@ def plot_losses(run: Path) -> bool:
 def draw(path: Path, fill, **options) -> bool:
     """Write the picture that fill(figure) draws; returns whether it was drawn. Any failure is a
     warning, for the numbers matter more."""
+    tmp = path.with_name(f'.{path.name}')
     try:
         if '~' in os.path.expanduser('~'):  # a user without a home, as in a container
             os.environ.setdefault('MPLCONFIGDIR', f'{tempfile.gettempdir()}/mpl-{os.getuid()}')
         from matplotlib.figure import Figure
         figure = Figure(**options)
         fill(figure)
-        figure.savefig(path, dpi=120)
+        figure.savefig(tmp, dpi=120)
+        os.replace(tmp, path)
     except Exception as e:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
         warn(f'{path} was not drawn ({type(e).__name__}: {" ".join(str(e).split())[:200]})')
         return False
     return True
