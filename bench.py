@@ -140,7 +140,8 @@ def ratio_of(times: dict, peer: str, name: str = 'ours') -> dict:
     """How many times as fast as the peer a side of ours is, from rounds in turn; prints it."""
     ratios = [theirs / ours for ours, theirs in zip(times[name], times[peer])]
     print(f'{name} is {spread(ratios, 2)} times as fast as {peer}')
-    return {f'{peer}_ratio{name.removeprefix("ours")}': round(statistics.median(ratios), 3)}
+    way, found = name.removeprefix('ours'), [f(ratios) for f in (statistics.median, min, max)]
+    return {f'{peer}_ratio{way}': round(found[0], 3), f'{peer}_range{way}': found[1:]}
 
 
 def write_profile(run) -> None:
@@ -211,7 +212,7 @@ def bench_train(preset) -> dict:
         speeds = [tokens * steps / seconds for seconds in found]
         mfu = statistics.median(speeds) * flops[name] / dev.peak_flops
         result |= {f'{name}_tokens_per_second': round(statistics.median(speeds)),
-                   f'{name}_mfu': round(mfu, 4),
+                   f'{name}_mfu': round(mfu, 4), 'rounds': rounds,
                    f'{name}_first_step_seconds': round(compiling[name], 2)}
         print(f'{name:16} {spread(speeds)} tokens/s, MFU {mfu:.1%}; first step '
               f'{compiling[name]:.1f} s')
@@ -306,8 +307,8 @@ def bench_decode(preset) -> dict:
         stop(f'prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: together more than '
              f'block_size={model.config.block_size}')
     result = {'what': 'decode', 'device': dev.why[:3], 'parameters': count_parameters(model),
-              'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens, 'vs': vs, 'ratio': {},
-              'runs': []}
+              'prompt_tokens': prompt_tokens, 'new_tokens': new_tokens, 'vs': vs, 'rounds': rounds,
+              'ratio': {}, 'runs': []}
     print(f'{result["parameters"]:,} parameters, {prompt_tokens} prompt tokens, {new_tokens} new')
     for n, kind in itertools.product(counts, kinds):
         generator = torch.Generator().manual_seed(preset.seed)
