@@ -390,7 +390,7 @@ def bench_runs(preset) -> dict:
     which do not depend on the tokenizer, if every run knows them."""
     runs = {}
     for name in filter(None, folders.split(',')):
-        evals, starts = log.read_log(name, 'eval'), log.read_log(name, 'start')
+        evals, starts = log.read_log(name, 'eval', 'val_loss'), log.read_log(name, 'start')
         if evals and starts:
             flops = starts[0].get('flops_per_token', math.nan)
             runs[name] = [{**e, 'TFLOP': e.get('tokens', math.nan) * flops / 1e12} for e in evals]
@@ -398,7 +398,7 @@ def bench_runs(preset) -> dict:
             print(f'{name}: has no evaluation in its log, left out')
     if not runs:
         stop(f'folders={folders}: no run with an evaluation; python bench.py runs out/*')
-    known = all(e.get('bits_per_byte') is not None for evals in runs.values() for e in evals)
+    known = all(isinstance(e.get('bits_per_byte'), float) for evals in runs.values() for e in evals)
     loss = 'bits_per_byte' if known else 'val_loss'
     best = {name: min(e[loss] for e in evals) for name, evals in runs.items()}
     for name, least in best.items():

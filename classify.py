@@ -183,7 +183,7 @@ def class_data(tokenizer, size: int, known: list) -> tuple[list[Rows], list[str]
     for record in found:
         if record.label not in names:
             stop(f'{record.where}: label {record.label[:40]!r} is none of {", ".join(names)}; '
-                 'correct it')
+                 'correct it, or --labels')
     parts = class_parts(found, names)
     counts = Counter(record.label for record in parts[0])
     encoded = []

@@ -367,7 +367,7 @@ def main(train: dict | None = None) -> dict:
     check_bounds(globals(), gpus=(0, 100_000), hours=(0, 1e6), budget=(0, 1e12), price=(0, 1e4),
                  mfu=(0, 1), target_loss=(0, 100), storage_gb=(1e-3, 1e6),
                  restart_minutes=(0, 1e6))
-    check_bounds(train, block_size=(1, None))
+    check_bounds(train, block_size=(1, 1 << 24))
     if not re.fullmatch(r'([A-Za-z]([A-Za-z0-9_-]{0,48}[A-Za-z0-9])?)?', name):
         stop(f'name={name}: must be letters, digits, - and _, and begin with a letter')
     if what not in ('', 'fit'):

@@ -260,8 +260,10 @@ def main() -> dict:
     check_bounds(globals())
     models.check_named(run_dir, 'sample.py {}')
     asked = bool(classify or classify_file)
+    for name in ('prompt', 'system', 'classify', 'stop_strings'):
+        if (value := globals()[name]) != value.encode(errors='ignore').decode():
+            stop(f'{name}={value}: is not valid UTF-8')
     try:
-        ''.join((prompt, system, classify)).encode()
         text = None if asked else read_prompt()
         dev = hardware.choose(device, dtype, compile and not asked, threads, training=False,
                               quantized=bool(quantize))
@@ -288,7 +290,7 @@ def main() -> dict:
             line = input('> ')
             with contextlib.suppress(Stop):     # a message about an unknown character was printed
                 talk.answer(line) if chats else write_samples(model, tokenizer, line, dev)
-    except (UnicodeDecodeError, UnicodeEncodeError) as e:   # of standard input, or of a flag
+    except UnicodeDecodeError as e:     # of standard input
         stop(f'the text given is not valid {e.encoding.upper()} ({e.reason} at {e.start})')
     except UnicodeError as e:   # UTF-16 without its mark, and the like
         stop(f'the text given cannot be read: {e}')

@@ -41,15 +41,18 @@ OTHER_NAMES = {
     'init_from': 'model model_name_or_path', 'val_fraction': 'val_split test_size'}
 # At least, at most: of a setting in all scripts that have it. None: no limit on that side.
 BOUNDS = {name: bounds for bounds, names in (
-    ((1, None), 'batch_size log_interval sample_tokens answer_tokens max_new_tokens num_samples tp '
+    # sizes of which no product of three is beyond 64 bits
+    ((1, 1 << 20), 'batch_size'), ((None, 1 << 20), 'n_head n_embd'), ((None, 10_000), 'n_layer'),
+    ((0, 1 << 20), 'micro_batch_size n_kv_head head_dim n_hidden vocab_size lora_rank'),
+    ((0, 1 << 24), 'block_size'), ((0, 10_000), 'depth threads'),
+    ((1, None), 'log_interval sample_tokens answer_tokens max_new_tokens num_samples tp '
                 'pp ns_steps rope_theta rounds steps warmup prompt_tokens new_tokens '
                 'shard_tokens'),
-    ((0, None), 'micro_batch_size block_size depth max_steps max_minutes warmup_steps '
+    ((0, None), 'max_steps max_minutes warmup_steps '
                 'learning_rate embed_learning_rate weight_decay muon_learning_rate '
                 'muon_weight_decay grad_clip spike_sigma eval_interval eval_tokens save_interval '
-                'sample_interval benchmark_interval benchmark_items '
-                'threads replicas n_kv_head head_dim n_hidden window vocab_size '
-                'max_records lora_rank chosen_weight answers step temperature top_k'),
+                'sample_interval benchmark_interval benchmark_items replicas window max_files '
+                'max_records chosen_weight answers step temperature top_k'),
     ((0, 1), 'decay_fraction min_lr_fraction norm_eps prompt_loss_weight min_p near_duplicates'),
     ((0, 0.99), 'dropout lora_dropout'),
     ((0, 0.9999), 'beta1 beta2 muon_momentum'),
@@ -69,8 +72,14 @@ class Stop(SystemExit):
         self.message = message
 
 
+def one_line(message: str) -> str:
+    """A message that may quote anything: what is not printable, as a line end is, is escaped."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
 def stop(message: str) -> NoReturn:
     """End the program with a one-line `message` on standard error and exit status 2."""
+    message = one_line(message)
     rank = os.environ.get('RANK', '0')
     if rank != '0' and 'TORCHELASTIC_RUN_ID' in os.environ:
         time.sleep(5)   # rank 0 most likely says the same; then torchrun ends this process, too
@@ -81,7 +90,8 @@ def stop(message: str) -> NoReturn:
 def warn(message: str) -> None:
     """Print a one-line warning on standard error, if this is rank 0; the work goes on."""
     if os.environ.get('RANK', '0') == '0':  # what others would warn of is the same
-        tqdm.write('warning: ' + message, file=sys.stderr)  # does not tear a progress bar
+        # which does not tear a progress bar
+        tqdm.write('warning: ' + one_line(message), file=sys.stderr)
 
 
 def is_setting(name: str, value) -> bool:
@@ -207,15 +217,16 @@ def outlive(stream, ends: bool) -> None:
 
 
 def interrupted(kind, value, trace) -> None:
-    """Print one line, and no traceback, after Ctrl-C, and where nothing can be written any more;
-    whatever else was raised as always."""
+    """Print one line, and no traceback, after Ctrl-C, or if a file or the memory that there is was
+    in the way; whatever else was raised as always."""
+    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
     if issubclass(kind, KeyboardInterrupt):
         print('\ninterrupted; the same command again goes on or begins anew', file=sys.stderr)
-    elif issubclass(kind, OSError) and value.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
-                                                       errno.EROFS):
-        print(f'error: {value.filename or "a file"}: {value.strerror}; make room, and give the '
-              'same command again', file=sys.stderr, flush=True)
-        os._exit(2)
+    elif issubclass(kind, MemoryError) or "can't allocate memory" in str(value):    # of torch
+        stop('this machine has too little memory for that; give smaller sizes')
+    elif issubclass(kind, OSError) and (value.filename or value.errno in full):
+        stop(f'{value.filename or "a file"}: {value.strerror}' + (
+            '; make room, and give the same command again' if value.errno in full else ''))
     else:
         sys.__excepthook__(kind, value, trace)
 
@@ -262,7 +273,7 @@ def read_config(path: str, known: dict) -> dict:
             stop(f'{path}: assigns no setting' + NOT_RUN)
         found = runpy.run_path(path)
     except SyntaxError as e:
-        stop(f'{path}, line {e.lineno}: {e.msg}')
+        stop(f'{path}, line {e.lineno or "?"}: {e.msg}')
     except Exception as e:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == path]
         text = ' '.join(str(e).split())
@@ -278,7 +289,7 @@ def parse(default, name: str, text: str | None, word: str):
             stop(f'{word}: {name} needs a value: write --{name}={default or "..."}')
         return True
     if type(default) is str:
-        return text
+        return convert(default, name, text, word)
     try:
         value = ast.literal_eval(text.capitalize() if type(default) is bool else text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -288,15 +299,24 @@ def parse(default, name: str, text: str | None, word: str):
 
 def convert(default, name: str, value, word: str):
     """`value` in the type of `default` (int -> float and 1e6 -> int are fine), or stop."""
-    kind = type(default)
-    if type(value) is kind and not (kind is float and not math.isfinite(value)):
-        return value
-    if kind is float and type(value) is int and abs(value) < 1e300:
+    kind, given = type(default), type(value)
+    if kind is float and given is int and abs(value) < 1e300:
         return float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
-    article = 'an' if kind is int else 'a'
-    stop(f'{word}: {name} takes {article} {kind.__name__} (default {default!r})')
+    if kind is int and given is float and value.is_integer():
+        value = int(value)
+    if type(value) is kind and fits(value):
+        return value
+    article, more = 'an' if kind is int else 'a', ''
+    if type(value) is kind:
+        more = {str: ' without NUL', int: ' of 64 bits'}.get(kind, '')
+    stop(f'{word}: {name} takes {article} {kind.__name__}{more} (default {default!r})')
+
+
+def fits(value) -> bool:
+    """Whether torch and the file system can take a value: not NaN, too large, or text with NUL."""
+    if type(value) is float:
+        return math.isfinite(value)
+    return '\0' not in value if type(value) is str else abs(value) < 1 << 63
 
 
 def print_help(path) -> None:

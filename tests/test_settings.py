@@ -504,14 +504,14 @@ def test_interrupt_leaves_no_traceback(capsys, monkeypatch):
 
 def test_a_full_disk_leaves_no_traceback(capsys, monkeypatch):
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
-    ended = []
-    monkeypatch.setattr(os, '_exit', ended.append)
     configure(fake(), [])
-    sys.excepthook(OSError, OSError(errno.ENOSPC, 'No space left on device', 'out/a'), None)
-    assert capsys.readouterr().err == 'error: out/a: No space left on device; make room, and ' \
-        'give the same command again\n' and ended == [2]
+    for name in ('out/a', None):
+        with pytest.raises(Stop):
+            sys.excepthook(OSError, OSError(errno.ENOSPC, 'No space left on device', name), None)
+        assert capsys.readouterr().err == f'error: {name or "a file"}: No space left on device; ' \
+            'make room, and give the same command again\n'
     sys.excepthook(OSError, OSError(errno.EINVAL, 'Invalid argument'), None)
-    assert 'OSError: ' in capsys.readouterr().err and ended == [2]
+    assert 'OSError: ' in capsys.readouterr().err
 
 
 def test_importing_a_stage_does_no_work(tmp_path):
@@ -568,3 +568,24 @@ def test_a_package_is_missing(tmp_path, script, package):
     assert done.returncode == 2 and done.stderr == (
         f'error: {package} is not installed: pip install -r requirements.txt, in the environment '
         'that runs this\n')
+
+
+@pytest.mark.parametrize('raised, status, said', [
+    ('open("/no/such/file")', 2, 'error: /no/such/file: No such file or directory\n'),
+    ('raise MemoryError', 2, 'error: this machine has too little memory for that; give smaller '
+     'sizes\n'), ('1 / 0', 1, 'Traceback ')])
+def test_what_nobody_caught(raised, status, said):
+    """Files and memory that lack are told in one line; what is a mistake of ours, with its place.
+    """
+    program = f'from core.settings import configure\nconfigure({{}}, [])\n{raised}'
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and done.stderr.startswith(said)
+
+
+def test_values_that_nothing_can_take(capsys, tmp_path):
+    assert 'takes an int of 64 bits' in refused(capsys, f'--batch_size={10 ** 30}')
+    path = config(tmp_path, 'out_dir = "a\\0b"\n')
+    assert "out_dir='a\\x00b': out_dir takes a str without NUL" in refused(capsys, path)
+    with pytest.raises(Stop) as e:
+        stop('a\nb\x1b[1m\u202e\ud800ü')
+    assert e.value.message == 'a\\nb\\x1b[1m\\u202e\\ud800ü'

@@ -33,7 +33,7 @@ from core.read import documents
 from core.read.documents import Bad
 from core.read.download import fetch, file_hash, locked, stated
 from core.run import models
-from core.settings import read_settings, settings_of, stop, warn
+from core.settings import convert, read_settings, settings_of, stop, warn
 from core.source import source_hashes
 from core.text import clean
 from core.text import tokenizer as tokenizers
@@ -251,10 +251,12 @@ def make_if_needed(folder: Path, places: list[str], label: str, tokenizer: str, 
                    ) -> None:
     """Make the dataset in `folder` unless it is what it should be; its lock is held."""
     before = read_meta(folder) if is_made(folder) else {}
-    known, data_dir = before.get('settings', {}), str(folder.parent)
+    options, data_dir = settings_of(read_settings(PREPARE)), str(folder.parent)
+    known = {key: convert(options[key], key, value, f'{folder}/meta.json')
+             for key, value in before.get('settings', {}).items() if key in options}
     if known and not given.get('max_files', 1):
-        given = {**given, 'max_files': known['max_files']}      # as many as there are
-    options = settings_of(read_settings(PREPARE)) | known | given
+        given = {**given, 'max_files': known.get('max_files', 0)}   # as many as there are
+    options |= known | given
     lists = [file_hash(place) for key in ('decontaminate', 'bad_words')
              for place in lists_of(key, options)] if given else before.get('lists', [])
     wanted = {'source': named.join_places(places, os.path.abspath),
@@ -404,7 +406,7 @@ def benchmark_index(options: dict) -> dict:
                         texts.append(text)
                     elif text.strip():
                         texts += strings(json.loads(text))
-        except (ValueError, OSError, EOFError) as e:
+        except (ValueError, OSError, EOFError, RecursionError) as e:
             stop(f'decontaminate={place}:{number}: cannot be read ({e}); give JSON, JSON lines or '
                  'text, also as .gz')
     index = clean.ngram_index(texts, options['overlap_words'])
@@ -417,9 +419,13 @@ def benchmark_index(options: dict) -> dict:
 
 def bad_words_index(options: dict) -> dict:
     """The words and phrases, a line each, that C4's rule does not allow."""
-    return clean.ngram_index((line for place in lists_of('bad_words', options) for line in
-                              Path(place).read_text(encoding='utf-8').splitlines()),
-                             100, shortest=1)
+    lines = []
+    for place in lists_of('bad_words', options):
+        try:
+            lines += Path(place).read_text(encoding='utf-8').splitlines()
+        except (ValueError, OSError) as e:
+            stop(f'bad_words={place}: cannot be read ({e}); give text in UTF-8')
+    return clean.ngram_index(lines, 100, shortest=1)
 
 
 def lists_of(key: str, options: dict) -> list[str]:

@@ -48,7 +48,8 @@ def write_card(folder: Path, run_dir: str, state: dict, model, facts: list[str])
         page += ['', 'How this model was trained is not recorded here.']
     elif stages[-1][1][0]['settings'].get('init_from') != 'scratch':
         page += ['', 'How the model that this began with was trained is not recorded here.']
-    (folder / 'README.md').write_text('\n'.join(page) + '\n', encoding='utf-8')
+    (folder / 'README.md').write_text('\n'.join(page) + '\n', encoding='utf-8',
+                                       errors='backslashreplace')
 
 
 def history(run: Path, step: int) -> list[tuple[str, list[dict]]]:
@@ -62,7 +63,7 @@ def history(run: Path, step: int) -> list[tuple[str, list[dict]]]:
             break
         found.append((f'Training: {run}', [start] + [
             e for e in log if e['event'] != 'start' and (not step or e.get('step', 0) <= step)]))
-        base = start['settings'].get('run_dir') or start['settings'].get('init_from', '')
+        base = str(start['settings'].get('run_dir') or start['settings'].get('init_from', ''))
         run, step = Path(base), 0
     return found
 
@@ -79,8 +80,8 @@ def of_stage(log: list[dict], picture: bool) -> list[str]:
     done = steps[-1] if steps else {'step': 0}
     lines += [f'- {done["step"]:,} steps' + (f', {done["tokens"]:,} tokens' if 'tokens' in done
                                              else ''),
-              f'- computed on: {"; ".join(start.get("device", ["not recorded"]))}; processes: '
-              f'{start.get("world", "not recorded")}']
+              f'- computed on: {"; ".join(map(str, start.get("device", ["not recorded"])))}; '
+              f'processes: {start.get("world", "not recorded")}']
     if 'seconds' in done:
         lines.append(f'- {done["seconds"]:,.0f} seconds of training')
     if 'tokens' in done and 'flops_per_token' in start:
@@ -116,9 +117,9 @@ def of_data(settings: dict, identity: dict) -> list[str]:
     if name in SETS:
         lines += [f'- {SETS[name].about}', f'- licence: {SETS[name].licence}']
         return lines
-    for path in sorted(Path(settings.get('data_dir', 'data')).glob('*/meta.json')) + [
+    for path in sorted(Path(str(settings.get('data_dir', 'data'))).glob('*/meta.json')) + [
             Path(name) / 'meta.json']:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             meta = json.loads(path.read_text(encoding='utf-8'))
             if meta['sha256'] != known:
                 continue

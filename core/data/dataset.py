@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core.data.named import is_made, read_meta
 from core.ranks.processes import IGNORE, PADDING
 from core.settings import stop
 
@@ -87,6 +88,7 @@ class Tokens:
                      'run prepare.py again')
         self.shards = [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.max_id = read_meta(self.folder)['max_id'] if is_made(self.folder) else 1 << 32
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -99,6 +101,10 @@ class Tokens:
             i = int(np.searchsorted(self.ends, start, side='right'))
             begin = self.ends[i] - len(self.shards[i])
             parts.append(self.shards[i][start - begin:stop_at - begin])
+            if parts[-1].max() > self.max_id:
+                stop(f'{self.folder}/{self.split}-{i:05d}.bin: damaged: it has token id '
+                     f'{parts[-1].max()}, and the largest is {self.max_id}; delete its folder and '
+                     'run prepare.py again')
             start = min(stop_at, int(self.ends[i]))
         return np.concatenate(parts or [np.empty(0)]).astype(np.int64)
 

@@ -14,6 +14,9 @@ from core.settings import stop
 from core.text import tokenizer as tokenizers
 
 ROOT = Path(__file__).parents[2]
+META = {    # what meta.json must have
+    **dict.fromkeys(('source', 'sha256', 'about', 'licence', 'tokenizer'), str),
+    **dict.fromkeys(('max_id', 'train_tokens', 'val_tokens', 'vocab_size'), int), 'settings': dict}
 FILES = ('validation', 'decontaminate', 'bad_words')     # settings of prepare.py that name files
 
 def split_places(dataset: str) -> list[str]:
@@ -121,9 +124,11 @@ def read_meta(folder: Path) -> dict:
     path = folder / 'meta.json'
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
-        for key in ('source', 'sha256', 'max_id', 'about', 'licence'):
-            meta[key]
-    except (OSError, ValueError, TypeError, KeyError) as e:
+        for key, kind in META.items():
+            if not isinstance(meta[key], kind) or kind is int and not 0 <= meta[key] < 1 << 63:
+                raise ValueError(f'{key} is {meta[key]!r:.40}')
+        [file['file'].split() for file in meta.get('inputs', [])]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         stop(f'{path}: damaged ({type(e).__name__}: {e}); make the dataset again')
     return meta
 
@@ -138,7 +143,8 @@ def check_made_with(folder: Path, tokenizer: str, vocab_size: int, given: dict) 
              'the text that it was made from instead')
     for key, value in given.items():
         known = meta.get('settings', {}).get(key, value)
-        same = known == value or key in FILES and os.path.realpath(known) == os.path.realpath(value)
+        same = known == value or key in FILES and os.path.realpath(
+            str(known)) == os.path.realpath(value)
         if not same:
             again = shlex.join([meta['source'], f'--{key}={value}'])
             stop(f'{folder} was made with {key}={known}; to change that, give what it was made '

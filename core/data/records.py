@@ -6,6 +6,7 @@ decide what a field is, and a field that changes the meaning is used or refused,
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -263,10 +264,9 @@ def load(name: str, kind: Callable, data_dir: str, skip_bad: bool, setting='data
     if found and found.kind != kind.__name__:
         fitting = ', '.join(n for n, s in SETS.items() if s.kind == kind.__name__)
         stop(f'{setting}={name}: is a set of another kind; named sets that fit: {fitting}')
-    if not found and not Path(name).is_file():
+    if not found and not os.path.isfile(name):
         stop(f'{setting}={name}: neither a file nor a named set ({", ".join(SETS)})')
     records, bad, more = [], [], Counter()
-
     def leave_out(problem: Bad) -> None:
         if not (skip_bad or found):
             stop(f'{problem}; --skip_bad leaves such records out')

@@ -32,7 +32,7 @@ class Results:
                 self.found = json.loads(self.path.read_text(encoding='utf-8'))['results']
                 if not all(isinstance(one['hash'], str) for one in self.found):
                     raise ValueError('a hash is no text')
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
                 stop(f'{self.path}: no results of an evaluation ({e!r:.100}); remove it, and '
                      'everything is evaluated again')
 

@@ -18,7 +18,7 @@ import numpy as np
 from core.data import named
 from core.data.dataset import Tokens
 from core.data.recipes import GITHUB, RECIPES
-from core.data.records import rows_of
+from core.data.records import rows_of, text_of
 from core.formats.hub import endpoint
 from core.ranks import processes
 from core.read.documents import read
@@ -77,7 +77,7 @@ class Task(NamedTuple):
 
 def question(context: str, choices, gold: int, **more) -> dict:
     """An item whose choices all follow one context, after a space."""
-    return {'contexts': [context] * len(choices), 'choices': [f' {choice}' for choice in choices],
+    return {'contexts': [context] * len(choices), 'choices': [' ' + choice for choice in choices],
             'gold': gold, **more}
 
 
@@ -143,6 +143,8 @@ def own(row: dict) -> dict:
     if context is None or label is None or 'choices' not in row:
         raise ValueError('it needs "question", "choices" (a list of texts) and "label" (the number '
                          'of the right one, from 0)')
+    if not isinstance(row['choices'], list) or type(label) is not int:
+        raise ValueError('"choices" must be a list of texts, "label" a number from 0')
     return question(context, row['choices'], label, document=str(row.get('document', '')))
 
 
@@ -294,7 +296,7 @@ def own_task(name: str, data_dir: str) -> Task:
     file = File(name, '')
     if folder := dataset_folder(name, data_dir):
         return Task(f'the validation split of {folder}', 'as its meta.json says', 'text', own, file)
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         stop(f'tasks={name}: no task, file or prepared dataset of this name; tasks are '
              f'{", ".join(TASKS)}')
     try:
@@ -326,9 +328,7 @@ def documents_of(name: str, data_dir: str) -> Iterator[Item]:
                     yield Item(name, [text])
         elif suffix(name) in JSON_LINES:
             for where, row in rows_of(Path(name), ()):
-                if not isinstance(row.get('text'), str) or not row['text']:
-                    raise Bad(f'{where}: has no "text"; correct it')
-                yield Item(where, [row['text']])
+                yield Item(where, [text_of(where, row, 'text')])
         else:
             text = ''.join(record.data for record in read(Path(name), '', 'strict', 'text'))
             if text:
@@ -371,6 +371,7 @@ def item_of(where: str, row: dict, task: Task) -> Item:
         texts = [*item.contexts, *item.choices, item.answer, item.group]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError('a text is something else')
+        ''.join(texts).encode()     # raises ValueError for half a surrogate pair
         if item.choices and not 0 <= item.gold < len(item.choices):
             raise ValueError(f'the right choice is number {item.gold} of 0 to '
                              f'{len(item.choices) - 1}')

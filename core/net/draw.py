@@ -24,6 +24,10 @@ class Sampling:
     prompt_logprobs: bool = False   # the same for the prompt's ids
 
 
+class NotFinite(ValueError):
+    """Logits of which none can be drawn."""
+
+
 def uniform(seed, position: int) -> float:
     """A random number in [0, 1) for the token at `position` of a row with this seed.
 
@@ -105,5 +109,5 @@ def next_ids(logits, asked: list[tuple[Sampling, list[int]]], n_tokens: int = 0)
         for i, new_id in zip(rows, new.tolist()):
             drawn[i] = new_id
     if min(drawn) < 0:
-        raise ValueError('the logits are not finite: this model cannot write')
+        raise NotFinite('the logits are not finite: this model cannot write')
     return drawn

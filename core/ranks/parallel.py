@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from core import device as hardware
 from core.device import compile_options
 from core.net import optim
+from core.net.draw import NotFinite
 from core.net.weights import tie
 from core.ranks import processes
 from core.ranks.processes import Ranks
@@ -200,6 +201,8 @@ def looking_on(model):
     try:
         with torch.compiler.set_stance('force_eager'):
             yield
+    except NotFinite as e:
+        stop(f'{e}; begin again with a lower learning rate')
     finally:
         model.train()
         for module in model.modules():

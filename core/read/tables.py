@@ -166,11 +166,20 @@ def read_array(path, f, encoding: str, errors: str, column) -> Iterator[Record]:
                   'which would be lost; join the two')
 
 
+def once(pairs: list[tuple]) -> dict:
+    """An object of JSON, which has each name once. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, = Counter(name for name, _ in pairs).most_common(1)[0][:1]
+        raise ValueError(f'the name {name!r:.40} is there twice')
+    return found
+
+
 def parse_json(record: Record):
     """What a record of JSON holds. Raises Bad."""
     check(record, record.data)
     try:
-        return json.loads(record.data)
+        return json.loads(record.data, object_pairs_hook=once)
     except (ValueError, RecursionError) as e:
         raise Bad(f'{record.where}: invalid JSON ({e}); correct it') from e
 

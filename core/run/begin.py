@@ -22,7 +22,7 @@ def check_settings(settings: dict) -> None:
     """Stop at the first of train.py's settings that is out of range, or that contradicts another
     one. FLAGS and GIVEN among them are the names that were given; see core.settings.configure."""
     s = SimpleNamespace(**{'FLAGS': (), 'GIVEN': (), **settings})
-    check_bounds(settings, block_size=(1, None), max_steps=(1, None), eval_interval=(1, None))
+    check_bounds(settings, block_size=(1, 1 << 24), max_steps=(1, None), eval_interval=(1, None))
     check_choice(settings, optimizer=optim.OPTIMIZERS, schedule=optim.SCHEDULES,
                  pp_schedule=PP_SCHEDULES)
     for service in ('wandb', 'tensorboard'):

@@ -44,21 +44,40 @@ class Log:
                 other(step, numbers)
 
 
+NUMBER = (int, float)
+KINDS = {   # what those who read a log need to be of these types, if an event has it
+    'event': str, 'step': int, 'seconds': NUMBER, 'tokens': NUMBER, 'parameters': NUMBER,
+    'flops_per_token': NUMBER, 'settings': dict, 'identity': dict, 'versions': dict, 'device': list}
+
+
 def events(folder) -> list[dict]:
-    """All events in a run's log, in order; a line cut off by a kill is passed over."""
+    """All events in a run's log, in order; a line cut off by a kill, or damaged, is passed over."""
     path, found = Path(folder) / 'log.jsonl', []
     text = path.read_bytes().decode(errors='replace') if path.exists() else ''
     for line in text.split('\n'):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(line)
-            if isinstance(event, dict) and 'event' in event:
+            if isinstance(event, dict) and is_event(event):
                 found.append(event)
     return found
 
 
-def read_log(folder, event: str) -> list[dict]:
-    """The events of one kind in a run's log, in order."""
-    return [e for e in events(folder) if e['event'] == event]
+def is_event(found: dict) -> bool:
+    """Whether a line of a log can be one that Log has written."""
+    identity = found.get('identity')
+    return ('event' in found and (found['event'] != 'step' or 'step' in found)
+            and all(isinstance(found[name], kind) and (
+                kind not in (int, NUMBER) or 0 <= found[name] < 1 << 63)
+                    for name, kind in KINDS.items() if name in found)
+            and all(isinstance(part, dict) for name, part in (identity or {}).items()
+                    if name in ('architecture', 'settings', 'data')))
+
+
+def read_log(folder, event: str, number: str = '') -> list[dict]:
+    """The events of one kind in a run's log, in order; with `number` those in which it is one, and
+    finite: others are there as text."""
+    return [e for e in events(folder) if e['event'] == event
+            and (not number or isinstance(e.get(number), float) and math.isfinite(e[number]))]
 
 
 def cut_log(folder: Path, step: int, evaluated: int) -> None:
@@ -116,10 +135,10 @@ def plot_losses(run: Path) -> bool:
     def fill(figure):
         losses, rates = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         for event, key, style in (('step', 'train_loss', '-'), ('eval', 'val_loss', 'o-')):
-            found = read_log(run, event)
+            found = read_log(run, event, key)
             losses.plot([e['step'] for e in found], [e[key] for e in found], style,
                         label=key.replace('_', ' '))
-        found = read_log(run, 'step')
+        found = read_log(run, 'step', 'learning_rate')
         rates.plot([e['step'] for e in found], [e['learning_rate'] for e in found], color='black')
         losses.set(ylabel='nats per token', title=run.name)
         rates.set(xlabel='step', ylabel='learning rate', ylim=(0, None))

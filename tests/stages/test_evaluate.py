@@ -352,7 +352,12 @@ def test_subjects_of_mmlu(tmp_path, monkeypatch, capsys):
     ('{"question": "x", "choices": ["a", ""], "label": 0}\n', 'a choice is empty'),
     ('{"question": "x", "choices": ["a"], "label": 0}\n', 'at least two choices'),
     ('{"question": 7, "choices": ["a", "b"], "label": 0}\n', 'a text is something else'),
-    ('{"question": "x", "choices": ["a", "b"], "label": "0"}\n', "own.jsonl:1: '<='"),
+    ('{"question": "x", "choices": ["a", "b"], "label": "0"}\n',
+     'own.jsonl:1: "choices" must be a list of texts, "label" a number from 0'),
+    ('{"question": "x", "choices": "ab", "label": 0}\n', '"choices" must be a list of texts'),
+    ('{"question": "x", "choices": ["a", "b"], "label": 0.5}\n', '"label" a number from 0'),
+    ('{"question": "x", "choices": ["a", "\\ud800"], "label": 0}\n', 'surrogates not allowed'),
+    ('{"question": "x", "question": "y", "choices": ["a", "b"], "label": 0}\n', 'is there twice'),
     ('{"question": "x", "choices": ["a", "%s"], "label": 0}\n' % ('b' * 200),
      'tokens, the model sees 96')])
 def test_bad_questions(run_evaluate, tmp_path, capsys, text, message):
