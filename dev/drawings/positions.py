@@ -43,7 +43,8 @@ def positions_embeddings():
                    0.27)
     for (character, _), label, (x, y) in zip(shown, labels, apart):
         color = ORANGE if character in 'aeiouAEIOU' else BLUE if character.isalpha() else DARK
-        axes.text(x, y, label, size=9, color=color, ha='center', va='center', family='monospace', weight='bold' if color == ORANGE else 'normal')
+        axes.text(x, y, label, size=9, color=color, ha='center', va='center', family='monospace',
+                  weight='bold' if color == ORANGE else 'normal')
     x, y = np.array(found['places']).T
     axes.set(xlim=(x.min() - 0.5, x.max() + 0.5), ylim=(y.min() - 0.5, y.max() + 0.5),
              xlabel='first principal axis', ylabel='second principal axis')
