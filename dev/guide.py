@@ -1,7 +1,7 @@
 """The book as a PDF: python dev/guide.py makes out/guide.pdf from docs/guide/*.md.
 
 The chapters are Markdown that GitHub shows as it is; pandoc makes Typst of it, and Typst the PDF
-(pip install pypandoc-binary typst: both work without a network). What a chapter may hold beside
+(pip install pypandoc-binary typst: both work without a network). What a chapter may hold besides
 plain Markdown, mathematics in $..$ and $$..$$, tables and pictures:
 
     [model.py: MLP.forward](../../model.py)   alone in a paragraph: that code, with line numbers
@@ -10,7 +10,8 @@ plain Markdown, mathematics in $..$ and $$..$$, tables and pictures:
     <a id="eq-softmax"></a>                   in the line before $$..$$: its name
     <a id="fig-mask"></a>                     in the line before a picture: its name
     [equation](#eq-softmax), [Figure](#fig-mask)    references, with the number behind the word
-    [the block](06-block.md)                  a reference to a chapter
+    [the block](06-block.md)                  a reference to a chapter: its number is added
+    Young 1974, (Su et al. 2021)              a work that is listed in docs/guide/references.md
     ```python with >>>                        an example, which tests/test_guide.py runs
 
 Solutions of the exercises are in docs/guide/solutions/, a file of the same name for each chapter.
@@ -33,6 +34,8 @@ NUMBER = re.compile(r'(-?[\d,]*\.?\d+(?:e[+-]?\d+)?)(%?)<!-- ([\w.-]+) -->')
 PICTURE = re.compile(r'^!\[([^\]]+)\]\((figures/([\w-]+)\.svg)\)', re.M)
 LINK = re.compile(r'(?<!!)\[([^\]]+)\]\(([^)\s]+)\)')
 TERM = re.compile(r'\*\*([^*]+)\*\*')
+CITATION = re.compile(r"([A-Z][\w-]+(?: et al\.| and [A-Z][\w-]+| Team)?),? \(?((?:19|20)\d\d)\b")
+PROPER = ('Bradley', 'Jaccard', 'Kullback', 'Muon', 'Wilson')     # in the index with a capital
 
 
 def chapters() -> list[Path]:
@@ -90,8 +93,34 @@ def link(match: re.Match) -> str:
     if place.startswith(('eq-', 'fig-')):
         return f'`#ref(<{place}>, supplement: [{text}])`{{=typst}}'
     if (GUIDE / Path(to).name).is_file():
-        return f'[{text}](#ch-{Path(to).stem})'
+        before = match.string[:match.start()].rpartition('\n\n')[2]
+        inside = before.count('(') > before.count(')')      # no brackets within brackets
+        return f'[{numbered(text, int(Path(to).name[:2]), inside)}](#ch-{Path(to).stem})'
     return match[0] if '://' in to or to.startswith('#') else text
+
+
+def numbered(text: str, number: int, inside: bool = False) -> str:
+    """The words of a reference to a chapter, with its number; `inside` brackets without further
+    ones."""
+    if re.search(r'\bchapter\s+\d', text, re.I):
+        return text
+    if re.fullmatch(r'the (next|previous) (chapter|one)|the chapter before', text, re.I):
+        return f'{"Chapter" if text[0] == "T" else "chapter"} {number}'
+    found, n = re.subn(r'\b([Tt])he chapter\s+(?=on )',
+                       lambda m: f'{"C" if m[1] == "T" else "c"}hapter {number} ', text)
+    return found if n else f'{text}, chapter {number}' if inside else f'{text} (chapter {number})'
+
+
+def indexed(term: str) -> str:
+    """A term as it is in the index: in lower case, unless it is a name or an abbreviation."""
+    term = ' '.join(term.split()).rstrip('.')
+    common = re.match(r'[A-Z][a-z]+(?![A-Za-z])', term) and not term.startswith(PROPER)
+    return term[0].lower() + term[1:] if common else term
+
+
+def cited(text: str) -> set[str]:
+    """The works that a text cites, as in references.md: {'Su et al. 2021', ..}."""
+    return {f'{names} {year}' for names, year in CITATION.findall(' '.join(text.split()))}
 
 
 def to_pandoc(text: str, label: str) -> str:
@@ -106,7 +135,7 @@ def to_pandoc(text: str, label: str) -> str:
         return LINK.sub(link, NUMBER.sub(r'\1\2', part))
 
     def note_terms(part: str) -> str:
-        return TERM.sub(lambda m: f'**{m[1]}**`#term({quoted(" ".join(m[1].split()))})`{{=typst}}',
+        return TERM.sub(lambda m: f'**{m[1]}**`#term({quoted(indexed(m[1]))})`{{=typst}}',
                         part)
     text = outside(FENCE, outside(FENCE, text, include), change)
     return outside(f'{FENCE}|{CODE}', text, note_terms)
@@ -115,7 +144,7 @@ def to_pandoc(text: str, label: str) -> str:
 def to_typst(text: str, label: str) -> str:
     import pypandoc
     return pypandoc.convert_text(to_pandoc(text, label), 'typst', format='markdown-citations',
-                                 extra_args=['--wrap=none'])
+                                 extra_args=['--wrap=none', '--columns=999'])
 
 
 def document() -> str:
@@ -127,7 +156,9 @@ def document() -> str:
         title = path.read_text(encoding='utf-8').partition('\n')[0].removeprefix('# ')
         solved = GUIDE / 'solutions' / path.name
         solutions += [f'## {title}', solved.read_text(encoding='utf-8').partition('\n')[2]]
-    parts += [to_typst('\n\n'.join(solutions), 'solutions'), '#index-of-terms()']
+    parts += [to_typst('\n\n'.join(solutions), 'solutions'),
+              to_typst((GUIDE / 'references.md').read_text(encoding='utf-8'), 'references'),
+              '#index-of-terms()']
     return '\n\n'.join(parts)
 
 

@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT / 'dev'))
 import figures  # noqa: E402
 import guide  # noqa: E402
 
-FILES = [*guide.chapters(), *sorted((guide.GUIDE / 'solutions').glob('*.md'))]
+REFERENCES = guide.GUIDE / 'references.md'
+FILES = [*guide.chapters(), *sorted((guide.GUIDE / 'solutions').glob('*.md')), REFERENCES]
 ids = lambda path: str(path.relative_to(guide.GUIDE))
 each_file = pytest.mark.parametrize('path', FILES, ids=ids)
 
@@ -79,6 +80,35 @@ def test_exercises_have_solutions(path):
     asked = re.findall(r'^(\d+)\. ', text.partition('\n## Exercises\n')[2], re.M)
     solved = re.findall(r'^(\d+)\. ', (guide.GUIDE / 'solutions' / path.name).read_text(), re.M)
     assert len(asked) >= 3 and asked == solved == [str(i + 1) for i in range(len(asked))]
+
+
+def test_what_is_cited_is_listed():
+    """Each work that the chapters and solutions cite is in the list, and no other one."""
+    listed = re.findall(r'^- (.+?)\. \*', REFERENCES.read_text(), re.M)
+    cited = set().union(*(guide.cited(path.read_text()) for path in FILES if path != REFERENCES))
+    assert cited == {*listed} - {'IEEE 754', 'RFC 3629'}
+    assert listed == sorted(listed, key=lambda work: work.lower().replace('ä', 'a'))
+    assert len(listed) == len(set(listed)) == len(re.findall('^- ', REFERENCES.read_text(), re.M))
+
+
+@pytest.mark.parametrize('text, inside, printed', [
+    ('the block', False, 'the block (chapter 6)'),
+    ('the block', True, 'the block, chapter 6'),
+    ('the chapter on precision', False, 'chapter 6 on precision'),
+    ('The chapter on precision', False, 'Chapter 6 on precision'),
+    ('chapter 6', False, 'chapter 6'),
+    ('The next chapter', False, 'Chapter 6'),
+])
+def test_a_reference_has_the_number_of_its_chapter(text, inside, printed):
+    assert guide.numbered(text, 6, inside) == printed
+
+
+@pytest.mark.parametrize('term, found', [
+    ('Clipping', 'clipping'), ('Temperature.', 'temperature'), ('Muon', 'Muon'), ('F1', 'F1'),
+    ('Jaccard\nsimilarity', 'Jaccard similarity'), ('RMSNorm', 'RMSNorm'), ('Top-k', 'top-k'),
+])
+def test_terms_in_the_index(term, found):
+    assert guide.indexed(term) == found
 
 
 @pytest.mark.parametrize('name, made_of', [(name, made_of) for name, _, made_of

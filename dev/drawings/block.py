@@ -70,13 +70,14 @@ def block_stream():
     """
     figure, (new, trained) = plt.subplots(1, 2, figsize=(6.2, 2.4), layout='constrained')
     layers = 48
-    for name, size in (('as the other matrices', 1.0),
-                       ('divided by $\\sqrt{2L}$ (GPT-2)', (2 * layers) ** -0.5),
-                       ('zero (here)', 0.0)):
-        new.plot(_stream(size, layers), label=name)
+    for name, size, width, color, place in (
+            ('as the other matrices', 1.0, 1.6, BLUE, (3, 1.5)),
+            ('divided by $\\sqrt{2L}$ (GPT-2)', (2 * layers) ** -0.5, 4, ORANGE, (3, 0.8)),
+            ('zero (here, the thin line)', 0.0, 1.2, DARK, (3, 0.62))):
+        new.plot(_stream(size, layers), lw=width, ls='-', color=color)
+        new.text(*place, name, size=8, color=color)
     new.set(xlabel='blocks passed', ylabel='root mean square', title='48 blocks, not trained')
     new.set_ylim(bottom=0)
-    new.legend(frameon=False, fontsize=7)
     rms = json.loads((DATA / 'residual_norms.json').read_text())['rms']
     trained.plot(rms, marker='o', ms=4)
     trained.set(xlabel='blocks passed', title=f'{len(rms) - 1} blocks, trained',

@@ -45,9 +45,9 @@ def parallel_ring():
 
 
 def parallel_holdings():
-    """What each of four ranks holds, for layouts."""
-    figure, axes = canvas(6.2, 3.7, x=(-3.1, 15.4), y=(1.6, 12.6))
-    size, gap = 0.95, 0.14
+    """What each of two ranks holds, for layouts."""
+    figure, axes = canvas(5.6, 5.2, x=(-3.6, 10.6), y=(0.2, 13.3))
+    size, gap = 1.4, 0.25
     strip = (size - 3 * 0.05) / 4
 
     def model(x, y, dark, pale):
@@ -71,33 +71,38 @@ def parallel_holdings():
          lambda r: (_slice(r), [])),
         ('zero=3', 'its own data', lambda r: (_slice(r), [(1, 0, 1)]),
          lambda r: ([], [*_slice(r), (1, 0, 1)]), lambda r: (_slice(r), [])),
-        ('tp=4', 'the same data', lambda r: (_slice(r), []), lambda r: ([], _slice(r)),
+        ('tp=2', 'the same data', lambda r: (_slice(r), []), lambda r: ([], _slice(r)),
          lambda r: (_slice(r), [])),
-        ('pp=4', 'the same, in turn', lambda r: ([(r, 0, 1)], []),
-         lambda r: ([], [(r, 0, 1)]), lambda r: ([(r, 0, 1)], [])))
+        ('pp=2', 'the same, in turn', lambda r: (_stage(r), []),
+         lambda r: ([], _stage(r)), lambda r: (_stage(r), [])))
     for i, (name, reads, *parts) in enumerate(layouts):
-        y = 9.0 - 1.75 * i
-        axes.text(-3.0, y + 0.75, name, size=9, va='center')
-        axes.text(-3.0, y + 0.15, reads, size=7, va='center')
-        for rank in range(4):
-            x = 4.0 * rank
+        y = 9.4 - 2.25 * i
+        axes.text(-3.5, y + 1.0, name, size=10, va='center')
+        axes.text(-3.5, y + 0.4, reads, size=8, va='center')
+        for rank in range(2):
+            x = 5.5 * rank
             for j, of in enumerate(parts):
                 dark, pale = of(rank)
                 model(x + j * (size + gap), y, dark, pale)
                 if not i:
-                    axes.text(x + j * (size + gap) + size / 2, y + 1.1, 'WGS'[j], size=7,
+                    axes.text(x + j * (size + gap) + size / 2, y + 1.6, 'WGS'[j], size=8,
                               ha='center')
             if not i:
-                axes.text(x + 1.5 * size + gap, y + 1.7, f'rank {rank}', size=8, ha='center')
-    for x, color, text in ((0.5, BLUE, 'held all the time'), (6.5, LIGHT, 'held during a step')):
-        axes.add_patch(plt.Rectangle((x, 11.8), 0.5, 0.4, facecolor=color, lw=0))
-        axes.text(x + 0.7, 12.0, text, size=8, va='center')
+                axes.text(x + 1.5 * size + gap, y + 2.25, f'rank {rank}', size=9, ha='center')
+    for x, color, text in ((0, BLUE, 'held all the time'), (5.5, LIGHT, 'held during a step')):
+        axes.add_patch(plt.Rectangle((x, 12.7), 0.5, 0.4, facecolor=color, lw=0))
+        axes.text(x + 0.7, 12.9, text, size=8, va='center')
     return figure
 
 
 def _slice(rank):
-    """A quarter of each layer."""
-    return [(layer, rank / 4, (rank + 1) / 4) for layer in range(4)]
+    """A half of each block."""
+    return [(layer, rank / 2, (rank + 1) / 2) for layer in range(4)]
+
+
+def _stage(rank):
+    """Two of the blocks."""
+    return [(layer, 0, 1) for layer in (2 * rank, 2 * rank + 1)]
 
 
 def parallel_cut():

@@ -11,17 +11,40 @@ from model import rope_tables, sinusoid
 DATA_FILES = ('embeddings.json',)
 
 
+def _apart(places, widths, height, width):
+    """Places of labels, moved until none overlaps another one."""
+    places = np.array(places, float)
+    for _ in range(300):
+        moved = False
+        for i in range(len(places)):
+            for j in range(i):
+                gap = places[i] - places[j]
+                over = np.array([(widths[i] + widths[j]) / 2, height]) - np.abs(gap)
+                if (over > 1e-9).all():
+                    axis = int(over[0] / width > over[1] / height)    # the shorter way
+                    push = over[axis] / 2 * (1 if gap[axis] >= 0 else -1)
+                    places[i, axis] += push
+                    places[j, axis] -= push
+                    moved = True
+        if not moved:
+            break
+    return places
+
+
 def positions_embeddings():
     """Characters of a trained model in the plane; the data are made by dev/pictures.py."""
     found = json.loads((DATA / 'embeddings.json').read_text())
     names = {'\n': 'newline', ' ': 'space'}
     figure, axes = canvas(6.2, 4.0)
-    for character, (x, y) in zip(found['characters'], found['places']):
-        if len(character) != 1:
-            continue    # special tokens, which the text does not have
+    # special tokens have longer names; the text does not have them
+    shown = [(c, place) for c, place in zip(found['characters'], found['places']) if len(c) == 1]
+    labels = [names.get(c, c) for c, _ in shown]
+    apart = _apart([place for _, place in shown], [0.27 * len(label) for label in labels], 0.62,
+                   0.27)
+    for (character, _), label, (x, y) in zip(shown, labels, apart):
         color = ORANGE if character in 'aeiouAEIOU' else BLUE if character.isalpha() else DARK
-        axes.text(x, y, names.get(character, character), size=9, color=color, ha='center',
-                  va='center', family='monospace', weight='bold' if color == ORANGE else 'normal')
+        axes.text(x, y, label, size=9, color=color, ha='center', va='center', family='monospace',
+                  weight='bold' if color == ORANGE else 'normal')
     x, y = np.array(found['places']).T
     axes.set(xlim=(x.min() - 0.5, x.max() + 0.5), ylim=(y.min() - 0.5, y.max() + 0.5),
              xlabel='first principal axis', ylabel='second principal axis')

@@ -22,7 +22,7 @@ def tokens_utf8():
         code = c.encode()
         box(axes, at, 2.3, len(code) * 1.25 - 0.1, 1.1, '␣' if c == ' ' else c, fill=CHOSEN, size=9)
         axes.text(at + len(code) * 0.625 - 0.05, 3.75, f'U+{ord(c):04X}', ha='center', va='center',
-                  size=7)
+                  size=6)
         for byte in code:
             box(axes, at, 0, 1.15, 1.1, f'{byte:02X}', size=8)
             axes.plot([at + 0.575] * 2, [1.1, 2.3], color=DARK, lw=0.6, ls='-')
