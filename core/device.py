@@ -65,6 +65,8 @@ def choose(device: str = '', dtype: str = '', compile: bool = True, threads: int
         torch.set_num_threads(threads)
         keep_freed_memory()
         why += f', {threads} threads'
+        if os.environ.get('OMP_WAIT_POLICY') == 'PASSIVE':
+            why += ' that sleep while they wait'
     if kind == 'cuda':
         torch.cuda.set_device(name)
     dtype, dtype_why = choose_dtype(kind, dtype, training)
