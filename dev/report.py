@@ -10,6 +10,7 @@ has no commit, it was typed in from an earlier page.
 import argparse
 import datetime
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -28,8 +29,10 @@ LARGE = '--batch_size=4 --block_size=1024 --bias=False --vocab_size=50304'
 KINDS = '--weights=float32,int8,int4'
 # Name of a table -> (label, command) of its rows, or of the commands that give them.
 MEASURED = {
-    'runs': [(f'seed {seed}', f'train.py config/shakespeare.py --seed={seed} '
-              f'--out_dir=out/report-{seed}') for seed in (1337, 1, 2)],
+    'runs': [*((f'shakespeare, seed {seed}', f'train.py config/shakespeare.py --seed={seed} '
+                f'--out_dir=out/report-{seed}') for seed in (1337, 1, 2)),
+             *((name, f'train.py config/{name}.py --out_dir=out/report-{name}')
+               for name in ('shakespeare_best', 'shakespeare_bpe', 'shakespeare_lstm'))],
     'step': [('compiled', f'bench.py train {SMALL} --rounds=9 --vs=NANOGPT'),
              ('eager', f'bench.py train {SMALL} --compile=False --rounds=9 --vs=NANOGPT')],
     'large-step': [('eager', f'bench.py train {LARGE} --compile=False --rounds=3 --steps=2 '
@@ -61,8 +64,8 @@ def measure(label: str, command: str, places: dict[str, str]) -> dict:
         raise SystemExit(f'error: {command}: ended with status {done.returncode}; see above')
     if run:
         last, start = read_log(run, 'eval')[-1], read_log(run, 'start')[0]
-        found = {'loss': last['val_loss'], 'seconds': last['seconds'],
-                 'parameters': start['parameters']}
+        nats = last['bits_per_byte'] * math.log(2)      # of a byte, here the same as a character
+        found = {'loss': nats, 'seconds': last['seconds'], 'parameters': start['parameters']}
     else:
         found = json.loads(done.stdout.strip().splitlines()[-1])
     machine = f'{cpu_count()} cores of {cpu_info("model name")}'
@@ -84,7 +87,8 @@ def rows_of(name: str, line: dict) -> list[list[str]]:
     """The cells of a line's rows."""
     found, label = line['result'], line['label']
     if name == 'runs':
-        return [[label, f'{found["loss"]:.4f}', f'{found["seconds"]:.0f}']]
+        return [[label, f'{found["parameters"]:,}', f'{found["loss"]:.4f}',
+                 f'{found["seconds"]:.0f}']]
     if name in ('step', 'large-step'):
         return [[label, f'{found["ours_tokens_per_second"]:,}', f'{found["ours_mfu"]:.0%}', *(
             f'{found[f"{peer}_tokens_per_second"]:,}; {ratio(found, f"{peer}_ratio")}'
@@ -107,7 +111,7 @@ def rows_of(name: str, line: dict) -> list[list[str]]:
     return cells
 
 
-HEADS = {'runs': '| | validation loss | seconds of training |',
+HEADS = {'runs': '| | parameters | validation loss | seconds of training |',
          'step': '| | ours, tokens/s | of the matrix rate | nanoGPT eager; ratio | nanoGPT '
                  'compiled; ratio |',
          'memory': '| | ours, MiB at most | nanoGPT | ratio |',
@@ -121,6 +125,8 @@ def table(name: str, lines: list[dict]) -> str:
     """The Markdown of a table, and below it where its figures come from."""
     head = HEADS[{'large-step': 'step', 'prefill': 'decode'}.get(name, name.partition('-')[0])]
     newest = {line['command']: line for line in lines if line['table'] == name}
+    if not newest:
+        return 'Not measured yet.'
     cells = [row for line in newest.values() for row in rows_of(name, line)]
     facts = sorted({f'{line["machine"]}, {line["date"]}, commit {line["commit"] or "not recorded"}'
                     for line in newest.values()})

@@ -37,6 +37,7 @@ def answer_on_the_page(url: str) -> str:
         page.get_by_label('Your message', exact=True).fill(QUESTION)
         page.keyboard.press('Enter')
         api.expect(page.get_by_role('log')).to_contain_text('tokens/s', timeout=60_000)
+        api.expect(page.locator('#send')).not_to_have_text('Stop', timeout=60_000)
         text = page.locator('[aria-label=Model] .text').inner_text()
         browser.close()
     return text

@@ -1,5 +1,6 @@
 """dev/: races, peers in processes of their own, the tokenizer's benchmark."""
 import json
+import re
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from test_bench import peer, refused
 
 from core import device as hardware
 from core.settings import Stop
-from dev import bench_tokenizer, peers, race
+from dev import bench_tokenizer, peers, race, report
 
 
 def deterministic():
@@ -102,3 +103,16 @@ def test_no_minbpe(monkeypatch, capsys, tmp_path):
     with pytest.raises(Stop):
         bench_tokenizer.main()
     assert 'no minbpe/' in capsys.readouterr().err
+
+
+def test_the_page_has_what_was_measured(tmp_path, monkeypatch):
+    """docs/benchmarks.md says what docs/measured.jsonl holds; a new line of a command counts."""
+    text, lines = report.PAGE.read_text(encoding='utf-8'), report.read_lines()
+    assert report.page(text, lines) == text
+    names = re.findall(r'<!-- ([\w-]+) -->', text)
+    assert {name for name in names if name != 'end'} == {*report.MEASURED}
+    known = {(name, *row) for name, rows in report.MEASURED.items() for row in rows}
+    assert all((line['table'], line['label'], line['command']) in known for line in lines)
+    newer = json.loads(json.dumps(lines[0]))
+    newer['result']['loss'] = 0.1234
+    assert '0.1234' in report.page(text, [*lines, newer])
