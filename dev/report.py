@@ -79,8 +79,9 @@ def measure(label: str, command: str, places: dict[str, str]) -> dict:
 
 def ratio(found: dict, name: str) -> str:
     """A median ratio with its range, '' if there is none."""
-    low, high = found.get(name.replace('ratio', 'range'), (0, 0))
-    return f'{found[name]:.2f} ({low:.2f} to {high:.2f})' if name in found else ''
+    spread = found.get(name.replace('ratio', 'range'), ())
+    return f'{found.get(name, 0):.2f} ({" to ".join(f"{x:.2f}" for x in spread)})' if spread else \
+        f'{found[name]:.2f}' if name in found else ''
 
 
 def rows_of(name: str, line: dict) -> list[list[str]]:
@@ -106,8 +107,8 @@ def rows_of(name: str, line: dict) -> list[list[str]]:
     for run in found['runs']:
         speed = [f'{run[f"{side}_tokens_per_second"]:.1f}' if f'{side}_tokens_per_second' in run
                  else '' for side in ('ours', 'ours_compiled', vs)]
-        cells.append([str(run['rows']), run['weights'], *speed, f'{run["ours_mbu"]:.0%}',
-                      ratio(run, f'{vs}_ratio'), ratio(run, f'{vs}_ratio_compiled')])
+        cells.append([str(run['rows']), run['weights'], *speed,
+                      f'{run["ours_mbu"]:.0%}' if 'ours_mbu' in run else '', ratio(run, f'{vs}_ratio'), ratio(run, f'{vs}_ratio_compiled')])
     return cells
 
 
