@@ -108,7 +108,8 @@ def rows_of(name: str, line: dict) -> list[list[str]]:
         speed = [f'{run[f"{side}_tokens_per_second"]:.1f}' if f'{side}_tokens_per_second' in run
                  else '' for side in ('ours', 'ours_compiled', vs)]
         cells.append([str(run['rows']), run['weights'], *speed,
-                      f'{run["ours_mbu"]:.0%}' if 'ours_mbu' in run else '', ratio(run, f'{vs}_ratio'), ratio(run, f'{vs}_ratio_compiled')])
+                      f'{run["ours_mbu"]:.0%}' if 'ours_mbu' in run else '',
+                      *(ratio(run, f'{vs}_ratio{way}') for way in ('', '_compiled'))])
     return cells
 
 
@@ -134,7 +135,7 @@ def table(name: str, lines: list[dict]) -> str:
     commands = [f'python {line["command"]}' for line in newest.values()]
     return '\n'.join([head, '|' + '---|' * (head.count('|') - 1),
                       *(f'| {" | ".join(row)} |' for row in cells), '', '```sh',
-                      *commands, '```', '', f'{"; ".join(facts)}.'])
+                      *commands, '```', '', *(f'- {fact}' for fact in facts)])
 
 
 def page(text: str, lines: list[dict]) -> str:
