@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from core.net.kernels import Linear, attend, autocast_once, flex_mask, gelu, last_positions, lm_loss
+from core.net.kernels import Linear, attend, cast_once, flex_mask, gelu, lm_loss, recomputed, tail
 
 
 @dataclass
@@ -106,14 +106,14 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x (B, T, C) to (B, T, C), each position by itself."""
-        up = self.up_proj(x)
+        gate = self.gate_proj(x) if self.kind == 'swiglu' else None
+        return recomputed(self.down, self.up_proj(x), gate)
+
+    def down(self, up, gate):
+        """The nonlinearity, and back from n_hidden channels to C."""
         if self.kind == 'swiglu':
-            up = F.silu(self.gate_proj(x)) * up
-        elif self.kind == 'relu2':
-            up = F.relu(up).square()
-        else:
-            up = gelu(up)
-        return self.down_proj(up)
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(gelu(up) if self.kind == 'gelu' else F.relu(up).square())
 
 
 class Block(nn.Module):
@@ -126,8 +126,8 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0):
-        x = x + self.drop(self.attn(autocast_once(self.ln_1(x)), rope, mask, cache, layer))
-        return x + self.drop(self.mlp(autocast_once(self.ln_2(x))))
+        x = x + self.drop(self.attn(cast_once(self.ln_1(x)), rope, mask, cache, layer))
+        return x + self.drop(self.mlp(cast_once(self.ln_2(x))))
 
 
 def norm_layer(config: GPTConfig, size: int) -> nn.Module:
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         if targets is not None:
             return lm_loss(self.lm_head, self.ln_f(x), targets, reduction)
         if n_logits:
-            x = last_positions(x, n_logits, n_real)
+            x = tail(x, n_logits, n_real)
         return self.lm_head(self.ln_f(x))
 
     def places(self, idx, doc, cache):

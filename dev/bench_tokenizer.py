@@ -1,8 +1,9 @@
 """Training a BPE and encoding with it, measured: python dev/bench_tokenizer.py.
 
-Our trainer learns a vocabulary on the Python sources of this machine, beside Hugging Face's trainer
-(in Rust) if `tokenizers` is installed, each time in a process of its own: seconds, memory, bytes
-per token. --vs=<checkout of minbpe>: that one too, on a slice. Then encoding, beside tiktoken.
+Our trainer learns a vocabulary on the Python sources of this machine, beside two in Rust where they
+are installed (`tokenizers` of Hugging Face, `rustbpe`), each time in a process of its own: seconds,
+memory, bytes per token. --vs=<checkout of minbpe>: that one too, on a slice. Then encoding in
+several processes, beside tiktoken in as many threads.
 
 In a pipe or a file the last line is JSON.
 """
@@ -15,18 +16,20 @@ import statistics
 import sys
 import sysconfig
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's folder
 import core.start  # noqa: E402, F401  it comes first, before torch
 
 # isort: split
+import numpy as np
+
 import bench
 from core import device as hardware
 from core.settings import check_bounds, configure, stop
 from core.text import tokenizer as tokenizers
-from core.text.bpe import blocks
+from core.text.bpe import blocks, shares_of
+from core.workers import ordered_map
 
 vs = ''                     # a checkout of minbpe
 rounds = 5                  # times that each side is measured
@@ -70,6 +73,14 @@ def train_huggingface(texts: list[str], n: int, folder: str):
     return lambda text: len(tok.encode(text).ids)
 
 
+def train_rustbpe(texts: list[str], n: int, folder: str):
+    """The `rustbpe` library."""
+    from rustbpe import Tokenizer  # type: ignore  # which has no stubs
+    tok = Tokenizer()
+    tok.train_from_iterator(texts, vocab_size=n, pattern=tokenizers.PATTERNS['llama3'])
+    return lambda text: len(tok.encode(text))
+
+
 def train_minbpe(texts: list[str], n: int, folder: str):
     """The minbpe in a folder."""
     sys.path.insert(0, folder)
@@ -78,7 +89,7 @@ def train_minbpe(texts: list[str], n: int, folder: str):
     return lambda text: len(tok.encode_ordinary(text))
 
 
-TRAINERS = {'ours': train_ours, 'huggingface': train_huggingface,
+TRAINERS = {'ours': train_ours, 'tokenizers': train_huggingface, 'rustbpe': train_rustbpe,
             'minbpe': train_minbpe}
 
 
@@ -98,6 +109,11 @@ def time_training(side: str, megabytes: float, n: int, folder: str, sender) -> N
     n_tokens = sum(map(count, held_out))
     sender.send({'seconds': seconds, 'peak_mb': peak / 1e3,
                  'bytes_per_token': sum(len(text.encode()) for text in held_out) / n_tokens})
+
+
+def encode(parts: list[str], tok) -> np.ndarray:
+    """The ids of some text, as a process of prepare.py encodes it."""
+    return np.concatenate([np.array(tok.encode(part), np.int32) for part in parts])
 
 
 def compare_trainers(sides: list[str], megabytes: float, n: int, times: int) -> dict:
@@ -134,23 +150,22 @@ def main() -> dict:
     digest = hashlib.sha256(''.join(texts).encode()).hexdigest()
     print(f'{len(texts):,} Python sources, {size / 1e6:.1f} MB, SHA-256 {digest}; '
           f'{n_tokens:,} tokens; {rounds} rounds')
-    sides = ['ours', *(['huggingface'] if importlib.util.find_spec('tokenizers') else [])]
+    sides = ['ours', *filter(importlib.util.find_spec, ('tokenizers', 'rustbpe'))]
     result = {'what': 'tokenizer', 'bytes': size, 'sha256': digest, 'tokens': n_tokens,
               'training': compare_trainers(sides, corpus_mb, n_tokens, rounds)}
     if vs:
         print('the first megabyte, 512 tokens:')
         result['slice'] = compare_trainers([*sides, 'minbpe'], 1, 512, min(3, rounds))
     tok = tokenizers.BPETokenizer.train(texts[::10], 4096)
+    workers = hardware.cpu_count()
     parts = [part for text in texts for part in blocks(text)]
-    pool = ThreadPoolExecutor(hardware.cpu_count())     # tiktoken lets other threads run
-    ways = {'ours': lambda parts: list(pool.map(tok.encode, parts)),
-            'tiktoken': lambda parts: tok.encoding.encode_ordinary_batch(
-                parts, num_threads=hardware.cpu_count())}
+    ways = {'ours': lambda: list(ordered_map(encode, shares_of(texts), workers, tok)),
+            'tiktoken': lambda: tok.encoding.encode_ordinary_batch(parts, num_threads=workers)}
     speeds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             began = time.perf_counter()
-            way(parts)
+            way()
             speeds[name].append(size / 1e6 / (time.perf_counter() - began))
     for name, found in speeds.items():
         result[f'{name}_encoding_mb_per_second'] = round(statistics.median(found), 1)

@@ -29,7 +29,7 @@ FAULTS = [
     ('model.py', 'self.k_norm(k.to(dtype)).type_as(v)', 'k'),
     ('model.py', 'logits < kth', 'logits <= kth'),
     ('model.py', '12 * config.n_layer', '6 * config.n_layer'),
-    ('model.py', 'F.silu(self.gate_proj(x))', 'F.gelu(self.gate_proj(x))'),
+    ('model.py', 'F.silu(gate)', 'F.gelu(gate)'),
     ('model.py', '(1 - kept) / factor', '(1 - kept) * factor'),
     ('model.py', 'cache.mask(T, config.window)', 'cache.mask(T, 0)'),
     ('model.py', 'mask & (doc[:, None, :, None] == doc[:, None, None, :])', 'mask'),

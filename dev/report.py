@@ -27,12 +27,19 @@ SMALL = '--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --v
         '--bias=False'
 LARGE = '--batch_size=4 --block_size=1024 --bias=False --vocab_size=50304'
 KINDS = '--weights=float32,int8,int4'
+
+
+def seeds(preset: str) -> list[tuple[str, str]]:
+    return [(f'{preset}, seed {seed}', f'train.py config/{preset}.py --seed={seed} '
+             f'--out_dir=out/report-{preset}-{seed}') for seed in (1337, 1, 2)]
+
+
 # Name of a table -> (label, command) of its rows, or of the commands that give them.
 MEASURED = {
-    'runs': [*((f'shakespeare, seed {seed}', f'train.py config/shakespeare.py --seed={seed} '
-                f'--out_dir=out/report-{seed}') for seed in (1337, 1, 2)),
-             *((name, f'train.py config/{name}.py --out_dir=out/report-{name}')
-               for name in ('shakespeare_best', 'shakespeare_bpe', 'shakespeare_lstm'))],
+    'runs': [*seeds('shakespeare'),
+             ('shakespeare_lstm', 'train.py config/shakespeare_lstm.py --out_dir=out/report-lstm')],
+    'runs-bpe': seeds('shakespeare_bpe'),
+    'runs-best': seeds('shakespeare_best'),
     'step': [('compiled', f'bench.py train {SMALL} --rounds=9 --vs=NANOGPT'),
              ('eager', f'bench.py train {SMALL} --compile=False --rounds=9 --vs=NANOGPT')],
     'large-step': [('eager', f'bench.py train {LARGE} --compile=False --rounds=3 --steps=2 '
@@ -87,7 +94,7 @@ def ratio(found: dict, name: str) -> str:
 def rows_of(name: str, line: dict) -> list[list[str]]:
     """The cells of a line's rows."""
     found, label = line['result'], line['label']
-    if name == 'runs':
+    if name.startswith('runs'):
         return [[label, f'{found["parameters"]:,}', f'{found["loss"]:.4f}',
                  f'{found["seconds"]:.0f}']]
     if name in ('step', 'large-step'):

@@ -89,7 +89,7 @@ def test_tokenizer(monkeypatch, capsys):
     result = bench_tokenizer.main()
     printed = capsys.readouterr().out.splitlines()
     assert json.loads(printed[-1]) == result and len(result['sha256']) == 64
-    ours, theirs = (result['training'][side] for side in ('ours', 'huggingface'))
+    ours, theirs = (result['training'][side] for side in ('ours', 'tokenizers'))
     assert 1e6 <= result['bytes'] < 1.3e6
     assert ours['bytes_per_token'] == pytest.approx(theirs['bytes_per_token'], rel=2e-3)
     assert ours['seconds'] > 0 and ours['peak_mb'] >= 0 and theirs['peak_mb'] >= 0

@@ -1,15 +1,16 @@
 """The model's operations where plain PyTorch is not fast enough. Each equals a plain line:
 
     Linear(i, o)(x)                     nn.Linear(i, o)(x)
-    autocast_once(x)                    x
+    cast_once(x)                        x
     attend(q, k, v, mask, dropout)      F.scaled_dot_product_attention(
                                             q, k, v, mask, dropout, enable_gqa=True,
                                             is_causal=mask is None and q.size(2) > 1)
     flex_mask(T, doc, window, ...)      None, so that the model makes its causal_mask
     gelu(x)                             F.gelu(x, approximate='tanh')
+    recomputed(f, x, y)                 f(x, y)
     lm_loss(head, x, targets, how)      F.cross_entropy(
                                             head(x).flatten(0, 1), targets.flatten(), reduction=how)
-    last_positions(x, n)                x[:, -n:]
+    tail(x, n)                          x[:, -n:]
 
 To understand the model, read the right-hand side and skip the rest of this file.
 tests/net/test_kernels.py puts these lines into the model and finds the same numbers; docs/LOG.md
@@ -83,7 +84,7 @@ class ProductByCore(torch.autograd.Function):
                 torch.bmm(grad.mT, x).sum(dim=0))
 
 
-def autocast_once(x):
+def cast_once(x):
     """x in the dtype of autocast's products, if autocast is on. Otherwise each product of q, k, v,
     or of gate and up, would make its own copy, and keep it for the backward pass."""
     device = x.device.type
@@ -191,6 +192,18 @@ def gelu(x):
     return F.gelu(x, approximate='tanh')
 
 
+LARGE = 1 << 20     # elements; below, what recomputing saves is not worth its 0.2 ms of Python
+
+
+def recomputed(f, x, y):
+    """f(x, y), of which the backward pass computes again what it needs, instead of keeping it. For
+    an activation and the product after it (Chen et al. 2016, section 4) this costs the activation:
+    torch's checkpoint stops as soon as the product has its input. Compiled, the graph chooses."""
+    if torch.is_grad_enabled() and x.numel() >= LARGE and not torch.compiler.is_compiling():
+        return checkpoint(f, x, y, use_reentrant=False)
+    return f(x, y)
+
+
 # ---------------------------------------------------------------------------------------------
 # Loss
 
@@ -252,16 +265,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss, grad = by_logits(rows @ weight.T, targets[i:i + chunk])
             total = total + loss
             dx[i:i + chunk] = grad @ weight
-            if learns:
+            if learns and rows.dtype == grad.dtype == precision:
+                dweight.addmm_(grad.T, rows)    # without a second tensor of the matrix's size
+            elif learns:
                 dweight += grad.T @ rows
         ctx.save_for_backward(dx, dweight.to(weight.dtype) if learns else None)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dweight = ctx.saved_tensors
-        dweight = dweight if dweight is None else dweight * grad.to(dweight.dtype)
-        return dx * grad.to(dx.dtype), dweight, None, None, None
+        dx, dweight = ctx.saved_tensors         # changed in place: a second call is an error
+        dweight = dweight if dweight is None else dweight.mul_(grad.to(dweight.dtype))
+        return dx.mul_(grad.to(dx.dtype)), dweight, None, None, None
 
 
 def loss_by_logits(raw, target):
@@ -290,7 +305,7 @@ def recomputed_losses(x, targets, lm_head, chunk: int) -> torch.Tensor:
                       for f, t in zip(x.split(chunk), targets.split(chunk))])
 
 
-def last_positions(x, n: int, n_real=None) -> torch.Tensor:
+def tail(x, n: int, n_real=None) -> torch.Tensor:
     """The last n of the first n_real[b] positions of each row of x (B, T, C); n_real None: of T."""
     if n_real is None:
         return x[:, -n:]

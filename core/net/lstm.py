@@ -3,7 +3,7 @@ import math
 
 import torch.nn as nn
 
-from core.net.kernels import Linear, last_positions, lm_loss
+from core.net.kernels import Linear, lm_loss, tail
 
 
 class State:
@@ -46,4 +46,4 @@ class LSTM(nn.Module):
             cache.hidden = state
         if targets is not None:
             return lm_loss(self.lm_head, x, targets, reduction)
-        return self.lm_head(last_positions(x, n_logits, n_real) if n_logits else x)
+        return self.lm_head(tail(x, n_logits, n_real) if n_logits else x)

@@ -225,7 +225,7 @@ def norm_kept(arch: tuple, rows: int, T: int, dtype: str) -> int:
     config = GPTConfig(*arch)
     return watch(lambda: (norm_layer(config, config.n_embd),
                           torch.empty(rows, T, config.n_embd, requires_grad=True)),
-                 lambda norm, x: kernels.autocast_once(norm(x)), dtype, True).kept
+                 lambda norm, x: kernels.cast_once(norm(x)), dtype, True).kept
 
 
 @functools.cache

@@ -263,13 +263,13 @@ def test_the_plain_generate():
         for options in (dict(temperature=0), dict(top_k=1)):
             assert plain_generate(model, idx, n, **options).tolist() == [want]
     assert plain_generate(model, idx, 40, temperature=0).shape == (1, len(PROMPTS[-1]) + 40)
-    B = 4000
+    B = 1000
     for options in (dict(temperature=0.7), dict(temperature=1.3, top_k=5)):
         torch.manual_seed(0)
         plain = plain_generate(model, idx.expand(B, -1), 1, **options)[:, -1]
         fast = torch.tensor(ids(model, [PROMPTS[-1]] * B, 1, **options)[0])
         counts = torch.stack([x.bincount(minlength=31) for x in (plain, fast)]).double() / B
-        assert (counts[0] - counts[1]).abs().max() < 0.04
+        assert (counts[0] - counts[1]).abs().max() < 0.08
         assert ((counts > 0).sum(dim=1) == 5).all() or 'top_k' not in options
 
 

@@ -1,5 +1,6 @@
 """core/net/kernels.py: each kernel against the plain line of PyTorch that it equals."""
 import math
+import weakref
 
 import pytest
 import torch
@@ -16,14 +17,15 @@ from core.net.kernels import attend_in_blocks
 
 PLAIN = {   # what the table at the top of kernels.py says
     'Linear': nn.Linear,
-    'autocast_once': lambda x: x,
+    'cast_once': lambda x: x,
     'attend': lambda q, k, v, mask, dropout: F.scaled_dot_product_attention(
         q, k, v, mask, dropout, enable_gqa=True, is_causal=mask is None and q.size(2) > 1),
     'flex_mask': lambda T, doc, window, *rest: None,
     'gelu': lambda x: F.gelu(x, approximate='tanh'),
+    'recomputed': lambda f, x, y: f(x, y),
     'lm_loss': lambda head, x, targets, how: F.cross_entropy(
         head(x).flatten(0, 1), targets.flatten(), reduction=how),
-    'last_positions': lambda x, n, n_real: x[:, -n:]}
+    'tail': lambda x, n, n_real: x[:, -n:]}
 
 
 @pytest.mark.parametrize('compiling', [False, True], ids=['eager', 'as compiled'])
@@ -35,6 +37,7 @@ def test_the_model_with_the_plain_line(monkeypatch, settings, name, compiling):
     torch.compile(lambda: 1, backend='eager')()     # so that Dynamo knows the real is_compiling
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: compiling)
     monkeypatch.setattr(kernels, 'CHUNK_ELEMENTS', 31 * 10)     # chunks of 10 of the 40 tokens
+    monkeypatch.setattr(kernels, 'LARGE', 1)
     monkeypatch.setattr(kernels, 'compiled', lambda f: f)
     idx, targets, results, calls = tokens(2, 20), tokens(2, 20, seed=1), [], []
     targets[0, 3] = -100
@@ -46,10 +49,10 @@ def test_the_model_with_the_plain_line(monkeypatch, settings, name, compiling):
         monkeypatch.setattr(M, name, line if name == 'Linear' else called)
         model = tiny(**settings)
         n_called = len(calls)
-        with torch.autocast('cpu', torch.bfloat16, enabled=name == 'autocast_once'):
+        with torch.autocast('cpu', torch.bfloat16, enabled=name == 'cast_once'):
             loss, last = model(idx, targets), model(idx, n_logits=3)
         loss.backward()
-        grads = gradients(model) if name != 'autocast_once' else {}     # added up in another order
+        grads = gradients(model) if name != 'cast_once' else {}     # added up in another order
         results.append((loss.detach(), last.detach(), grads))
         assert (len(calls) > n_called) == (name in uses)
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
@@ -186,6 +189,26 @@ def test_gelu_as_compiled(monkeypatch):
     for value in (expected, found):
         value.sum().backward()
     torch.testing.assert_close(y.grad, x.grad, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize('large', [False, True], ids=['kept', 'recomputed'])
+def test_a_large_activation_is_computed_again(monkeypatch, large):
+    """What GELU gives is not kept until the backward pass, and no product is computed twice."""
+    monkeypatch.setattr(kernels, 'LARGE', 1 if large else 1 << 30)
+    kept = []
+
+    def gelu(x):
+        y = F.gelu(x)
+        kept.append(weakref.ref(y))
+        return y
+    monkeypatch.setattr(M, 'gelu', gelu)
+    loss = tiny()(tokens(2, 20), tokens(2, 20, seed=1))
+    assert len(kept) == 2 and all((y() is None) == large for y in kept)
+    with Operations() as found:
+        loss.backward()
+    assert len(kept) == (4 if large else 2)
+    assert found.names.count('aten.gelu.default') == (2 if large else 0)
+    assert found.names.count('aten.addmm.default') == 0        # products with a bias: forward only
 
 
 # ---------------------------------------------------------------------------------------------

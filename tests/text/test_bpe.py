@@ -2,12 +2,14 @@
 import json
 import os
 import random
+import re
 import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import regex
 import tiktoken
 from conftest import stopped
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -15,7 +17,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from core.settings import Stop
 from core.text import tokenizer as tokenizers
-from core.text.bpe import blocks, count_pieces, learn_merges
+from core.text.bpe import ascii_pattern, blocks, count_pieces, learn_merges
 from core.text.hf_tokenizer import merges_of, tokenizer_json
 from core.text.tokenizer import (
     PATTERNS,
@@ -140,6 +142,15 @@ def test_any_number_of_workers(source, monkeypatch):
     assert counts[0] == counts[1] == counts[2] and len(counts[0]) > 5000
     shuffled = dict(random.Random(0).sample(sorted(counts[0].items()), len(counts[0])))
     assert learn_merges(shuffled, 800) == learn_merges(counts[0], 800)
+
+
+@pytest.mark.parametrize('pattern', PATTERNS.values(), ids=PATTERNS)
+def test_ascii_text_is_split_alike(pattern, source):
+    """All 128 characters, rare ones of white space among them, in random order; real text, too."""
+    r, split = random.Random(0), re.compile(ascii_pattern(pattern)).findall
+    texts = [''.join(r.choices(''.join(map(chr, range(128))) + " '\n\ts" * 9, k=200))
+             for _ in range(300)] + [source.encode('ascii', 'ignore').decode()]
+    assert all(split(text) == regex.findall(pattern, text) for text in texts)
 
 
 def test_a_lost_worker(source, monkeypatch, capsys):
