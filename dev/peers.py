@@ -148,6 +148,9 @@ class NanoGPT:
             recipe.weight_decay, recipe.learning_rate, (0.9, recipe.beta2), dev.kind)
         self.scaler = torch.amp.GradScaler(dev.kind, enabled=self.dev.dtype == 'float16')
         self.trained = torch.compile(self.model) if recipe.compile else self.model
+        if recipe.compile:      # as torch has it; core/ranks/parallel.py may have changed it
+            from torch._functorch import config
+            config.ban_recompute_materialized_backward = True
 
     def step(self, batches, factor: float = 1.0) -> None:
         """One optimizer step on micro-batches (x, y, ...)."""
