@@ -59,7 +59,7 @@ FAULTS = [
     (TEXT, "[role == 'assistant'] * len(ids)", '[True] * len(ids)'),
     (TEXT, 'lengths[list(self.special.values())] = 0', 'pass'),
     (TEXT, 'decoder.decode(self.tokens[i])', "self.tokens[i].decode(errors='replace')"),
-    ('core/text/bpe.py', 'first = every_second(first, after)', 'pass'),
+    ('core/text/bpe.py', 'every_second(first, after) if a == b else first', 'first'),
     (RECORDS, 'weight * (1.0 if mine and it else prompt_weight)',
      '(1.0 if mine and it else prompt_weight)'),
     (RECORDS, 'if not pair[1].lost]', 'if pair]'),
