@@ -57,7 +57,7 @@ FAULTS = [
     (DATA, 'weights[i], np.float32)[1:]', 'weights[i], np.float32)[:-1]'),
     (TEXT, "replace('\\r\\n', '\\n').", ''),
     (TEXT, "[role == 'assistant'] * len(ids)", '[True] * len(ids)'),
-    (TEXT, 'lengths[list(self.special.values())] = 0', 'pass'),
+    (TEXT, 'found[list(set(self.special.values()) - set(self.written.values()))] = 0', 'pass'),
     (TEXT, 'decoder.decode(self.tokens[i])', "self.tokens[i].decode(errors='replace')"),
     ('core/text/bpe.py', 'every_second(first, after) if a == b else first', 'first'),
     (RECORDS, 'weight * (1.0 if mine and it else prompt_weight)',

@@ -8,7 +8,7 @@ from test_bench import peer, refused
 
 from core import device as hardware
 from core.settings import Stop
-from dev import bench_tokenizer, peers, race, report
+from dev import bench_tokenizer, peers, planted_faults, race, report
 
 
 def deterministic():
@@ -103,6 +103,15 @@ def test_no_minbpe(monkeypatch, capsys, tmp_path):
     with pytest.raises(Stop):
         bench_tokenizer.main()
     assert 'no minbpe/' in capsys.readouterr().err
+
+
+def test_faults_can_be_planted():
+    """The text that a fault replaces stands once in its file."""
+    faults = planted_faults.FAULTS
+    assert len({*faults}) == len(faults) == int(re.search(r'\d+', planted_faults.__doc__)[0])
+    for name, old, new in faults:
+        assert (planted_faults.ROOT / name).read_text(encoding='utf-8').count(old) == 1, old
+        assert old != new
 
 
 def test_the_page_has_what_was_measured(tmp_path, monkeypatch):
