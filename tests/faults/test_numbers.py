@@ -204,9 +204,9 @@ def test_spikes_are_the_same_after_a_resume(run_train, monkeypatch):
 
 
 def test_spike_limit():
-    """By hand: norms 1 and 3 in turn have mean 2 and deviation 1."""
-    norms = [1.0, 3.0] * 10
-    assert optim.spike_limit(norms, 5.0) == pytest.approx(7.0)
+    """By hand: norms 1 and 5 in turn have mean 3 and deviation 2."""
+    norms = [1.0, 5.0] * 10
+    assert optim.spike_limit(norms, 5.0) == pytest.approx(13.0)
     assert optim.spike_limit(norms, 0.0) == math.inf
     assert optim.spike_limit(norms[:19], 5.0) == math.inf
 
