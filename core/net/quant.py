@@ -29,8 +29,8 @@ class QuantLinear(nn.Module):
     """
     q: torch.Tensor
     scale: torch.Tensor
-    zero: torch.Tensor          # int4 only, as the next two
-    packed: torch.Tensor        # the integers once more, in the order of torch's kernel
+    zero: torch.Tensor          # int4 only, as `scales`
+    packed: torch.Tensor        # the integers once more, as torch's kernel wants them
     scales: torch.Tensor
     bias: torch.Tensor | None
     wide: torch.Tensor | None
@@ -44,7 +44,10 @@ class QuantLinear(nn.Module):
         for name, t in dict(q=q, scale=scale, zero=zero, bias=bias, packed=None, scales=None,
                             wide=q.to(wide) if wide else None).items():
             self.register_buffer(name, t)
-        if kind == 'int4' and q.device.type == 'cpu':
+        if kind == 'int8':      # torch's kernel reads sixteens, also beyond the end of a row
+            self.packed = F.pad(q, (0, -self.in_features % 16))
+            self.q = self.packed[:, :self.in_features]
+        elif q.device.type == 'cpu':
             pad = (0, 0, 0, -len(q) % 16)       # it takes rows in sixteens
             self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
                 F.pad(nibbles(q).flatten(1), pad).int(), 1)
@@ -61,19 +64,16 @@ class QuantLinear(nn.Module):
         elif len(flat) > FEW_ROWS[self.kind]:
             y = F.linear(flat.float(), self.dequantized()).bfloat16()
         elif self.kind == 'int8':
-            y = torch.ops.aten._weight_int8pack_mm(flat, self.q, self.scale)
+            flat = F.pad(flat, (0, more)) if (more := -self.in_features % 16) else flat
+            y = torch.ops.aten._weight_int8pack_mm(flat, self.packed, self.scale)
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales)
             y = y if len(self.packed) == self.out_features else y[:, :self.out_features]
-        y = y if self.bias is None else y + self.bias
-        return y.type_as(x).view(*x.shape[:-1], -1)     # attention in bfloat16 would be slow
+        y = (y if self.bias is None else y + self.bias).type_as(x)  # bf16 attention would be slow
+        return y.view(*x.shape[:-1], -1)
 
-    def dequantized(self) -> torch.Tensor:
-        """W, (O, I) in fp32."""
-        return self.rows(slice(None))
-
-    def rows(self, i) -> torch.Tensor:
-        """Rows i of W: of all indices that a tensor takes in its first dimension."""
+    def dequantized(self, i=...) -> torch.Tensor:
+        """W, (O, I) in fp32; or its rows i, all indices that a tensor takes in its dimension 0."""
         scale = self.scale[i][..., None].float()
         if self.kind == 'int8':
             return self.q[i] * scale
@@ -89,7 +89,7 @@ class QuantEmbedding(nn.Module):
         self.head = head
 
     def forward(self, idx):
-        return self.head.rows(idx)
+        return self.head.dequantized(idx)
 
 
 def to_int8(w: torch.Tensor):
@@ -134,8 +134,7 @@ def quantize(model: Model, kind: str) -> None:
     if kind != 'int8' or not model.lm_head.weight.is_cpu or wide.itemsize * n > main_memory() // 8:
         wide = None
     for name, layer in layers.items():
-        parent, _, last = name.rpartition('.')
-        setattr(model.get_submodule(parent), last, QuantLinear(layer, kind, wide))
+        model.set_submodule(name, QuantLinear(layer, kind, wide))
     if model.config.tied:
         model.wte = QuantEmbedding(model.lm_head)   # type: ignore  # which took its place above
 

@@ -1,5 +1,6 @@
 """core/net/quant.py: rounding by hand, one set of weights on every path, what is refused."""
 import copy
+import math
 
 import pytest
 import torch
@@ -80,7 +81,20 @@ def test_every_path_has_the_same_weights(kind, wide, n_out, n_in, monkeypatch):
     meta = copy.deepcopy(found).to('meta')
     assert meta(x.to('meta')).shape == (3, 3, n_out)
     rows = torch.tensor([[0, n_out - 1]])
-    assert torch.equal(found.rows(rows)[0], found.dequantized()[[0, n_out - 1]])
+    assert torch.equal(found.dequantized(rows)[0], found.dequantized()[[0, n_out - 1]])
+
+
+@pytest.mark.parametrize('n_in', [344, 8, 17, 32])
+@pytest.mark.parametrize('rows', [1, 3, 20])
+def test_what_lies_behind_in_memory_is_not_read(rows, n_in):
+    """torch's kernel reads int8 in sixteens, whatever the length of a row."""
+    memory = torch.full((rows * n_in + 64,), math.nan, dtype=torch.bfloat16)
+    x = memory[:rows * n_in].view(rows, n_in)
+    x.copy_(torch.randn(rows, n_in))
+    layer = QuantLinear(nn.Linear(n_in, 24, bias=False), 'int8')
+    want = x.float() @ layer.dequantized().T
+    torch.testing.assert_close(layer(x).float(), want, atol=0.02, rtol=0.02)
+    assert layer.q.shape == (24, n_in)
 
 
 @pytest.mark.parametrize('kind', quant.KINDS)
