@@ -138,6 +138,7 @@ def safety(row: dict) -> dict:
 
 
 def own(row: dict) -> dict:
+    """A row of the user's own benchmark: question, choices, label; some other names are known."""
     context = row.get('question', row.get('context', row.get('query')))
     label = row.get('label', row.get('gold'))
     if context is None or label is None or 'choices' not in row:

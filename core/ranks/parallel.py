@@ -151,14 +151,14 @@ def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
     multiple). It is the model, compiled if so chosen, in DDP if each rank has a copy; or the
     Pipeline of such stages, for micro-batches of `rows` of the per_rank sequences.
     """
-    # On a CPU a model compiled whole is at most 5% faster than its blocks, and takes half a minute.
-    # Tensor parallelism passes a mesh to operators, which C++ wrappers cannot.
-    options = compile_options(device.kind) if ranks.tp == 1 else {}
     if device.compile:
         # A graph computes norms and activations again in the backward pass, as eager code does (see
         # kernels.recomputed), but not in small models, which would lose 3% of their speed.
         from torch._functorch import config
         config.ban_recompute_materialized_backward = model.config.n_embd < 512
+    # On a CPU a model compiled whole is at most 5% faster than its blocks, and takes half a minute.
+    # Tensor parallelism passes a mesh to operators, which C++ wrappers cannot.
+    options = compile_options(device.kind) if ranks.tp == 1 else {}
     if device.compile and ranks.plain and (device.kind != 'cpu' or model.config.arch == 'lstm'):
         model = torch.compile(model, dynamic=False, options=options)
     elif device.compile:
