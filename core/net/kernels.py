@@ -111,11 +111,11 @@ def attend(q, k, v, mask, dropout: float):
         return fused(flex_attention, q, k, v, block_mask=mask, **gqa)
     causal = mask is None and q.size(2) > 1     # a single query sees all keys
     short = q.device.type == 'cpu' and q.size(2) <= 4 * CAUSAL_BLOCK
-    if short and mask is None and not dropout and torch.compiler.is_compiling():
-        if not causal:
+    if short and mask is None and torch.compiler.is_compiling():
+        if not causal and not dropout:
             return attend_with_one(q, k, v)
-        if not gqa:
-            return attend_in_blocks(q, k, v)
+        if causal and not gqa:
+            return attend_in_blocks(q, k, v, dropout)
     # For short windows the CPU's kernel is up to 4 times slower backward in bf16 than in fp32, and
     # less exact. A single query would wait for the conversion of all keys.
     if short and q.dtype == torch.bfloat16 and q.size(2) > 1:
@@ -131,7 +131,7 @@ def attend(q, k, v, mask, dropout: float):
                                               is_causal=causal, **gqa)
 
 
-def attend_in_blocks(q, k, v):
+def attend_in_blocks(q, k, v, dropout: float = 0.0):
     """Causal attention, all of (B, H, T, D): each block of queries with the keys up to its end.
     Compiled for a CPU and short windows this is up to twice as fast as the CPU's kernel; all
     probabilities are kept for the backward pass."""
@@ -141,7 +141,8 @@ def attend_in_blocks(q, k, v):
         scores = (q[:, :, start:end] @ k[:, :, :end].mT).float() / math.sqrt(q.size(-1))
         place = torch.arange(end, device=q.device)
         scores = scores.masked_fill(place > place[start:, None], -math.inf)
-        parts.append(scores.softmax(dim=-1).type_as(v) @ v[:, :, :end])
+        p = F.dropout(scores.softmax(dim=-1).type_as(v), dropout)
+        parts.append(p @ v[:, :, :end])
     return torch.cat(parts, dim=2)
 
 

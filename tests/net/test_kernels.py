@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as M
+from core.device import compile_options
 from core.net import kernels
 from core.net.kernels import attend_in_blocks
 
@@ -177,6 +178,24 @@ def test_attention_in_blocks(T):
     (expected * weight).sum().backward()
     for a, b in zip(ours, theirs):
         assert torch.allclose(a.grad, b.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize('f', [attend_in_blocks, torch.compile(
+    attend_in_blocks, options=compile_options('cpu'))], ids=['eager', 'compiled'])
+def test_dropout_of_attention_in_blocks(f):
+    """Equal scores and the values' own numbers show the weights: 1 / (keys that are seen), each
+    left out in 30% of cases and otherwise larger. The gradient goes through the same ones."""
+    T, rate = 200, 0.3
+    q, v = torch.zeros(2, 3, T, 4), torch.eye(T).expand(2, 3, T, T).clone().requires_grad_()
+    y = f(q, q, v, rate)
+    full = torch.ones(T, T).tril() / torch.arange(1.0, T + 1)[:, None] / (1 - rate)
+    kept = y != 0
+    close(y, full * kept)
+    seen = torch.ones(T, T).tril().bool().expand_as(y)
+    assert abs(kept[seen].float().mean() - (1 - rate)) < 0.01
+    g = torch.randn_like(y)
+    y.backward(g)
+    close(v.grad, y.detach().mT @ g)
 
 
 def test_gelu_as_compiled(monkeypatch):
