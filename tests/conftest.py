@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # which the first optimizer would import; see pytest_collection_finish
 
 import train
+from core.run import run as run_module
 from core.settings import Stop, read_settings
 
 # A model and a schedule small enough for a test, in the modern architecture.
@@ -64,6 +66,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = chosen
     if hasattr(config, 'workerinput'):
         items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+
+
+def pytest_collection_finish():
+    """What is loaded by now stays: not looked at again whenever a test collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session):
@@ -119,6 +127,14 @@ def stopped_at_last(capsys, run) -> str:
     assert e.value.code == 2 and out == '' and '\n' not in e.value.message
     assert ('\n' + err).endswith(f'\nerror: {e.value.message}\n') and err.count('error: ') == 1
     return e.value.message
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """loss.png takes a third of a tiny run's time; the tests that are marked `pictures` draw it."""
+    if not request.node.get_closest_marker('pictures'):
+        monkeypatch.setattr(run_module, 'plot_losses', lambda run: (run / 'loss.png').write_bytes(
+            b'\x89PNG'))
 
 
 @pytest.fixture(scope='session')

@@ -26,7 +26,7 @@ from core.run.log import events, read_log
 ROOT = Path(train.__file__).parent
 TIMES = ('seconds', 'tokens_per_second', 'mfu')     # what may differ between two equal runs
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['train', 'harness'])
+PROCESSES.set_forkserver_preload(['train', 'harness', 'torch._dynamo', 'matplotlib.figure'])
 train.source_hashes(train.__file__)     # which all processes that are forked know then
 
 
