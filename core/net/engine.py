@@ -3,6 +3,7 @@
 `Engine` serves requests; `generate` continues some prompts together, with the engine where it can.
 model.generate does the same for one prompt, plainly.
 """
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
@@ -248,12 +249,14 @@ class Engine:
         """Copy into a new row what it begins with, if another one has computed the same."""
         row = self.rows[i]
         ids, best, source = row.ids[row.start:], LEAST_PREFIX - 1, None
-        if row.sampling.prompt_logprobs:    # which come with the computation
-            return
-        rows = [(other.ids[other.start:other.start + other.cached], j)
-                for j, other in enumerate(self.rows[:i])]
-        for known, where in [*rows, *((key, key) for key in self.known)]:
-            n = common([ids, list(known)], min(len(ids) - 1, len(known)))
+        # The last id is computed in any case, all of them where their probabilities are asked for.
+        most = 0 if row.sampling.prompt_logprobs else len(ids) - 1
+        rows = ((other.ids[other.start:other.start + other.cached], j)
+                for j, other in enumerate(self.rows[:i]))
+        for known, where in itertools.chain(rows, ((key, key) for key in self.known)):
+            if best >= most:    # no other can have more
+                break
+            n = common([ids, list(known)], min(most, len(known)))
             if n > best:
                 best, source = n, where
         if source is None:
