@@ -242,6 +242,7 @@ def run_bench(monkeypatch, tmp_path):
     from core import device as hardware
     real = hardware.matmul_rate
     monkeypatch.setattr(hardware, 'matmul_rate', lambda name, dtype, size: real(name, dtype, 128))
+    monkeypatch.setattr(hardware, 'bandwidth', lambda name: 1e11)
     threads = torch.get_num_threads()
 
     def run(script=bench, **settings):
