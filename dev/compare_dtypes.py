@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
 
+import evaluate  # noqa: E402
 from core.device import Device, keep_freed_memory  # noqa: E402
+from core.eval.tasks import Item  # noqa: E402
 from core.formats import gguf  # noqa: E402
 from core.net import quant  # noqa: E402
 from core.net.engine import generate  # noqa: E402
 from core.run import models  # noqa: E402
-from core.run.metrics import text_losses  # noqa: E402
 
 
 def as_dtype(model, tokenizer, dtype: str, chat: bool):
@@ -66,7 +67,9 @@ def main() -> None:
     cpu = Device('cpu', 'cpu', 'float32', False, 1.0, [])
 
     def bits(model, cpu) -> float:
-        nats, n_bytes, _ = text_losses(model, tokenizer, text, cpu)
+        asked = evaluate.Options(stride=model.config.block_size // 2)
+        found = evaluate.texts(model, tokenizer, [Item('', [text])], asked, cpu)['bits_per_byte']
+        nats, n_bytes = map(sum, zip(*found))
         return nats / math.log(2) / n_bytes
     before, wanted = bits(model, cpu), new_tokens(model, prompt, 200, cpu)
     print(f'{asked.model}: {before:.4f} bits per byte of the last {len(text.encode()):,} bytes of '

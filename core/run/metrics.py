@@ -49,32 +49,6 @@ def summed(model, data, rows: int, device, ranks, *, asked, k: int, values):
     return processes.all_sum(found, device).cpu().numpy()
 
 
-@torch.no_grad()
-def text_losses(model, tokenizer, text: str, device, rows: int = 4) -> tuple[float, int, int]:
-    """What a text is worth to a language model: (nats, bytes, tokens) of the whole, each token
-    predicted once. Its bits per byte are nats / ln(2) / bytes.
-
-    Windows of block_size tokens (at most 2,048) overlap by half, so that each token but those of
-    the first window is predicted from at least half a window before it. The first one follows what
-    begins a text: bos, a line break or the end of another text. The bytes are those of the tokens.
-    """
-    size = min(model.config.block_size, 2048)
-    parts = tokenizer.blocks(tokenizer.as_corpus(text))
-    ids = tokenizer.start() + [i for part in parts for i in tokenizer.encode(part)]
-    ids, n, done, windows, nats = torch.tensor(ids), len(ids) - 1, 0, [], 0.0
-    while done < n:
-        begin = max(0, min(done - size // 2, n - size))
-        targets = ids[begin + 1:begin + size + 1].clone()
-        targets[:done - begin] = IGNORE
-        windows.append((ids[begin:begin + len(targets)], targets))
-        done = begin + len(targets)
-    bar = tqdm(range(0, len(windows), rows), desc='bits per byte', disable=None)
-    for x, y in (map(torch.stack, zip(*windows[i:i + rows])) for i in bar):
-        with device.autocast():
-            nats += model(x.to(device.name), y.to(device.name), reduction='none').double().sum()
-    return float(nats), int(tokenizer.byte_lengths()[ids[1:].numpy()].sum()), n
-
-
 def t95(df: int) -> float:
     """The 97.5% quantile of Student's t, half of a 95% interval in standard errors: of the table,
     or by its expansion in 1 / df (Abramowitz and Stegun 1964, 26.7.5), right to 4 decimals."""

@@ -75,8 +75,9 @@ def theirs_on(folder: Path, task: dict, limit: int = 0, **more) -> tuple[dict, l
     from lm_eval.tasks import TaskManager
     evaluator.add_env_info = lambda results: None   # it runs pip, for a second
     model = HFLM(pretrained=str(folder), dtype=PRECISION, device='cpu', batch_size=8, **more)
+    manager = TaskManager(include_defaults=False)
     found = lm_eval.simple_evaluate(model, tasks=[task], log_samples=True, bootstrap_iters=0,
-                                    limit=limit or None, task_manager=TaskManager(include_defaults=False))
+                                    limit=limit or None, task_manager=manager)
     return found['results'][task['task']], sorted(found['samples'][task['task']],
                                                   key=lambda sample: sample['doc_id'])
 

@@ -13,7 +13,6 @@ from core.net.weights import build_model
 from core.ranks.processes import Ranks
 from core.run import metrics
 from core.run.metrics import classification, mean_interval, paired_interval
-from core.text.tokenizer import ByteTokenizer
 from model import GPTConfig
 
 CPU = Device('cpu', 'cpu', 'float32', False, 1.0, [])
@@ -267,36 +266,3 @@ def test_targets_of_weight_0_are_not_read():
     assert data.batch([0])[1][0, :3].tolist() == [IGNORE, 3, IGNORE]
     found = metrics.sequence_losses(tiny(), data, 1, CPU, Ranks())
     assert found[0, 1] == 1 and found[0, 0] > 0
-
-
-# ---------------------------------------------------------------------------------------------
-# Texts
-
-
-@pytest.mark.parametrize('n', [1, 5, 8, 9, 12, 30])
-def test_bits_of_a_text(n):
-    """Each token once, from at least half a window before it; against one token at a time."""
-    tok = ByteTokenizer()
-    text = 'Só, 日本! Or not to be: that is…'[:n]
-    model = build_model(GPTConfig(block_size=8, vocab_size=len(tok), n_layer=2, n_head=2, n_embd=8,
-                                  position='rope'), 3).eval()
-    nats, n_bytes, n_tokens = metrics.text_losses(model, tok, text, CPU, rows=2)
-    ids = tok.start() + tok.encode(text)
-    assert n_tokens == len(ids) - 1 == n_bytes == len(text.encode())
-    expected, ends = 0.0, [8]
-    while ends[-1] < n_tokens:
-        ends.append(min(ends[-1] + 4, n_tokens))
-    for t in range(1, len(ids)):        # the first window that reaches as far
-        begin = max(0, next(end for end in ends if end >= t) - 8)
-        logits = model(torch.tensor([ids[begin:t]]))[0, -1]
-        expected += F.cross_entropy(logits, torch.tensor(ids[t])).item()
-    assert nats == pytest.approx(expected, rel=1e-5)
-
-
-def test_bits_of_a_model_that_knows_nothing():
-    tok = ByteTokenizer()
-    model = build_model(GPTConfig(block_size=16, vocab_size=len(tok), n_layer=1, n_head=1,
-                                  n_embd=8)).eval()
-    torch.nn.init.zeros_(model.lm_head.weight)
-    nats, n_bytes, _ = metrics.text_losses(model, tok, 'x' * 1000, CPU)
-    assert nats / math.log(2) / n_bytes == pytest.approx(math.log2(len(tok)))

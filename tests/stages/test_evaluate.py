@@ -168,6 +168,27 @@ def test_bits_per_byte_are_those_of_training(run_evaluate, capsys):
     assert found['bits_per_byte'] == pytest.approx(found['bits_per_character'], rel=0.05)
 
 
+@pytest.mark.parametrize('n', [1, 5, 8, 9, 12, 30])
+def test_bits_of_a_text(n):
+    """Windows that overlap by half, against one token at a time."""
+    tok, text = ByteTokenizer(), 'Só, 日本! Or not to be: that is…'[:n]
+    model = build_model(GPTConfig(block_size=8, vocab_size=len(tok), n_layer=2, n_head=2, n_embd=8,
+                                  position='rope'), 3).eval()
+    found = evaluate.texts(model, tok, [tasks.Item('', [text])], evaluate.Options(stride=4), CPU)
+    nats, n_bytes = map(sum, zip(*found['bits_per_byte']))
+    n_bytes = int(n_bytes)
+    ids = [likelihood.first_id(tok), *tok.encode(text)]
+    assert n_bytes == len(ids) - 1 == len(text.encode())
+    expected, ends = 0.0, [8]
+    while ends[-1] < n_bytes:
+        ends.append(min(ends[-1] + 4, n_bytes))
+    for t in range(1, len(ids)):        # the first window that reaches as far
+        begin = max(0, next(end for end in ends if end >= t) - 8)
+        logits = model(torch.tensor([ids[begin:t]]))[0, -1]
+        expected += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[t])).item()
+    assert nats == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_stride_beyond_the_window_is_the_window(run_evaluate, capsys):
     found = [run_evaluate('--tasks=data/source_byte', f'--stride={n}')['data/source_byte']
              for n in (0, 5000, 8)]
