@@ -34,7 +34,6 @@ from core.settings import check_bounds, configure, stop
 
 POSITIONAL = ('run_dir',)
 RULES = 1                   # counted up when a score changes its meaning: all is scored anew
-FLAGS = ()                  # filled by configure
 
 run_dir = ''                # a run such as out/austen, a Hugging Face folder, a name, a GGUF file
 step = 0                    # which checkpoint; 0: the best one

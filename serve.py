@@ -44,7 +44,6 @@ except ImportError as e:
     stop(f'serve.py needs {e.name}: pip install starlette uvicorn')
 
 POSITIONAL = ('run_dir',)
-FLAGS = ()                  # filled by configure
 
 run_dir = ''                # a run such as out/sft, a Hugging Face folder, a name, or a GGUF file
 step = 0                    # which checkpoint; 0: the best one
