@@ -74,19 +74,26 @@ FAULTS = [
 ]
 
 
+def imported(path: Path) -> set[str]:
+    """Names of the modules that a file imports, perhaps also of what it imports from them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f'{node.module}.{a.name}' for a in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return found
+
+
 def tests_of(name: str) -> list[str]:
-    """The test files that import a file of the project: the one of its name first, and those that
-    take minutes last."""
-    module, found = name.removesuffix('.py').replace('/', '.'), []
-    for path in sorted((ROOT / 'tests').rglob('test_*.py')):
-        imported = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                imported |= {node.module, *(f'{node.module}.{a.name}' for a in node.names)}
-            elif isinstance(node, ast.Import):
-                imported |= {a.name for a in node.names}
-        if module in imported:
-            found.append(path.relative_to(ROOT).as_posix())
+    """The test files that import a file of the project, or what they share that imports it:
+    the one of its name first, and those that take minutes last."""
+    module = name.removesuffix('.py').replace('/', '.')
+    imports = {path: imported(path) for path in sorted((ROOT / 'tests').rglob('*.py'))}
+    shared = {path.stem for path, names in imports.items() if module in names
+              and path.stem in ('harness', 'layouts')}
+    found = [path.relative_to(ROOT).as_posix() for path, names in imports.items()
+             if path.stem.startswith('test_') and {module, *shared} & names]
     long = re.findall(r"'(test_\w+)'", (ROOT / 'tests/conftest.py').read_text(encoding='utf-8'))
     return sorted(found, key=lambda path: (Path(path).stem != f'test_{Path(name).stem}',
                                            Path(path).stem in long, '/parallel/' in path, path))
