@@ -39,7 +39,6 @@ def run_evaluate(base, monkeypatch, capsys):
             for name, value in vars(evaluate).items():
                 if name.islower() and isinstance(value, (bool, int, float, str)):
                     patch.setattr(evaluate, name, value)
-            patch.setattr(evaluate, 'FLAGS', ())
             configure(vars(evaluate), [base, '--device=cpu', '--threads=1', *map(str, words)])
             return evaluate.main()
     return run
