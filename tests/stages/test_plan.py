@@ -161,17 +161,18 @@ def test_a_size_on_gpus(run_plan, tmp_path):
 
 
 def test_time_and_money_are_kept(run_plan):
-    found, _ = run_plan('--gpus=8', '--hours=24', '--gpu=a100')
+    one = '--tp=1', '--pp=1', '--zero=3'     # one layout, since here all would be the same
+    found, _ = run_plan('--gpus=8', '--hours=24', '--gpu=a100', *one)
     assert 23 < found['hours'] <= 24.5
-    found, _ = run_plan('--params=7b', '--hours=100', '--gpu=h100')
+    found, _ = run_plan('--params=7b', '--hours=100', '--gpu=h100', *one)
     assert 50 < found['hours'] <= 100
-    found, said = run_plan('--budget=900')
+    found, said = run_plan('--budget=900', *one)
     assert 850 < found['dollars'] <= 900 and 'pays from' in said
-    found, _ = run_plan('--flops=1e20', '--gpus=8', '--block_size=512')
+    found, _ = run_plan('--flops=1e20', '--gpus=8', '--block_size=512', *one)
     assert found['flops'] == pytest.approx(1e20, rel=0.03)
-    found, said = run_plan('--params=1b', '--gpus=8', '--batch_size=16')
+    found, said = run_plan('--params=1b', '--gpus=8', '--batch_size=16', *one)
     assert found['tokens_per_step'] == 16 * 4096 and found['tokens'] > 20e9
-    found, _ = run_plan('--target_loss=2.6', '--gpus=1')
+    found, _ = run_plan('--target_loss=2.6', '--gpus=1', *one)
     assert found['parameters'] < 1e9
 
 
