@@ -85,10 +85,11 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--sides', default=','.join(SIDES))
     asked = parser.parse_args()
-    found = {}      # what is measured -> ('idle' or 'busy' -> rates)
+    result = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for side in asked.sides.split(','):
+            found = {}      # what is measured -> ('idle' or 'busy' -> rates)
             SIDES[side](folder)     # once before, so that all is downloaded, made and compiled
             for _ in range(asked.rounds):
                 for state in ('idle', 'busy'):
@@ -101,12 +102,12 @@ def main() -> None:
                     finally:
                         if other:
                             other.kill()
-    result = {}
-    for what, of in found.items():
-        idle, busy = (statistics.median(of[state]) for state in ('idle', 'busy'))
-        result[what] = {'idle': idle, 'busy': busy, 'ratio': busy / idle,
-                        'ranges': {state: [min(x), max(x)] for state, x in of.items()}}
-        print(f'{what}: {idle:.2f} a second idle, {busy:.2f} busy, {busy / idle:.2f}', flush=True)
+            for what, of in found.items():
+                idle, busy = (statistics.median(of[state]) for state in ('idle', 'busy'))
+                result[what] = {'idle': idle, 'busy': busy, 'ratio': busy / idle,
+                                'ranges': {state: [min(x), max(x)] for state, x in of.items()}}
+                print(f'{what}: {idle:.2f} a second idle, {busy:.2f} busy, {busy / idle:.2f}',
+                      flush=True)
     print(json.dumps(result))
 
 
