@@ -1,5 +1,6 @@
 """evaluate.py: scores, intervals, what is kept, comparisons, several processes, and bad input."""
 import json
+import math
 import os
 import random
 import shutil
@@ -186,6 +187,16 @@ def test_bits_of_a_text(n):
         logits = model(torch.tensor([ids[begin:t]]))[0, -1]
         expected += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[t])).item()
     assert nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_bits_of_a_model_that_knows_nothing():
+    tok = ByteTokenizer()
+    model = build_model(GPTConfig(block_size=16, vocab_size=len(tok), n_layer=1, n_head=1,
+                                  n_embd=8)).eval()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    found = evaluate.texts(model, tok, [tasks.Item('', ['x' * 1000])], evaluate.Options(), CPU)
+    nats, n_bytes = map(sum, zip(*found['bits_per_byte']))
+    assert nats / math.log(2) / n_bytes == pytest.approx(math.log2(len(tok)))
 
 
 def test_a_stride_beyond_the_window_is_the_window(run_evaluate, capsys):
