@@ -102,6 +102,14 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f'| {fault} | {tries:,} | {outcome} |')
 
 
+def end_of_process() -> None:
+    """What the end of a process does: a stopped run's checkpoint is written, its lock closed."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    gc.collect()
+
+
 def note_row(title: str, header: str, *cells) -> None:
     """A row of a table that the session ends with; `header` has the names of its columns."""
     TABLES.setdefault(title, [header.split(', ')]).append(cells)
@@ -152,7 +160,7 @@ def run_train(tmp_path, text_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(**settings):
-        gc.collect()    # closes the locks of runs that were stopped, as the end of a process does
+        end_of_process()
         settings = {**TINY, 'dataset': str(text_file), **settings}
         with monkeypatch.context() as patch:
             for name, value in settings.items():
@@ -227,7 +235,7 @@ def base(run_train, made, tmp_path):
 def run_stage(base, monkeypatch):
     """run_stage(script, **settings): its main() with TUNED settings, on the base."""
     def run(script, **settings):
-        gc.collect()    # closes the locks of runs that were stopped
+        end_of_process()
         with monkeypatch.context() as patch:
             for name, value in {'run_dir': base, **TUNED, **settings}.items():
                 patch.setattr(script, name, value)
