@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from core.data import card
 from core.formats import gguf, hf
+from core.read.download import locked
 from core.run import models
 from core.settings import check_bounds, check_choice, configure, stop
 
@@ -198,6 +199,7 @@ def main() -> dict:
     if model.config.n_classes and to != 'hf':
         stop(f'to={to}: {run_dir} is a classifier, and llama.cpp has none with such a head; use '
              '--to=hf')
+    lock = hold(target)
     remove(tmp)
     try:
         facts = [f'step {state["step"]} of {run_dir}, exported as {as_}']
@@ -217,6 +219,7 @@ def main() -> dict:
         stop(f'{target}: {e}; nothing was exported')
     finally:
         remove(tmp)
+        lock.close()
     files = [target] if target.is_file() else list(target.iterdir())
     size = sum(path.stat().st_size for path in files)
     print(f'{target}: step {state["step"]} of {run_dir} as {hf.architecture(model.config)}, {as_}, '
@@ -230,6 +233,19 @@ def main() -> dict:
     if to == 'gguf':
         print(f'K-quants are made by llama.cpp: llama-quantize {target} {base}-q4_k_m.gguf Q4_K_M')
     return {'folder': str(target), 'differences': differences}
+
+
+def hold(target: Path):
+    """The lock of what is exported, until it is closed. Stops if another process has it: the two
+    would write into one temporary folder."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return locked(target.with_name(f'.{target.name}.lock'), wait=False)
+    except BlockingIOError:
+        stop(f'{target} is being exported by another process; wait for it, or give another '
+             '--export_dir')
+    except OSError as e:
+        stop(f'{target}: {e}; nothing was exported')
 
 
 def said(found: float | str) -> str:

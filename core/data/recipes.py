@@ -13,7 +13,7 @@ from typing import NamedTuple
 from core.formats.hub import endpoint
 from core.read import stdlib
 from core.read.documents import read
-from core.read.download import fetch
+from core.read.download import fetch, locked
 
 
 class Recipe(NamedTuple):
@@ -80,7 +80,9 @@ def wikitext(downloads: str, max_files: int) -> tuple[list, list]:
 def join_rows(tables: list[Path], path: Path) -> Path:
     """WikiText's rows as one text file, in which a line <|endoftext|> ends each article: the next
     begins with a heading like ' = Title = ' (those within it are ' = = Part = = ')."""
-    if not path.is_file():
+    with locked(path.with_name(f'.{path.name}.lock')):
+        if path.is_file():
+            return path
         tmp = path.with_name(f'{path.name}.part')
         with open(tmp, 'w', encoding='utf-8') as f:
             for table in tables:

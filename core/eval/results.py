@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from core.data.corpus import save_json
+from core.read.download import locked
 from core.run.log import draw
 from core.settings import stop
 
@@ -26,29 +27,40 @@ class Results:
     it: weights, items, settings. Only rank 0 writes."""
 
     def __init__(self, folder: Path, rank: int = 0):
-        self.path, self.rank, self.found = folder / 'eval.json', rank, []
-        if self.path.is_file():
-            try:
-                self.found = json.loads(self.path.read_text(encoding='utf-8'))['results']
-                if not all(isinstance(one['hash'], str) for one in self.found):
-                    raise ValueError('a hash is no text')
-            except (ValueError, KeyError, TypeError, RecursionError) as e:
-                stop(f'{self.path}: no results of an evaluation ({e!r:.100}); remove it, and '
-                     'everything is evaluated again')
+        self.path, self.rank = folder / 'eval.json', rank
+        self.found = self.read()
+
+    def read(self) -> list[dict]:
+        """What eval.json has. Stops if that is something else."""
+        if not self.path.is_file():
+            return []
+        try:
+            found = json.loads(self.path.read_text(encoding='utf-8'))['results']
+            if not all(isinstance(one['hash'], str) for one in found):
+                raise ValueError('a hash is no text')
+            return found
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            return stop(f'{self.path}: no results of an evaluation ({e!r:.100}); remove it, and '
+                        'everything is evaluated again')
 
     def get(self, key: str) -> dict | None:
         return next((one for one in self.found if one['hash'] == key), None)
 
     def add(self, result: dict) -> None:
-        """Keep a result, in the place of one of the same items, checkpoint and settings."""
+        """Keep a result, in the place of one of the same items, checkpoint and settings, beside
+        those that another process has added meanwhile."""
         same = ('task', 'items', 'step', 'settings')
-        self.found = [one for one in self.found if any(one[k] != result[k] for k in same)]
-        self.found.append(result)
+
+        def with_it(found: list[dict]) -> list[dict]:
+            return [*(one for one in found if any(one[k] != result[k] for k in same)), result]
         if self.rank:
+            self.found = with_it(self.found)
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_json(self.path, {'results': self.found})
+            with locked(self.path.with_name('.eval.json.lock')):
+                self.found = with_it(self.read())
+                save_json(self.path, {'results': self.found})
         except OSError as e:
             stop(f'{self.path}: {e.strerror}; make room, and the same command goes on with the '
                  'tasks that are kept already')

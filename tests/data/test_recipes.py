@@ -3,13 +3,17 @@ import functools
 import gzip
 import http.server
 import json
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Quiet, serving
 from conftest import stopped_at_last as stopped
 from test_corpus import documents_of, prose
 
+from core.data import recipes
 from core.data.build import build
 from core.data.recipes import RECIPES
 
@@ -80,6 +84,24 @@ def test_wikitext(site, monkeypatch):
     folder = build('wikitext', tokenizer='byte', max_files=1)
     assert documents_of(folder, 'train') == [''.join(rows[1:7]), ''.join(rows[7:])]
     assert documents_of(folder, 'val') == [' = Third = \n The last one . \n']
+
+
+def test_wikitext_by_two_at_once(tmp_path, monkeypatch):
+    """The second waits for the file of the first, instead of writing into it."""
+    path, begun, read = tmp_path / 'text', threading.Event(), []
+
+    def slow(table, *_):
+        read.append(table)
+        begun.set()
+        time.sleep(0.3)
+        yield from (SimpleNamespace(data=text) for text in (' = One = \n', ' Text . \n'))
+    monkeypatch.setattr(recipes, 'read', slow)
+    first = threading.Thread(target=recipes.join_rows, args=([tmp_path / 'table'], path))
+    first.start()
+    begun.wait()
+    recipes.join_rows([tmp_path / 'table'], path)
+    first.join()
+    assert len(read) == 1 and path.read_text() == ' = One = \n Text . \n'
 
 
 @pytest.mark.parametrize('name,repository,revision,file', [

@@ -20,6 +20,7 @@ import train
 from core.device import Device
 from core.eval import answers, likelihood, overlap, sandbox, tasks
 from core.eval.likelihood import Pair, Scored
+from core.eval.results import Results
 from core.net.engine import Engine
 from core.net.weights import build_model
 from core.run import models
@@ -471,6 +472,14 @@ def test_benchmarks_change_no_step(run_train, tmp_path, capsys):
         tokenizer='byte', benchmark_interval=n, benchmarks=str(own), out_dir=f'out/{n}')['run_dir'],
         'step')] for n in (0, 1)]
     assert losses[0] == losses[1]
+
+
+def test_two_at_once_keep_both_results(tmp_path):
+    """Each has begun before the other's result was there."""
+    one, two = Results(tmp_path), Results(tmp_path)
+    for results, task in ((one, 'a'), (two, 'b'), (one, 'c'), (two, 'a')):
+        results.add({'hash': task, 'task': task, 'items': '', 'step': 1, 'settings': {}})
+    assert [found['task'] for found in Results(tmp_path).found] == ['b', 'c', 'a']
 
 
 @pytest.mark.slow

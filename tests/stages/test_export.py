@@ -36,7 +36,7 @@ def run_export(monkeypatch):
 
 
 def left_behind() -> list[str]:
-    return sorted(path.name for path in Path('out').iterdir())
+    return sorted(path.name for path in Path('out').iterdir() if path.suffix != '.lock')
 
 
 @pytest.mark.parametrize('tokenizer', ['char', 'byte', 'bpe'])
@@ -195,6 +195,21 @@ def test_what_is_refused(run_train, run_export, capsys):
     message = stopped(capsys, lambda: run_export(run_dir=run_dir, export_dir=f'{run_dir}/file/x'))
     assert 'nothing was exported' in message
     assert left_behind() == ['tiny', 'tiny-hf'] and not list(Path('out/tiny-hf').iterdir())
+
+
+@pytest.mark.parametrize('to', ['hf', 'gguf'])
+def test_two_at_once(run_train, run_export, capsys, monkeypatch, to):
+    """The second is refused before it touches what the first is writing."""
+    run_dir, real = run_train(max_steps=2)['run_dir'], export.some_ids
+
+    def some_ids(*args):
+        monkeypatch.setattr(export, 'some_ids', real)
+        message = stopped(capsys, lambda: export.main())
+        assert 'is being exported by another process; wait for it' in message
+        return real(*args)
+    monkeypatch.setattr(export, 'some_ids', some_ids)
+    assert Path(run_export(run_dir=run_dir, to=to)['folder']).exists()
+    assert export.some_ids is real and len(left_behind()) == 2
 
 
 def test_an_lstm_is_refused(run_train, run_export, capsys):
