@@ -416,7 +416,7 @@ def encode_split(corpus: Corpus, split: Split, tok, shard_tokens: int, n_workers
         for (number, job), ids in zip(numbered, results):
             at = done['skip'] if number == done['job'] else 0
             while at < len(ids):
-                at += writer.write(ids[at:at + writer.room()])
+                at += writer.write(ids[at:])
                 if not writer.filled:       # a shard is whole
                     save_json(progress, {'job': number, 'skip': at, 'shards': len(writer.paths),
                                          'whole': False})

@@ -34,25 +34,18 @@ class ShardWriter:
     def path(self, number: int) -> Path:
         return self.folder / f'{self.split}-{number:05d}.bin'
 
-    def room(self) -> int:
-        """How many more ids fit into the shard that is being filled."""
-        return self.shard_tokens - self.filled
-
     def write(self, ids) -> int:
-        """Append a sequence of ids; returns how many they are."""
-        ids = np.asarray(ids, dtype=np.int64)
+        """Append ids until the shard is full; returns how many were written."""
+        ids = np.asarray(ids[:self.shard_tokens - self.filled], dtype=np.int64)
         low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
         if low < 0 or high > np.iinfo(self.dtype).max:
             raise ValueError(f'ids from {low} to {high} do not fit {self.dtype}')
-        ids, n = ids.astype(self.dtype), len(ids)
-        while len(ids):
-            here, ids = ids[:self.room()], ids[self.room():]
-            self.begin()
-            self.file.write(here.tobytes())
-            self.filled += len(here)
-            if not self.room():
-                self.flush()
-        return n
+        self.begin()
+        self.file.write(ids.astype(self.dtype).tobytes())
+        self.filled += len(ids)
+        if self.filled == self.shard_tokens:
+            self.flush()
+        return len(ids)
 
     def begin(self) -> None:
         """Begin a shard, unless one is begun."""

@@ -30,7 +30,9 @@ def write(folder, ids, split='train', vocab_size=256, shard_tokens=1000, pieces=
     """Write ids as shards, in so many calls of write."""
     writer = ShardWriter(folder, split, vocab_size, shard_tokens)
     for piece in np.array_split(np.asarray(ids, dtype=np.int64), pieces):
-        writer.write(piece.tolist())
+        rest = piece.tolist()
+        while rest:
+            rest = rest[writer.write(rest):]
     writer.flush()
     return writer
 

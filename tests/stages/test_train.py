@@ -311,8 +311,9 @@ def corpus(tmp_path):
     ids = random.integers(0, 20, 400)   # an eos every 20 ids, and sometimes two together
     ids[[100, 101]] = EOS
     for split in ('train', 'val'):
-        writer = ShardWriter(tmp_path, split, 20, shard_tokens=150)
-        writer.write(ids)
+        writer, at = ShardWriter(tmp_path, split, 20, shard_tokens=150), 0
+        while at < len(ids):
+            at += writer.write(ids[at:])
         writer.flush()
     model = GPT(GPTConfig(block_size=16, vocab_size=20, n_layer=2, n_head=2, n_embd=32,
                           norm='rmsnorm', mlp='swiglu', position='learned'))
