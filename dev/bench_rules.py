@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the project's folder
 from core.text import clean
-from core.text.words import word_hashes
 
 SIZE = 3000         # characters of a document
 
@@ -22,7 +21,7 @@ def ours(text: str) -> bool:
     """Whether a document stays. All rules are computed, as in core/data/corpus.py."""
     kept = clean.c4_lines(text)
     measures = [clean.c4(kept, {}), clean.gopher_quality(text),
-                clean.gopher_repetition(text, *word_hashes(text))]
+                clean.gopher_repetition(text)]
     return not any([clean.outside(some) for some in measures])      # a list: none is left out
 
 

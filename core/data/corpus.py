@@ -69,13 +69,14 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
             continue
         if record.kind == 'text':
             tally.counts[f'encoding: {record.encoding}'] += not record.continued
-        for text, words, continued in (piece for document in found for piece in clean_document(
+        for text, continued in (piece for document in found for piece in clean_document(
                 document, options, index, banned, tally, source)):
             raw = text.encode('utf-8')
             rows.append((len(raw), len(text), clean.text_hash(text, options['equal']), source,
                          continued))
             texts.append(raw)
             places.append(record.where)
+            words = word_hashes(text)[0]
             signature = clean.minhash(clean.shingles(words, options['shingle_words']))
             bands.append(clean.band_hashes(signature, *cut))
     if tally.bad and not options['skip_bad']:
@@ -89,9 +90,9 @@ def clean_batch(job, work: Path, options: dict, index: dict, banned: dict) -> li
 
 
 def clean_document(document, options: dict, index: dict, banned: dict, tally: Tally, source: int
-                   ) -> Iterator[tuple[str, np.ndarray, bool]]:
-    """What is left of a document, with its words' hashes and whether it goes on with the part
-    before it: one text, none, or the pieces around what it shares with a benchmark."""
+                   ) -> Iterator[tuple[str, bool]]:
+    """What is left of a document, and whether it goes on with the part before it: one text, none,
+    or the pieces around what it shares with a benchmark."""
     where, text = document.where, normalize(document.data, options['normalize'])
     tally.counts['NUL characters removed'] += document.data.count('\0')
     tally.counts['U+FFFD'] += text.count('\ufffd')
@@ -108,16 +109,15 @@ def clean_document(document, options: dict, index: dict, banned: dict, tally: Ta
     body = follow_rules(body, where, options, banned, tally, source)
     if body is None:
         return
-    words, found, pieces = word_hashes(body)[0], [], [body]
+    pieces = [body]
     if index:
-        found = clean.overlaps(body, index, words)
+        found = clean.overlaps(body, index)
         pieces = clean.without_overlaps(body, found) if found else pieces
         tally.step('without benchmark items', [body], pieces, source)
         for begin, end in found[:3]:
             tally.example('benchmark items', where, body[begin:end])
     for i, piece in enumerate(pieces):
-        continued = document.continued and i == 0 and body.startswith(piece)
-        yield piece, word_hashes(piece)[0] if found else words, continued
+        yield piece, document.continued and i == 0 and body.startswith(piece)
 
 
 def follow_rules(body: str, where: str, options: dict, banned: dict, tally: Tally, source: int
@@ -141,8 +141,7 @@ def follow_rules(body: str, where: str, options: dict, banned: dict, tally: Tall
         tally.step('c4: lines', [body], [kept], source)
         body = kept
     if 'gopher' in families:
-        measures['gopher'] = (*clean.gopher_quality(body),
-                              *clean.gopher_repetition(body, *word_hashes(body)))
+        measures['gopher'] = (*clean.gopher_quality(body), *clean.gopher_repetition(body))
     bad = set()
     for family, values in measures.items():
         for measure, value in clean.outside(values).items():

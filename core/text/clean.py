@@ -159,12 +159,11 @@ def gopher_quality(text: str) -> Iterator[tuple[str, float]]:
     yield 'stop_words', len(STOP_WORDS.intersection(map(str.lower, {*words})))
 
 
-def gopher_repetition(text: str, words: np.ndarray, lengths: np.ndarray
-                      ) -> Iterator[tuple[str, float]]:
+def gopher_repetition(text: str) -> Iterator[tuple[str, float]]:
     """The measures of the same, table A1, "Repetition removal": the share of the characters in
     lines, paragraphs and n words that came before, and in the most frequent n words (which may
     overlap). Words count without what stands between them."""
-    size = max(1, len(text))
+    (words, lengths), size = word_hashes(text), max(1, len(text))
     for name, parts in (('line', text.split('\n')), ('paragraph', PARAGRAPH.split(text))):
         parts = [part.strip() for part in parts if part.strip()]
         counts = Counter(parts)
@@ -274,11 +273,10 @@ def ngram_index(texts: Iterable[str], n: int, shortest: int = SHORTEST) -> dict[
     return {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
 
 
-def overlaps(text: str, index: dict[int, np.ndarray], words: np.ndarray | None = None
-             ) -> list[tuple[int, int]]:
+def overlaps(text: str, index: dict[int, np.ndarray]) -> list[tuple[int, int]]:
     """Where the text has words in a row that are in the index: (begin, end) in characters, apart
     and in order. n = 13 is that of Brown et al. 2020, appendix C."""
-    words, found = word_hashes(text)[0] if words is None else words, []
+    words, found = word_hashes(text)[0], []
     for n, known in index.items():
         grams = ngram_hashes(words, n)
         place = np.minimum(np.searchsorted(known, grams), len(known) - 1)
