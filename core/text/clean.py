@@ -173,10 +173,11 @@ def gopher_repetition(text: str) -> Iterator[tuple[str, float]]:
             (n - 1) * len(part) for part, n in counts.items() if n > 1) / size
     for n in (2, 3, 4):
         grams, most = ngram_hashes(words, n), 0
-        value, count = most_frequent(grams)
-        if count > 1:
-            first = np.argmax(grams == value)
-            most = count * lengths[first:first + n].sum()
+        values, counts = np.unique(grams, return_counts=True)
+        if counts.max(initial=0) > 1:
+            i = counts.argmax()
+            first = np.argmax(grams == values[i])
+            most = counts[i] * lengths[first:first + n].sum()
         yield f'top_{n}_words', float(most / size)
     at = words
     for n in range(5, 11):
@@ -184,18 +185,6 @@ def gopher_repetition(text: str) -> Iterator[tuple[str, float]]:
         at = np.flatnonzero(repeats(ngram_hashes(words, n))) if len(at) else at
         yield f'repeated_{n}_words', float(
             len(at) and lengths[inside_of([(at, n)], len(words))].sum() / size)
-
-
-def most_frequent(hashes: np.ndarray) -> tuple[int, int]:
-    """The most frequent of (n,) hashes, of several the smallest, and how often it is there."""
-    hashes = np.sort(hashes)
-    changes = np.flatnonzero(hashes[1:] != hashes[:-1])
-    if len(changes) >= len(hashes) - 1:     # none twice
-        return (int(hashes[0]), 1) if len(hashes) else (0, 0)
-    ends = np.append(changes, len(hashes) - 1)
-    counts = np.diff(ends, prepend=-1)
-    i = counts.argmax()
-    return int(hashes[ends[i]]), int(counts[i])
 
 
 PARAGRAPH = re.compile(r'\n{2,}')
