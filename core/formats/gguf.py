@@ -355,7 +355,6 @@ def tokenizer_fields(tokenizer: Tokenizer, size: int, end: int) -> dict:
     """The fields `tokenizer.ggml.*` for a model of `size` ids, whose texts or answers end with the
     id `end`."""
     names, bpe = {i: name for name, i in tokenizer.special.items()}, {}
-    written = getattr(tokenizer, 'written', ())
     if isinstance(tokenizer, BPETokenizer):
         pre = next((name for name, known in PATTERN_OF.items() if tokenizer.pattern in known), '')
         if not pre:
@@ -369,7 +368,7 @@ def tokenizer_fields(tokenizer: Tokenizer, size: int, end: int) -> dict:
     for i in range(size):
         if i in names:
             tokens.append(names[i])
-            kinds.append(WRITTEN if names[i] in written else CONTROL)
+            kinds.append(WRITTEN if names[i] in tokenizer.written else CONTROL)
         elif i < len(tokenizer) and tokenizer.tokens[i]:
             tokens.append(spelled(tokenizer.tokens[i]))
             kinds.append(NORMAL)

@@ -8,7 +8,6 @@ import re
 import select
 import subprocess
 import sys
-import unicodedata
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 
@@ -137,7 +136,7 @@ class ChatTemplate:
     def guarded(self, messages: list[dict], tokenizer) -> list[dict]:
         """The messages with a GUARD in each name of a special token, so that it stays text. A name
         that the tokenizer finds in any text, such as <think>, is left alone."""
-        names = any_of(tokenizer.special.keys() - {*getattr(tokenizer, 'written', ())})
+        names = any_of(tokenizer.special.keys() - tokenizer.written.keys())
         part = lambda match: match[0][0] + GUARD + match[0][1:]
         return [{'role': m['role'],
                  'content': re.sub(names, part, unmarked(m['content'].replace(GUARD, '')))}
@@ -212,10 +211,7 @@ class ChatTemplate:
 
     def size(self, tokenizer, text: str) -> int:
         """Bytes of the tokens of rendered text."""
-        text = unmarked(text.replace(GUARD, ''))
-        form = getattr(tokenizer, 'normalize', None)
-        text = unicodedata.normalize(form, text) if form else text
-        return len(tokenizer.known(text).encode())
+        return len(tokenizer.known(unmarked(text.replace(GUARD, ''))).encode())
 
 
 def unmarked(text: str) -> str:

@@ -1,6 +1,5 @@
 """tokenizer.json, the format of Hugging Face's `tokenizers`: our tokenizers to it, and back."""
 import json
-import unicodedata
 from pathlib import Path
 
 from core.settings import stop, warn
@@ -67,19 +66,19 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """tokenizer.json of the `tokenizers` library for one of ours: it gives the same ids."""
     split = lambda pattern: {'type': 'Split', 'pattern': {'Regex': pattern},
                              'behavior': 'Isolated', 'invert': False}
-    merges, splits, decoder, written = [], [{**BYTE_LEVEL}], {**BYTE_LEVEL}, ()
+    merges, splits, decoder = [], [{**BYTE_LEVEL}], {**BYTE_LEVEL}
     tokens = map(printable, tokenizer.ordinary)
     if isinstance(tokenizer, CharTokenizer):
         tokens, splits, decoder = tokenizer.chars, [split(ANY_CHARACTER)], {'type': 'Fuse'}
     elif isinstance(tokenizer, BPETokenizer):
-        merges, written = merges_of(tokenizer), tokenizer.written
-        splits = [split(tokenizer.pattern), {**BYTE_LEVEL}]
+        merges, splits = merges_of(tokenizer), [split(tokenizer.pattern), {**BYTE_LEVEL}]
     vocab = {token: tokenizer.first + i for i, token in enumerate(tokens)}
-    normalize = getattr(tokenizer, 'normalize', '') or tokenizer.corpus_normalize
+    normalize = tokenizer.normalize or tokenizer.corpus_normalize
     return {
         'version': '1.0', 'truncation': None, 'padding': None,
         'added_tokens': [{'id': i, 'content': name, 'single_word': False, 'lstrip': False,
-                          'rstrip': False, 'normalized': False, 'special': name not in written}
+                          'rstrip': False, 'normalized': False,
+                          'special': name not in tokenizer.written}
                          for name, i in sorted(tokenizer.special.items(), key=lambda x: x[1])],
         'normalizer': {'type': normalize} if normalize else None,
         'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': splits},
@@ -181,9 +180,7 @@ def make_bpe(pattern: str, vocab: dict[str, int], special: dict[str, int], merge
     ordinary, first = in_order(vocab)
     check_merges(merges, ordinary, whole_pieces)
     tokenizer = BPETokenizer(pattern, ordinary, special, first=first, **more)
-    form = more.get('normalize')
-    probe = tokenizer.known(unicodedata.normalize(form, PROBE) if form else PROBE)
-    if tokenizer.decode(tokenizer.encode(probe)) != probe:
+    if tokenizer.decode(tokenizer.encode(PROBE)) != tokenizer.known(PROBE):
         raise NotSupported('its pattern leaves out parts of a text')
     return tokenizer
 

@@ -58,6 +58,7 @@ class Tokenizer:
     """What all kinds share; a kind adds `encode` and its entry in KINDS."""
     kind = ''
     corpus_normalize = 'NFC'    # of the text that it is used on: NFC, NFKC, or '' for none
+    normalize = ''              # what encode does itself, as another program's: NFC, or '': nothing
     template: ChatTemplate | None = None    # of a model that another program has trained
     written: dict[str, int] = {}    # special tokens that text may spell, as <think> in Qwen3
 
@@ -136,7 +137,8 @@ class Tokenizer:
         return {self.eos, *(self.special[name] for name in CHAT)}
 
     def known(self, text: str) -> str:
-        """The text without the bytes that have no token."""
+        """The text that the ids of encode stand for: as it normalizes it, and without the bytes
+        that have no token."""
         return text
 
     def unknown(self, text: str) -> str:
@@ -319,6 +321,8 @@ class BPETokenizer(Tokenizer):
                 for i in self.encode(text[begin:end])]
 
     def known(self, text: str) -> str:
+        if self.normalize:
+            text = unicodedata.normalize('NFC', text)
         return self.lost.sub(b'', text.encode()).decode(errors='replace') if self.lost else text
 
     def encode_without(self, text: str) -> list[int]:
