@@ -1,7 +1,7 @@
 """Records for post-training: conversations, preferences and labelled texts, read and checked.
 
-Files are .jsonl, .json (an array), .csv or .tsv, each also as .gz; a wrong record is a Bad. Names
-decide what a field is, and a field that changes the meaning is used or refused, never ignored.
+Files are of one of SUFFIXES, each also as .gz; a wrong record is a Bad. Names decide what a field
+is, and a field that changes the meaning is used or refused, never ignored.
 """
 import hashlib
 import json
@@ -23,7 +23,7 @@ from core.read.download import NoNetwork, fetch
 from core.read.tables import JSON_LINES, TABLES, Bad, parse_json, suffix
 from core.settings import stop, warn
 
-SUFFIXES = (*JSON_LINES, '.json', *TABLES)
+SUFFIXES = (*JSON_LINES, '.json', *TABLES, '.parquet')     # .json: an array
 FIELDS = {      # what a record or a message holds -> the names for it in files of others
     'messages': ('messages', 'conversations', 'conversation'),
     'prompt': ('prompt', 'question', 'instruction'),

@@ -359,7 +359,7 @@ def place_of(file: File, name: str, data_dir: str) -> tuple[Path, bool]:
 def items_of(path: Path, task: Task) -> Iterator[Item]:
     """The items of a file. Stops at the first line that is wrong."""
     try:
-        for where, row in parquet_rows(path) if suffix(path) == '.parquet' else rows_of(path, ()):
+        for where, row in rows_of(path, ()):
             yield item_of(where, row, task)
     except Bad as e:
         stop(str(e))
@@ -385,21 +385,6 @@ def item_of(where: str, row: dict, task: Task) -> Item:
         raise Bad(f'{where}: has no {e.args[0]!r}, only {", ".join(row)[:100]}; correct it') from e
     except (ValueError, TypeError, AttributeError) as e:
         raise Bad(f'{where}: {e}; correct it') from e
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(file:row, row) of a Parquet file, names in lower case."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise Bad(f'{path}: Parquet needs pyarrow: pip install pyarrow') from None
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
-        raise Bad(f'{path}: a damaged Parquet file ({" ".join(str(e).split())[:200]}); get it again'
-                  ) from e
-    for n, row in enumerate(rows, 1):
-        yield f'{path}:{n}', {key.lower(): value for key, value in row.items()}
 
 
 def examples_of(task: Task, data_dir: str) -> list[Item] | None:

@@ -109,7 +109,7 @@ def walk(path: Path, bad, is_ours, above: tuple = ()) -> Iterator[Path]:
 def read(path: Path, encoding: str, errors: str, column: str | tuple) -> Iterator[Record]:
     """The records of a file in order. `encoding` '' is detected, and printed if it is not UTF-8;
     `errors` is 'strict' or 'replace'; `column` is the text's in tables and Parquet, or a tuple as
-    read_table takes it: then tables give whole rows. Raises Bad."""
+    read_table takes it: then both give whole rows. Raises Bad."""
     where, told = path, encoding
     if encoding and not is_encoding(encoding):
         raise Bad(f'{path}: encoding={encoding} is none that Python knows for text; correct it')
@@ -211,30 +211,32 @@ def read_notebook(path, f, encoding, errors, column) -> Iterator[Record]:
 
 
 def read_parquet(path, f, encoding, errors, column) -> Iterator[Record]:
-    """The rows of a Parquet file, a few hundred in memory at a time; bad rows are records."""
+    """The rows of a Parquet file, a few hundred in memory at a time: texts of a column, or, if
+    `column` is a tuple, whole rows; bad ones are records."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise Bad(f'{path}: Parquet needs pyarrow: pip install pyarrow') from None
-    row = 0
+    row, texts = 0, isinstance(column, str)
     try:
         table = pyarrow.parquet.ParquetFile(f)
         names = table.schema_arrow.names
-        if column not in names:
+        if texts and column not in names:
             raise Bad(f'{path}: no column {column!r} among {", ".join(names)}; name the one that '
                       'has the text with --text_column')
         size, n_rows = os.path.getsize(path), table.metadata.num_rows
-        for batch in table.iter_batches(256, columns=[column]):
-            for value in batch.column(0):
+        for batch in table.iter_batches(256, columns=[column] if texts else None):
+            for value in batch.column(0) if texts else batch.to_struct_array():
                 row += 1
-                text = value.as_py()
-                if isinstance(text, str):
-                    yield Record(f'{path}:{row}', text, end=size * row // max(row, n_rows))
+                data = value.as_py()
+                if isinstance(data, str) or not texts:
+                    yield Record(f'{path}:{row}', data, 'text' if texts else 'row',
+                                 end=size * row // max(row, n_rows))
                 else:
                     yield tables.bad_record(f'{path}: row {row}', f'{column!r} is no text; name '
                                             'the column that has it with --text_column')
-    except (pyarrow.ArrowException, OSError, UnicodeError) as e:
+    except (pyarrow.ArrowException, OSError, ValueError) as e:
         raise Bad(f'{path}: a damaged or truncated Parquet file, after row {row} '
                   f'({" ".join(str(e).split())[:200]}); get it again') from e
 

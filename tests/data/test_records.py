@@ -3,6 +3,7 @@ import ast
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import stopped, stopped_at_last
 
@@ -52,6 +55,11 @@ def lines(*found) -> str:
 def array(*found) -> str:
     """A record a line, from the second line on."""
     return '[\n' + ',\n'.join(map(json.dumps, found)) + '\n]\n'
+
+
+def parquet(*found) -> bytes:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), f := io.BytesIO())
+    return f.getvalue()
 
 
 def read(path, kind, skip_bad=False) -> list:
@@ -184,7 +192,8 @@ BAD_FILES = [   # name, data, what follows the file in the message, what else is
     ('a.tsv', 'ham\tHi\nham\tHi\tyou\n', ':2: ', '3 columns, not 2 (label, text)'),
     ('a.tsv.gz', 'ham\tHi\nham\n', ':2: ', '1 columns, not 2 (label, text)'),
     ('a.txt', HAM, ': ', 'records are read from .jsonl, .ndjson, '),
-    ('a.parquet', b'PAR1', ': ', 'records are read from'),
+    ('a.parquet', b'PAR1', ': ', 'damaged or truncated Parquet file, after row 0'),
+    ('a.parquet', parquet({'text': 'Hi', 'label': None}), ':1: ', "'label' is NoneType"),
     ('a', HAM, ': ', 'records are read from'),
     ('a.gz', HAM, ': ', 'records are read from'),
 ]
@@ -297,6 +306,10 @@ FORMATS = [     # kind, file, data, records
     (labelled, 'a.tsv', 'label\ttext\nham\tHi\nspam\tBuy!\n', HAMS),
     (labelled, 'a.tsv', 'ham\tHi\n\nspam\tBuy!\n', HAMS),
     (labelled, 'a.tsv', 'ham\t"Hi, "you\nham\ty"\n', [('"Hi, "you', 'ham'), ('y"', 'ham')]),
+    (labelled, 'a.parquet', parquet({'Text': 'Hi', 'label': 'ham'},
+                                    {'Text': 'Buy!', 'label': 'spam'}), HAMS),
+    (conversation, 'a.parquet', parquet({'id': 1, 'messages': chat('Hi', 'Hello')}), HELLO),
+    (preference, 'a.parquet', parquet(GOOD[preference]), ASKED),
     (conversation, 'a.csv', 'instruction,output\nHi,Hello\n', HELLO),
     (conversation, 'a.csv', 'output,instruction\nHello,Hi\n', HELLO),
     (conversation, 'a.csv', 'instruction,input,output\nHi,,Hello\nAdd,1 2,3\n',

@@ -355,6 +355,19 @@ def test_items_of_all_tasks():
     assert item == tasks.Item('', ['It was a dark'], [' night'])
 
 
+def test_items_in_parquet(tmp_path):
+    """As benchmarks are on the hub: the same items as those of JSON lines."""
+    rows = [{'question': f'{i}?', 'choices': {'text': ['a', 'b'], 'label': ['A', 'B']},
+             'answerKey': 'B'} for i in range(300)]
+    lines, table = tmp_path / 'a.jsonl', tmp_path / 'a.parquet'
+    lines.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    parquet = pytest.importorskip('pyarrow.parquet')
+    parquet.write_table(pytest.importorskip('pyarrow').Table.from_pylist(rows), table)
+    first, second = ([item._replace(where=item.where.rpartition(':')[2]) for item in
+                      tasks.items_of(path, tasks.TASKS['arc_easy'])] for path in (lines, table))
+    assert first == second and len(first) == 300 and first[-1].where == '300'
+
+
 def test_subjects_of_mmlu(tmp_path, monkeypatch, capsys):
     row = {'question': 'Q', 'choices': list('abcd'), 'answer': 1}
     file = tmp_path / 'mmlu.jsonl'
