@@ -109,7 +109,6 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem; padding: .5rem;
       background: #8882; border-radius: .3rem; font-size: 85%; }
 td { overflow-wrap: anywhere; white-space: pre-wrap; }
-svg { width: 100%; height: auto; }
 '''
 
 
@@ -147,7 +146,10 @@ def write_report(path: Path, meta: dict) -> None:
     if meta['bad']:
         page.append(table(f'Left out because it cannot be read: {meta["n_bad"]:,}', ['what'],
                           [(message,) for message in meta['bad'][:20]]))
-    page += ['<h2>Length of the documents</h2>', histogram(meta['lengths']),
+    page += ['<h2>Length of the documents</h2>',
+             table('', ['characters', 'documents', 'of all'],
+                   [(f'{low:,} to {high - 1:,}', f'{n:,}', f'{n / meta["documents"]:.2%}')
+                    for low, high, n in meta['lengths']]),
              '<h2>Most frequent tokens</h2>',
              table('', ['token', 'how often', 'of all'],
                    [(repr(token), f'{n:,}', f'{n / n_tokens:.2%}')
@@ -188,18 +190,3 @@ def table(title: str, head: list[str], rows: list[tuple]) -> str:
             + ''.join(f'<tr>{"".join(cell(tag, i, text) for i, text in enumerate(row))}</tr>'
                       for tag, row in [('th', head)] * bool(head) + [('td', r) for r in rows])
             + '</table>')
-
-
-def histogram(lengths: list[list[int]]) -> str:
-    """Bars of (at least, below, how many documents), as SVG."""
-    most, width = max(n for *_, n in lengths), 900 / len(lengths)
-    bars = ''.join(
-        f'<g><title>{low:,} to {high - 1:,} characters: {n:,} documents</title>'
-        f'<rect x="{i * width + 2:.1f}" y="{220 - 190 * n / most:.1f}" width="{width - 4:.1f}" '
-        f'height="{190 * n / most:.1f}" fill="#47a"/>'
-        f'<text x="{(i + .5) * width:.1f}" y="{214 - 190 * n / most:.1f}" text-anchor="middle" '
-        f'font-size="13" fill="currentColor">{n:,}</text>'
-        f'<text x="{(i + .5) * width:.1f}" y="238" text-anchor="middle" font-size="13" '
-        f'fill="currentColor">{low:,}</text></g>' for i, (low, high, n) in enumerate(lengths))
-    return (f'<p>Documents by characters; each bar begins at the number below it.</p>'
-            f'<svg viewBox="0 0 900 245" role="img">{bars}</svg>')

@@ -54,10 +54,6 @@ class Page(html.parser.HTMLParser):
         if tag != 'meta':
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += attributes
-
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
@@ -110,14 +106,15 @@ def test_numbers(tmp_path):
             ['gopher: words', '50 to 100,000', '77', '0'],
             ['gopher: symbols', 'at most 0.1', '1,078', '1,078'],
             ['c4: sentences', 'at least 3', '9', '9'], ['U+FFFD', '31,337'],
-            ["'the'", '200,000', '10.00%'], ["'\\n'", '1,001', '0.05%'],
+            ['64 to 127', '1,234', '10.00%'], ['128 to 255', '0', '0.00%'],
+            ['256 to 511', '11,111', '90.00%'], ["'the'", '200,000', '10.00%'],
+            ["'\\n'", '1,001', '0.05%'],
             ['shingle_words', '3'], ['quality', 'gopher']):
         assert row in page.rows
     assert ['masked: nothing', '0'] not in page.rows
     texts = ' '.join(page.texts.values())
     for part in ('applied: gopher.', 'cannot be read: 30', '1,500 files, 9,876,543,210 bytes',
-                 'the first of them', '64 to 127 characters: 1,234 documents', '65,432',
-                 'abcdefabcdefabcd…'):
+                 'the first of them', '65,432', 'abcdefabcdefabcd…'):
         assert part in texts
     assert sum(row[0].startswith(EVIL) for row in page.rows if len(row) == 1) == 20
 
@@ -125,12 +122,6 @@ def test_numbers(tmp_path):
 def test_largest_rule_comes_first(tmp_path):
     rows = [row[0] for row in page_of(tmp_path).rows if row[0].startswith(('gopher: ', 'c4: '))]
     assert rows == ['gopher: symbols', 'gopher: words', 'c4: sentences']
-
-
-def test_bars_are_as_high_as_the_counts(tmp_path):
-    attributes = page_of(tmp_path).attributes
-    heights = [float(value) for name, value in attributes if name == 'height']
-    assert heights == [pytest.approx(190 * n / 11_111, abs=0.06) for n in (1_234, 0, 11_111)]
 
 
 def test_where_there_is_nothing_to_tell(tmp_path):
