@@ -88,9 +88,7 @@ def main() -> dict:
 
 def check_settings() -> None:
     """Stop if a setting has a value that it must not have."""
-    check_bounds(globals(), val_fraction=(0, 0.9), shard_tokens=(1, None),
-                 near_duplicates=(0, 1), shingle_words=(1, 100), overlap_words=(SHORTEST, 1000),
-                 workers=(0, 1000))
+    check_bounds(globals(), overlap_words=(SHORTEST, 1000))
     check_choice(globals(), errors=('strict', 'replace'), normalize=('', 'NFC', 'NFKC'),
                  equal=('', 'exact', 'loose'),
                  quality=('', 'gopher', 'c4', 'gopher,c4', 'c4,gopher'))
