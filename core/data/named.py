@@ -138,11 +138,11 @@ def check_made_with(folder: Path, tokenizer: str, vocab_size: int, given: dict) 
     with other settings, than those that are given."""
     meta = read_meta(folder)
     asked = tokenizer_label('', tokenizer, vocab_size)
-    if tokenizer in tokenizers.KINDS and asked != meta.get('tokenizer'):
-        stop(f'{folder} was made with tokenizer {meta.get("tokenizer")}, not with {asked}; give '
-             'the text that it was made from instead')
+    if tokenizer in tokenizers.KINDS and asked != meta['tokenizer']:
+        stop(f'{folder} was made with tokenizer {meta["tokenizer"]}, not with {asked}; give the '
+             'text that it was made from instead')
     for key, value in given.items():
-        known = meta.get('settings', {}).get(key, value)
+        known = meta['settings'].get(key, value)
         same = known == value or key in FILES and os.path.realpath(
             str(known)) == os.path.realpath(value)
         if not same:
@@ -171,7 +171,6 @@ def up_to_date(folder: Path, wanted: dict) -> bool:
              f'one another name: python prepare.py {shlex.quote(wanted["source"])} --name=<name>')
     old, new = content(found), content(wanted)
     changed = [key for key, value in new.items() if old.get(key, value) != value]
-    changed += ['the program'] * ('settings' not in found)
     if changed:
         print(f'{folder}: {" and ".join(changed)} changed since it was made, so it is made again')
     elif not (work_folder(folder) / 'ready').exists():     # a kill at the very end left the rest
