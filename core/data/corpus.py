@@ -134,8 +134,9 @@ def follow_rules(body: str, where: str, options: dict, banned: dict, tally: Tall
         tally.counts["characters outside of C4's lines"] += len(body) - len(kept)
         if len(kept) < len(body):
             left = {*map(str.strip, kept.splitlines()), ''}
-            tally.rule('c4: lines', False, where, next(
-                line for line in body.splitlines() if line.strip() not in left), '')
+            gone = [line for line in body.splitlines() if line.strip() not in left]
+            if gone:    # more than blank lines
+                tally.rule('c4: lines', False, where, gone[0], '')
         measures['c4'] = clean.c4(kept, banned)
     if 'c4' in applied:
         tally.step('c4: lines', [body], [kept], source)

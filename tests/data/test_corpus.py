@@ -338,6 +338,14 @@ def test_c4_drops_lines():
     assert meta['examples']['c4: lines'] == [['a.jsonl:1', 'Home | About | Contact']]
 
 
+def test_c4_drops_blank_lines():
+    """Which are outside of no rule."""
+    lines = [f'This is sentence number {i} of them.\n' for i in range(4)]
+    folder = build(write_jsonl('a.jsonl', ['\n'.join(lines)]), val_fraction=0.0, quality='c4')
+    assert documents_of(folder, 'train') == [''.join(lines)]
+    assert 'c4: lines' not in json.loads((folder / 'meta.json').read_text())['rules']
+
+
 def test_masks():
     text = 'Write to jane.doe@example.org from 192.168.0.17 or call 555-123-4567 now.\n'
     path = write_jsonl('a.jsonl', [text])
