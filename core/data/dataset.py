@@ -340,7 +340,7 @@ class Ahead:
     a thread makes those of the next step meanwhile, in memory that it fetches without waiting."""
 
     def __init__(self, make, threaded: bool):
-        self.make, self.known, self.coming = make, -1, None
+        self.make, self.coming = make, {}       # step -> what the thread makes of it
         self.worker = ThreadPoolExecutor(1) if threaded else None
 
     def pinned(self, step: int) -> list[tuple]:
@@ -351,11 +351,9 @@ class Ahead:
     def __call__(self, step: int) -> list[tuple]:
         if not self.worker:
             return self.make(step)
-        if self.known != step:
-            self.coming = self.worker.submit(self.pinned, step)
-        found = self.coming.result()
-        self.known, self.coming = step + 1, self.worker.submit(self.pinned, step + 1)
-        return found
+        found = self.coming.get(step) or self.worker.submit(self.pinned, step)
+        self.coming = {step + 1: self.worker.submit(self.pinned, step + 1)}
+        return found.result()
 
 
 def load_split(folder, split: str, block_size: int, seed: int = 0, shuffle: bool = True,
