@@ -182,16 +182,6 @@ class Engine:
                 self.leave(self.rows.index(row))
         return found
 
-    @torch.no_grad()
-    def score(self, ids: list[int]) -> torch.Tensor:
-        """(T - 1,) log-probabilities of the ids but the first, each given those before it. Raises
-        ValueError for more than the window and one."""
-        if not 2 <= len(ids) <= self.size + 1:
-            raise ValueError(f'{len(ids):,} tokens to score: must be 2 to {self.size + 1:,}, the '
-                             "model's window and one more")
-        idx = torch.tensor([ids], device=self.device)
-        return -self.model(idx[:, :-1], idx[:, 1:], reduction='none')[0]
-
     # What a step is made of
 
     def forward(self, run, first: int, ids: list[list[int]], n_logits: int) -> torch.Tensor:

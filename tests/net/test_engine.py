@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from test_model import LLAMA, PROMPTS, close, tiny, tokens
+from test_model import LLAMA, PROMPTS, close, tiny
 
 from core.net import engine as engine_module
 from core.net.draw import Sampling, next_ids
@@ -164,17 +164,6 @@ def test_text_and_stop_strings():
     request = engine.submit(ids, Sampling(3, temperature=1.5, seed=1, stop_strings=[text[2:9]]))
     got = ''.join(engine.step()[0][2] for _ in range(3))
     assert got == text[:3] and request.ended == 'length'    # what was kept back comes at the end
-
-
-def test_score():
-    model, idx = tiny(**LLAMA), tokens(1, 25)
-    with torch.no_grad():
-        want = model(idx[:, :-1]).log_softmax(dim=-1)[0].gather(1, idx[0, 1:, None])[:, 0]
-    engine = Engine(model)
-    close(engine.score(idx[0].tolist()), want)
-    for n in (1, 26):
-        with pytest.raises(ValueError, match='must be 2 to 25'):
-            engine.score([1] * n)
 
 
 def test_what_it_refuses():

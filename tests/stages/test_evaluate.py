@@ -21,7 +21,6 @@ from core.device import Device
 from core.eval import answers, likelihood, overlap, sandbox, tasks
 from core.eval.likelihood import Pair, Scored
 from core.eval.results import Results
-from core.net.engine import Engine
 from core.net.weights import build_model
 from core.run import models
 from core.run.log import read_log
@@ -87,10 +86,8 @@ def test_scores_are_those_of_each_pair_alone(changes):
 
 @torch.no_grad()
 def alone(model, ids: list[int]) -> torch.Tensor:
-    if model.config.arch == 'lstm':
-        idx = torch.tensor([ids])
-        return -model(idx[:, :-1], idx[:, 1:], reduction='none')[0]
-    return Engine(model).score(ids)
+    idx = torch.tensor([ids])
+    return -model(idx[:, :-1], idx[:, 1:], reduction='none')[0]
 
 
 @torch.no_grad()
