@@ -20,7 +20,7 @@ def with_training(run: str, questions: Questions, tokenizer, data_dir: str) -> d
     trained on are at hand: the share of items of which n tokens in a row stand there, or of a text
     the share of its tokens of which this is so (as in Touvron et al. 2023, Llama 2, appendix A.6).
     """
-    folder, texts = shards_of(run, data_dir), [*map(said, questions.items)]
+    folder, texts = shards_of(run, data_dir), [item.solved for item in questions.items]
     if not folder:
         return {}
     encoded = [tokenizer.encode(tokenizer.as_corpus(text)) for text in texts]
@@ -34,12 +34,6 @@ def with_training(run: str, questions: Questions, tokenizer, data_dir: str) -> d
     share = np.concatenate(hits).mean() if questions.task.kind == 'text' and sum(map(len, hits)) \
         else np.mean([mine.any() for mine in hits])
     return {'overlap': float(share), 'overlap_with': str(folder), 'overlap_tokens': n}
-
-
-def said(item) -> str:
-    """What of an item must not be known: the question with its right answer."""
-    right = item.choices[item.gold] if item.choices else f' {item.answer}'
-    return item.contexts[item.gold if item.choices else 0] + right
 
 
 def shards_of(run: str, data_dir: str) -> Path | None:

@@ -46,6 +46,12 @@ class Item(NamedTuple):
         """What stands before each choice, or before the answer."""
         return [self.before + context for context in self.contexts]
 
+    @property
+    def solved(self) -> str:
+        """The question with its right answer."""
+        right = self.choices[self.gold] if self.choices else f' {self.answer}'
+        return self.contexts[self.gold] + right
+
 
 class File(NamedTuple):
     """A file of a benchmark: in DATA_MIRROR under its name or that of `part`, or downloaded."""
@@ -401,7 +407,5 @@ def beginning(item: Item, task: Task, examples: list[Item], shots: int) -> str:
     """What the prompt of an item begins with: the task's words, and solved examples of its group.
     """
     text = task.before.format(subject=item.group.replace('_', ' '))
-    for example in [e for e in examples if e.group == item.group][:shots]:
-        solved = example.choices[example.gold] if example.choices else f' {example.answer}'
-        text += example.contexts[example.gold if example.choices else 0] + solved + '\n\n'
-    return text
+    mine = [example.solved for example in examples if example.group == item.group]
+    return text + ''.join(f'{solved}\n\n' for solved in mine[:shots])
