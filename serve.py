@@ -217,9 +217,9 @@ class Server:
             parts = [[] for _ in jobs]
             async for piece in pieces_of(jobs, asked.echo and asked.logprobs >= 0):
                 parts[piece.index].append(piece)
-            return [shape.whole(i, ''.join(piece.text for piece in mine),
-                                [i for piece in mine for i in piece.ids],
-                                [log for piece in mine for log in piece.logs], mine[-1].ended)
+            return [shape.choice(i, ''.join(piece.text for piece in mine),
+                                 [i for piece in mine for i in piece.ids],
+                                 [log for piece in mine for log in piece.logs], mine[-1].ended)
                     for i, mine in enumerate(parts)]
         answers = asyncio.create_task(collect())
         leaving = asyncio.create_task(disconnected(request))
@@ -227,8 +227,7 @@ class Server:
             await asyncio.wait([leaving, answers], return_when=asyncio.FIRST_COMPLETED)
             if not answers.done():
                 return PlainTextResponse('', 499)
-            return JSONResponse(shape.head | {'choices': answers.result(),
-                                              'usage': usage(asked, jobs)})
+            return JSONResponse(shape.body(answers.result(), usage=usage(asked, jobs)))
         finally:
             leaving.cancel()
             answers.cancel()
@@ -241,15 +240,15 @@ class Server:
         try:
             if asked.chat:
                 for job in jobs:
-                    yield event(shape.chunk([shape.role(job.index)]))
+                    yield event(shape.body([shape.role(job.index)]))
             async for piece in pieces_of(jobs, asked.echo and asked.logprobs >= 0):
                 if piece.text or piece.ids and asked.logprobs >= 0:
-                    yield event(shape.chunk([shape.piece(
+                    yield event(shape.body([shape.choice(
                         piece.index, piece.text, piece.ids, piece.logs, None)]))
                 if piece.ended:
-                    yield event(shape.chunk([shape.piece(piece.index, '', [], [], piece.ended)]))
+                    yield event(shape.body([shape.choice(piece.index, '', [], [], piece.ended)]))
             if asked.usage:
-                yield event(shape.chunk([], usage=usage(asked, jobs)))
+                yield event(shape.body([], usage=usage(asked, jobs)))
             yield 'data: [DONE]\n\n'
         except Refused as e:
             yield event(e.body())

@@ -208,31 +208,26 @@ class Shape:
 
     def __init__(self, asked: Asked, model: str, tokenizer):
         self.asked, self.tokenizer, self.offsets = asked, tokenizer, {}
-        kind = 'chat.completion' if asked.chat else 'text_completion'
+        kind = 'chat.completion' + '.chunk' * asked.stream if asked.chat else 'text_completion'
         self.head = {'id': f'{"chatcmpl" if asked.chat else "cmpl"}-{uuid.uuid4().hex}',
                      'object': kind, 'created': int(time.time()), 'model': model}
 
-    def chunk(self, choices: list[dict], **more) -> dict:
-        kind = self.head['object'] + '.chunk' * self.asked.chat
-        return self.head | {'object': kind, 'choices': choices} | more
+    def body(self, choices: list[dict], **more) -> dict:
+        return self.head | {'choices': choices} | more
 
     def role(self, index: int) -> dict:
         """The first piece of an answer in a chat."""
         return {'index': index, 'delta': {'role': 'assistant', 'content': ''}, 'logprobs': None,
                 'finish_reason': None}
 
-    def piece(self, index: int, text: str, ids: list[int], logs: list, reason: str | None) -> dict:
-        """A piece of an answer in a stream."""
+    def choice(self, index: int, text: str, ids: list[int], logs: list, reason: str | None) -> dict:
+        """An answer, or in a stream a piece of it."""
         if not self.asked.chat:
-            return {'index': index, 'text': text, 'logprobs': self.noted(index, ids, logs),
-                    'finish_reason': reason}
-        return {'index': index, 'delta': {'content': text} if text else {},
-                'logprobs': self.noted(index, ids, logs), 'finish_reason': reason}
-
-    def whole(self, index: int, text: str, ids: list[int], logs: list, reason: str) -> dict:
-        """An answer."""
-        content = {'message': {'role': 'assistant', 'content': text, 'refusal': None}} \
-            if self.asked.chat else {'text': text}
+            content: dict = {'text': text}
+        elif self.asked.stream:
+            content = {'delta': {'content': text} if text else {}}
+        else:
+            content = {'message': {'role': 'assistant', 'content': text, 'refusal': None}}
         return {'index': index, **content, 'logprobs': self.noted(index, ids, logs),
                 'finish_reason': reason}
 
