@@ -164,10 +164,11 @@ class Server:
             asked = read_request(body, chat)
             prompts = [await self.encode(prompt, chat) for prompt in asked.prompts]
             jobs, pieces = [], asyncio.Queue()
+            ends = self.tokenizer.turn_ends() if chat else {self.tokenizer.eos}
             for prompt, ids in zip(asked.prompts, prompts):
                 for n in range(asked.n):
-                    wanted = sampling(asked, n, self.size - len(ids), self.ends(chat), seed if
-                                      asked.seed is None else asked.seed)
+                    wanted = sampling(asked, n, self.size - len(ids), ends,
+                                      seed if asked.seed is None else asked.seed)
                     echo = (prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)) \
                         if asked.echo else ''
                     jobs.append(Job(len(jobs), ids, wanted, pieces, echo))
@@ -208,9 +209,6 @@ class Server:
                           code='context_length_exceeded')
         return ids
 
-    def ends(self, chat: bool) -> set[int]:
-        return self.tokenizer.turn_ends() if chat else {self.tokenizer.eos}
-
     async def whole(self, request: Request, asked: Asked, shape: Shape, jobs: list[Job]):
         """All answers at once; nothing if the client has left."""
         async def collect() -> list[dict]:
@@ -231,7 +229,7 @@ class Server:
         finally:
             leaving.cancel()
             answers.cancel()
-            self.release(jobs)
+            self.worker.cancel(jobs)
 
     async def events(self, asked: Asked, shape: Shape, jobs: list[Job]):
         """The answers as server-sent events, piece by piece."""
@@ -253,12 +251,7 @@ class Server:
         except Refused as e:
             yield event(e.body())
         finally:
-            self.release(jobs)
-
-    def release(self, jobs: list[Job]) -> None:
-        """Let the engine forget the answers that are not wanted any more."""
-        for job in jobs:
-            self.worker.cancel(job)
+            self.worker.cancel(jobs)
 
 
 def usage(asked: Asked, jobs: list[Job]) -> dict:

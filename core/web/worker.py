@@ -70,10 +70,10 @@ class Worker:
         self.coming += jobs
         self.work.set()
 
-    def cancel(self, job: Job) -> None:
-        if not job.ended:
-            self.leaving.append(job)
-            self.work.set()
+    def cancel(self, jobs: list[Job]) -> None:
+        """Let the engine forget the answers that are not wanted any more."""
+        self.leaving += [job for job in jobs if not job.ended]
+        self.work.set()
 
     async def run(self) -> None:
         """The loop, until it is cancelled."""
