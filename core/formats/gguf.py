@@ -160,10 +160,10 @@ FIELDS = (
     ('n_layer', 'block_count', int, None), ('n_hidden', 'feed_forward_length', int, None),
     ('n_head', 'attention.head_count', int, None),
     ('n_kv_head', 'attention.head_count_kv', int, 0))
-ROPE_FIELDS = (('head_dim', 'attention.key_length', int, 0),
-               ('norm_eps', 'attention.layer_norm_rms_epsilon', float, None),
-               ('rope_theta', 'rope.freq_base', float, 10000.0))
-EPSILON = ('norm_eps', 'attention.layer_norm_epsilon', float, None)
+GPT2_FIELDS = (*FIELDS, ('norm_eps', 'attention.layer_norm_epsilon', float, None))
+LLAMA_FIELDS = (*FIELDS, ('head_dim', 'attention.key_length', int, 0),
+                ('norm_eps', 'attention.layer_norm_rms_epsilon', float, None),
+                ('rope_theta', 'rope.freq_base', float, 10000.0))
 NAMES = {'wte': 'token_embd', 'wpe': 'position_embd', 'ln_f': 'output_norm', 'lm_head': 'output',
          'h': 'blk', 'ln_1': 'attn_norm', 'ln_2': 'ffn_norm', 'q_proj': 'attn_q',
          'k_proj': 'attn_k', 'v_proj': 'attn_v', 'o_proj': 'attn_output', 'q_norm': 'attn_q_norm',
@@ -171,11 +171,6 @@ NAMES = {'wte': 'token_embd', 'wpe': 'position_embd', 'ln_f': 'output_norm', 'lm
          'down_proj': 'ffn_down', 'attn': '', 'mlp': ''}
 ROPE_FACTORS = 'rope_freqs.weight'      # what Llama 3.1 divides its frequencies by
 LLAMA3 = [f'{factor},1,4,8192' for factor in (8, 32)]       # those that are published
-
-
-def fields_of(kind: str) -> tuple:
-    """The fields of an architecture, as FIELDS has them."""
-    return FIELDS + ((EPSILON,) if kind == 'gpt2' else ROPE_FIELDS)
 
 
 def gguf_name(name: str, kind: str) -> str:
@@ -207,8 +202,8 @@ def read_config(header: Header) -> tuple[str, GPTConfig]:
     scaling = found.found.get('rope.scaling.type', 'none')
     if scaling != 'none':
         stop(f'{path}: rope.scaling.type={scaling!r:.80}: not supported, only that of Llama 3.1')
-    fields: dict = {ours: found.get(theirs, type_, default)
-                    for ours, theirs, type_, default in fields_of(kind)}
+    fields: dict = {ours: found.get(theirs, type_, default) for ours, theirs, type_, default
+                    in (GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS)}
     if 'token_embd.weight' not in header.tensors:
         stop(f'{path}: has no token_embd.weight')
     fields |= {'vocab_size': header.tensors['token_embd.weight'][0][0],
@@ -413,7 +408,7 @@ def save(model: GPT, tokenizer: Tokenizer, path: Path, dtype: str, chat: bool, n
     writer.add_name(name)
     writer.add_file_type(library.LlamaFileType[{'f32': 'ALL_F32'}.get(
         dtype, f'MOSTLY_{dtype.upper()}')])
-    for ours, theirs, type_, _ in fields_of(kind):
+    for ours, theirs, type_, _ in GPT2_FIELDS if kind == 'gpt2' else LLAMA_FIELDS:
         (writer.add_uint32 if type_ is int else writer.add_float32)(
             f'{kind}.{theirs}', getattr(config, ours))
     if kind != 'gpt2':
