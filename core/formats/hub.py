@@ -13,11 +13,6 @@ GPT2_SIZES = {'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large'
 COMPLETE = '.complete'      # in a downloaded folder: all of it is there
 
 
-def is_folder(path) -> bool:
-    """Whether `path` looks like a Hugging Face folder."""
-    return (Path(path) / 'config.json').is_file()
-
-
 def find(name: str, downloads: str | Path = 'data/downloads', weights: bool = True) -> Path | None:
     """The folder of a model: a path, a name in DATA_MIRROR, or one on the hub ('Qwen/Qwen3-0.6B').
 
@@ -30,7 +25,7 @@ def find(name: str, downloads: str | Path = 'data/downloads', weights: bool = Tr
     if mirror := os.environ.get('DATA_MIRROR'):
         places += [Path(mirror) / name, Path(mirror) / full]
     for place in places:
-        if is_folder(place):
+        if (place / 'config.json').is_file():
             return place
     organization = re.fullmatch(r'([\w-][\w.-]*)/[\w-][\w.-]*', full)
     # a misspelt path, such as out/shakespear, is not asked for on the hub
