@@ -4,10 +4,10 @@ import re
 from tqdm import tqdm
 
 from core.eval import sandbox
+from core.eval.likelihood import in_order
 from core.eval.tasks import Item, Task
 from core.net.draw import Sampling
 from core.net.engine import Engine
-from core.ranks import processes
 
 # Of lm-evaluation-harness's gsm8k: the number after ####, or the last number.
 STRICT = re.compile(r'#### (\-?[0-9\.\,]+)')
@@ -47,12 +47,7 @@ def write(model, tokenizer, prompts: list[str], device, sampling: list[Sampling]
             for request, _, text in engine.step():
                 texts[request][1].append(text)
                 bar.update(bool(request.ended))
-    return gathered([(n, ''.join(parts)) for n, parts in texts.values()])
-
-
-def gathered(mine: list[tuple]) -> list:
-    """The values of all ranks, of which each has some (number, value), in the order of numbers."""
-    return [value for _, value in sorted(map(tuple, sum(processes.exchange(mine), [])))]
+    return in_order([(n, ''.join(parts)) for n, parts in texts.values()])
 
 
 def number(text: str, pattern: re.Pattern = STRICT, which: int = 0) -> str:
@@ -100,7 +95,7 @@ def right_programs(items: list[Item], texts: list[list[str]], chat: bool, ranks,
         said = [sandbox.run(program_of(item, text, chat), item.answer, item.name, item.contexts[0])
                 for text in texts[n]]
         mine.append((n, said.count(sandbox.PASSED)))
-    return gathered(mine)
+    return in_order(mine)
 
 
 def refuses(text: str) -> bool:

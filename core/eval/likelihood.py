@@ -169,14 +169,17 @@ def score(model, items: list[list[Pair]], device, ranks=None, about: str = 'scor
             if asked():
                 return None
             if i % world == rank:
-                found = score_batch(model, [rows[n] for n in batch], cache, device)
-                mine += zip(batch, found)
+                mine += zip(batch, score_batch(model, [rows[n] for n in batch], cache, device))
             bar.update(len(batch))
-    of_row = {n: values for part in processes.exchange(mine) for n, values in part}
     found = [[] for _ in items]
-    for n, row in enumerate(rows):
-        found[row.item] += [Scored(*value) for value in of_row[n]]
+    for row, values in zip(rows, in_order(mine)):
+        found[row.item] += [Scored(*value) for value in values]
     return found
+
+
+def in_order(mine: list[tuple]) -> list:
+    """The values of all ranks, of which each has some (number, value), in the order of numbers."""
+    return [value for _, value in sorted(map(tuple, sum(processes.exchange(mine), [])))]
 
 
 def beginning(rows: list[Row]) -> list[int]:
