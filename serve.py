@@ -213,7 +213,7 @@ class Server:
         """All answers at once; nothing if the client has left."""
         async def collect() -> list[dict]:
             parts = [[] for _ in jobs]
-            async for piece in pieces_of(jobs, asked.echo and asked.logprobs >= 0):
+            async for piece in pieces_of(jobs):
                 parts[piece.index].append(piece)
             return [shape.choice(i, ''.join(piece.text for piece in mine),
                                  [i for piece in mine for i in piece.ids],
@@ -239,7 +239,7 @@ class Server:
             if asked.chat:
                 for job in jobs:
                     yield event(shape.body([shape.role(job.index)]))
-            async for piece in pieces_of(jobs, asked.echo and asked.logprobs >= 0):
+            async for piece in pieces_of(jobs):
                 if piece.text or piece.ids and asked.logprobs >= 0:
                     yield event(shape.body([shape.choice(
                         piece.index, piece.text, piece.ids, piece.logs, None)]))

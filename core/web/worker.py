@@ -29,9 +29,9 @@ class Piece(NamedTuple):
     ended: str          # why the answer has: stop, length
 
 
-async def pieces_of(jobs: list[Job], prompt_logs: bool):
+async def pieces_of(jobs: list[Job]):
     """The pieces of some answers as they come. Where the prompt is echoed it comes before the
-    first; with `prompt_logs` as ids with log-probabilities, too (None for the first id)."""
+    first, and its ids, too, if their log-probabilities are wanted (None for the first id)."""
     left, begun = len(jobs), set()
     while left:
         job, piece = await jobs[0].pieces.get()
@@ -40,7 +40,7 @@ async def pieces_of(jobs: list[Job], prompt_logs: bool):
         if job.echo and job.index not in begun:
             begun.add(job.index)
             piece = piece._replace(text=job.echo + piece.text)
-            if prompt_logs:
+            if job.wanted.prompt_logprobs:
                 piece = piece._replace(ids=job.ids + piece.ids, logs=[
                     None, *job.request.prompt_logprobs, *piece.logs])
         left -= bool(piece.ended)
