@@ -283,7 +283,8 @@ def load(name: str, max_items: int = 0, shots: int = -1, data_dir: str = 'data')
         stop(f'tasks={name}: {path} holds no item' + f' after {shots} examples' * bool(shots) +
              '; give a file with at least one more')
     asked = json.dumps([task.kind, *(item._replace(where='') for item in items)])
-    said.insert(0, f'{task.about} ({len(items):,} asked)')
+    licence = f'; licence {task.licence}' * bool(task.licence)
+    said.insert(0, f'{task.about} ({len(items):,} asked{licence})')
     return Questions(name, task, items, '; '.join(said),
                      hashlib.sha256(asked.encode()).hexdigest()[:16])
 
@@ -349,17 +350,22 @@ def place_of(file: File, name: str, data_dir: str) -> tuple[Path, bool]:
     if Path(file.name).is_file():
         return Path(file.name), True
     mirror = Path(os.environ.get('DATA_MIRROR') or '.')
-    downloads = Path(data_dir) / 'downloads'
     part = mirror / file.part
     if file.part and part.is_file() and not any(
-            (folder / file.name).is_file() for folder in (mirror, downloads)):
+            (folder / file.name).is_file() for folder in (mirror, Path(data_dir) / 'downloads')):
         return part, False
     try:
-        return fetch(file.name, file.url, downloads, file.sha256, headers=endpoint()[1] if
-                     'huggingface' in file.url else None), True
+        return fetched(file, data_dir), True
     except NoNetwork as e:
         stop(f'tasks={name}: {e}; put the file into a folder as {file.name}, and set DATA_MIRROR '
              'to the folder')
+
+
+def fetched(file: File, data_dir: str) -> Path:
+    """The file, from DATA_MIRROR, an earlier download or the network. Raises NoNetwork."""
+    address, headers = endpoint()
+    return fetch(file.name, file.url, Path(data_dir) / 'downloads', file.sha256,
+                 headers=headers if file.url.startswith(address) else None)
 
 
 def items_of(path: Path, task: Task) -> Iterator[Item]:
@@ -396,9 +402,7 @@ def item_of(where: str, row: dict, task: Task) -> Item:
 def examples_of(task: Task, data_dir: str) -> list[Item] | None:
     """The items of the file that a task has for examples; None if that is not at hand."""
     try:
-        file = task.examples
-        return None if not file else list(items_of(fetch(
-            file.name, file.url, Path(data_dir) / 'downloads', file.sha256), task))
+        return list(items_of(fetched(task.examples, data_dir), task)) if task.examples else None
     except NoNetwork:
         return None
 

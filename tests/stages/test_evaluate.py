@@ -22,9 +22,10 @@ from core.eval import answers, likelihood, overlap, sandbox, tasks
 from core.eval.likelihood import Pair, Scored
 from core.eval.results import Results
 from core.net.weights import build_model
+from core.read.download import NoNetwork
 from core.run import models
 from core.run.log import read_log
-from core.settings import configure
+from core.settings import Stop, configure
 from core.text.tokenizer import ByteTokenizer
 from model import GPTConfig
 
@@ -373,7 +374,7 @@ def test_subjects_of_mmlu(tmp_path, monkeypatch, capsys):
     local = tasks.File(str(file), '')
     monkeypatch.setitem(tasks.TASKS, 'mmlu',
                         tasks.TASKS['mmlu']._replace(file=local, examples=local))
-    monkeypatch.setattr(tasks, 'fetch', lambda name, *_: Path(name))
+    monkeypatch.setattr(tasks, 'fetch', lambda name, *_, **more: Path(name))
     found = tasks.load('mmlu_us_law', shots=2)
     assert len(found.items) == 6 and found.items[0].prompts[0].startswith(
         'The following are multiple choice questions (with answers) about us law.\n\nQ0\nA. a\n')
@@ -482,6 +483,26 @@ def test_benchmarks_change_no_step(run_train, tmp_path, capsys):
         tokenizer='byte', benchmark_interval=n, benchmarks=str(own), out_dir=f'out/{n}')['run_dir'],
         'step')] for n in (0, 1)]
     assert losses[0] == losses[1]
+
+
+def test_the_hubs_files_are_asked_for_with_the_token(monkeypatch, tmp_path):
+    """Those of items and of examples; no other server gets it."""
+    sent = {}
+
+    def fetch(name, *_, headers):
+        sent[name] = headers
+        raise NoNetwork
+    monkeypatch.setenv('HF_TOKEN', 'secret')
+    monkeypatch.delenv('DATA_MIRROR', raising=False)
+    monkeypatch.setattr(tasks, 'fetch', fetch)
+    for name in ('mmlu', 'gsm8k'):
+        task = tasks.TASKS[name]
+        tasks.examples_of(task, str(tmp_path))
+        with pytest.raises(Stop):
+            tasks.place_of(task.file, name, str(tmp_path))
+    assert len(sent) == 4
+    for name, headers in sent.items():
+        assert headers == ({'Authorization': 'Bearer secret'} if 'mmlu' in name else None)
 
 
 def test_two_at_once_keep_both_results(tmp_path):
