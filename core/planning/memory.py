@@ -86,15 +86,17 @@ def part_of(n: int, parts: int, i: int) -> int:
     return max(0, min(n - i * each, each))
 
 
-def held(config: GPTConfig, layout: Layout, pp_rank: int = 0, tp_rank: int = 0,
+@functools.cache
+def held(arch: tuple, layout: Layout, pp_rank: int = 0, tp_rank: int = 0,
          shard: int | None = None) -> dict[str, int]:
-    """Name -> number of elements of the parameters on a rank, as place() in core/ranks/parallel.py
-    lays them: of pipeline and tensor parallelism, and with `shard` of that part of them only."""
-    n_stages, found = layout.pp * layout.chunks, {}
+    """Name -> number of elements of the parameters of GPTConfig(*arch) on a rank, as place() in
+    core/ranks/parallel.py lays them: of pipeline and tensor parallelism, and with `shard` of that
+    part of them only."""
+    config, n_stages, found = GPTConfig(*arch), layout.pp * layout.chunks, {}
     stages = range(pp_rank, n_stages, layout.pp)
     layers = {i for s in stages for i in range(s * config.n_layer // n_stages,
                                                (s + 1) * config.n_layer // n_stages)}
-    for name, shape in shapes(key(config)).items():
+    for name, shape in shapes(arch).items():
         first, last = 0 in stages, n_stages - 1 in stages
         if name.startswith('h.'):
             here = int(name.split('.')[1]) in layers
@@ -186,7 +188,7 @@ def watch(make, run, dtype: str, fresh: bool) -> Passes:
     """make() gives a module and its input x; run(module, x) its output. With `fresh` the gradients
     are new memory, else they are added to those that are there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(), torch.device('cpu'):
+    with FakeTensorMode():
         module, x = make()
         parameters = list(module.parameters())
         if not fresh:
@@ -250,7 +252,7 @@ def muon_extra(shape: tuple, n: int, ns_steps: int, half: bool) -> int:
     """The most bytes that Muon's step takes for n matrices of a shape, beside their gradients and
     momenta."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(), torch.device('cpu'):
+    with FakeTensorMode():
         params = [torch.nn.Parameter(torch.empty(shape)) for _ in range(n)]
         muon = optim.Muon(params, ns_steps=ns_steps,
                           dtype=torch.bfloat16 if half else torch.float32)
@@ -280,8 +282,9 @@ def step_memory(config: GPTConfig, layout: Layout, dtype: str, kind: str = 'cuda
 def rank_memory(config: GPTConfig, layout: Layout, pp_rank: int, dtype: str, *, kind: str = 'cuda',
                 optimizer: str = 'adamw', flash: bool = True) -> dict[str, int]:
     """`step_memory` of the ranks of one pipeline stage, the first of those that share a matrix."""
-    whole = held(config, layout, pp_rank)
-    mine = held(config, layout, pp_rank, shard=0) if layout.zero else whole
+    lies = key(config), replace(layout, rows=1, n_micro=1, recompute=False), pp_rank
+    whole = held(*lies)
+    mine = held(*lies, shard=0) if layout.zero else whole
     n_whole, n_mine = sum(whole.values()), sum(mine.values())
     n_root = sum(n for name, n in whole.items() if not name.startswith('h.'))
     n_blocks = len({name.split('.')[1] for name in whole if name.startswith('h.')})
@@ -369,4 +372,4 @@ def is_muons(name: str, optimizer: str) -> bool:
 def checkpoint_bytes(config: GPTConfig, optimizer: str) -> int:
     """Of weights and the optimizer's moments, in fp32."""
     return sum(n * (8 if is_muons(name, optimizer) else 12)
-               for name, n in held(config, Layout()).items())
+               for name, n in held(key(config), Layout()).items())

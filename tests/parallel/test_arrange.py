@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import plan
 import train
 from core.net.weights import build_model
-from core.planning.memory import Layout, held
+from core.planning.memory import Layout, held, key
 from core.ranks import parallel, processes
 from core.ranks.processes import Ranks
 from model import GPTConfig
@@ -144,7 +144,7 @@ def expected(rank: int, layout: dict, config: GPTConfig) -> int:
     tp, pp = layout.get('tp', 1), layout.get('pp', 1)
     dp = 1024 // tp // pp
     planned = Layout(dp, tp, pp, layout['zero'])
-    return sum(held(config, planned, rank // tp // dp, rank % tp, rank // tp % dp).values())
+    return sum(held(key(config), planned, rank // tp // dp, rank % tp, rank // tp % dp).values())
 
 
 COUNTED = [dict(zero=3), dict(zero=3, tp=8), dict(zero=2, tp=8, pp=8), dict(zero=3, tp=8, pp=4)]

@@ -16,7 +16,7 @@ SMALL = GPTConfig(block_size=1024, vocab_size=50_304, n_layer=12, n_head=12, n_e
 
 def chosen(config, n_gpus, **more):
     options = {'optimizer': 'adamw', 'dtype': 'bfloat16', 'n_parameters': sum(
-        held(config, Layout()).values())} | more
+        held(key(config), Layout()).values())} | more
     return choose(config, more.pop('gpu', H100), n_gpus, 512, 0.4, **{
         k: v for k, v in options.items() if k != 'gpu'})
 
@@ -102,7 +102,7 @@ def test_shapes(N):
                        n_embd=shape.n_embd, n_hidden=shape.n_hidden, vocab_size=vocab,
                        norm='rmsnorm', position='rope', mlp='swiglu', qk_norm=True, bias=False,
                        tied=shape.tied)
-    assert sum(held(config, Layout()).values()) == shape.parameters()
+    assert sum(held(key(config), Layout()).values()) == shape.parameters()
     assert shape.flops_per_token(1024) == layouts.whole_flops(key(config))
     assert shape.parameters() == pytest.approx(N, rel=0.03)
     if N >= 1e9:
