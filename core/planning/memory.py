@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
@@ -171,15 +170,14 @@ class Passes:
 
 
 @contextlib.contextmanager
-def as_on(kind: str, flash: bool):
+def as_on(kind: str):
     """Let kernels do what they do on a device of this kind: on a CPU they convert bf16 for short
-    windows, and take fewer logits at a time. Without flash attention all scores are kept."""
+    windows, and take fewer logits at a time."""
     before = kernels.CAUSAL_BLOCK, kernels.CHUNK_ELEMENTS
     if kind != 'cpu':
         kernels.CAUSAL_BLOCK, kernels.CHUNK_ELEMENTS = 0, 8 * before[1]
     try:
-        with contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
         kernels.CAUSAL_BLOCK, kernels.CHUNK_ELEMENTS = before
 
@@ -204,8 +202,7 @@ def watch(make, run, dtype: str, fresh: bool) -> Passes:
 
 
 @functools.cache
-def block_passes(arch: tuple, rows: int, T: int, dtype: str, *, kind: str, flash: bool,
-                 fresh: bool) -> Passes:
+def block_passes(arch: tuple, rows: int, T: int, dtype: str, kind: str, fresh: bool) -> Passes:
     """One block's, for `rows` sequences of T tokens."""
     config = GPTConfig(*arch)
 
@@ -217,7 +214,7 @@ def block_passes(arch: tuple, rows: int, T: int, dtype: str, *, kind: str, flash
         if config.position == 'rope':
             rope = rope_tables(torch.arange(T), config.head_dim, config.rope_theta)
         return block(x, rope)
-    with as_on(kind, flash):
+    with as_on(kind):
         return watch(make, run, dtype, fresh)
 
 
@@ -243,19 +240,18 @@ def head_passes(arch: tuple, rows: int, T: int, dtype: str, kind: str, fresh: bo
     def run(modules, x):
         targets = torch.zeros(rows, T, dtype=torch.long)
         return kernels.lm_loss(modules[1], modules[0](x), targets, 'sum')
-    with as_on(kind, True):
+    with as_on(kind):
         return watch(make, run, dtype, fresh)
 
 
 @functools.cache
-def muon_extra(shape: tuple, n: int, ns_steps: int, half: bool) -> int:
+def muon_extra(shape: tuple, n: int, half: bool) -> int:
     """The most bytes that Muon's step takes for n matrices of a shape, beside their gradients and
     momenta."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode():
         params = [torch.nn.Parameter(torch.empty(shape)) for _ in range(n)]
-        muon = optim.Muon(params, ns_steps=ns_steps,
-                          dtype=torch.bfloat16 if half else torch.float32)
+        muon = optim.Muon(params, dtype=torch.bfloat16 if half else torch.float32)
         for p in params:
             p.grad = torch.empty(shape)
             muon.state[p]['momentum'] = torch.empty(shape)
@@ -270,17 +266,17 @@ def muon_extra(shape: tuple, n: int, ns_steps: int, half: bool) -> int:
 
 
 def step_memory(config: GPTConfig, layout: Layout, dtype: str, kind: str = 'cuda',
-                optimizer: str = 'adamw', flash: bool = True) -> dict[str, int]:
+                optimizer: str = 'adamw') -> dict[str, int]:
     """Bytes by what they are for, of the rank that needs most: weights, optimizer, gradients,
     activations, gathered (whole weights, and whole gradients, of what is otherwise sharded), and
     work (of the operation at the peak)."""
-    found = [rank_memory(config, layout, pp_rank, dtype, kind=kind, optimizer=optimizer,
-                         flash=flash) for pp_rank in range(layout.pp)]
+    found = [rank_memory(config, layout, pp_rank, dtype, kind=kind, optimizer=optimizer)
+             for pp_rank in range(layout.pp)]
     return max(found, key=lambda parts: sum(parts.values()))
 
 
 def rank_memory(config: GPTConfig, layout: Layout, pp_rank: int, dtype: str, *, kind: str = 'cuda',
-                optimizer: str = 'adamw', flash: bool = True) -> dict[str, int]:
+                optimizer: str = 'adamw') -> dict[str, int]:
     """`step_memory` of the ranks of one pipeline stage, the first of those that share a matrix."""
     lies = key(config), replace(layout, rows=1, n_micro=1, recompute=False), pp_rank
     whole = held(*lies)
@@ -305,7 +301,7 @@ def rank_memory(config: GPTConfig, layout: Layout, pp_rank: int, dtype: str, *, 
     elif layout.dp > 1:
         gathered = 4 * n_whole                      # DDP's buckets
 
-    block = local_block(config, layout, dtype, kind=kind, flash=flash, fresh=fresh)
+    block = local_block(config, layout, dtype, kind, fresh)
     head = local_head(config, layout, dtype, kind, fresh) if pp_rank == layout.pp - 1 else None
     stream = 4 * layout.rows * config.block_size * config.n_embd
     cut = layout.tp if layout.sequence_parallel else 1
@@ -339,16 +335,15 @@ def update_extra(config: GPTConfig, layout: Layout, n_blocks: int, dtype: str) -
     n = n_blocks * (2 if config.mlp == 'swiglu' else 1)
     shape = config.n_hidden // layout.tp, config.n_embd
     copies = 4 * n * math.prod(shape) if layout.zero == 0 and layout.dp > 1 else 0
-    return copies + muon_extra(shape, math.ceil(n / layout.dp), 5, dtype != 'float32')
+    return copies + muon_extra(shape, math.ceil(n / layout.dp), dtype != 'float32')
 
 
-def local_block(config: GPTConfig, layout: Layout, dtype: str, *, kind: str, flash: bool,
-                fresh: bool) -> Passes:
+def local_block(config: GPTConfig, layout: Layout, dtype: str, kind: str, fresh: bool) -> Passes:
     """One block's passes on a rank, with its part of heads and hidden channels."""
     tp, T = layout.tp, config.block_size
     part = replace(config, n_head=config.n_head // tp, n_kv_head=config.n_kv_head // tp,
                    n_hidden=config.n_hidden // tp)
-    found = block_passes(key(part), layout.rows, T, dtype, kind=kind, flash=flash, fresh=fresh)
+    found = block_passes(key(part), layout.rows, T, dtype, kind, fresh)
     if layout.sequence_parallel:        # both norms see their part of the positions only
         less = 2 * norm_kept(key(config), layout.rows, T, dtype) * (tp - 1) // tp
         found = replace(found, kept=found.kept - less, back=found.back - less)
