@@ -173,7 +173,7 @@ def draw(name: str, panels: list[tuple[str, str, dict]]) -> None:
             axes.grid(alpha=0.3)
             axes.legend()
     path = output(name + '.png')
-    if log.draw(path, fill, figsize=(6 * len(panels), 4.5), layout='constrained'):
+    if log.draw(path, fill, 6 * len(panels), 4.5):
         print(f'drawn in {path}')
 
 

@@ -260,8 +260,8 @@ def plan(preset: SimpleNamespace | None, given: dict) -> dict:
     saving = save_it(found, n_gpus, good[0].seconds, checkpoint_bytes(
         preset_config(preset), preset.optimizer))
     label = name or 'planned_' + re.sub(r'\W', '_', CONFIG or shown(found['parameters']).lower())
-    pictures.draw(Path('out') / label, laws.CORRECTED, found, good[:8])
-    print(f'drawn: out/{label}/loss.png, out/{label}/memory.png')
+    if pictures.draw(Path('out') / label, laws.CORRECTED, found, good[:8]):
+        print(f'drawn: out/{label}/loss.png, out/{label}/memory.png')
     if write:
         write_plan(label, found, groups, good[0].layout, saving=saving, cost=cost, n_gpus=n_gpus)
     return found | cost | saving | {
@@ -354,8 +354,8 @@ def fit_runs() -> dict:
         print(f'{C:.2e} FLOP, {C / runs.C.max():.1f} times the largest run: loss {loss:.4f}, a '
               f'new run with 95% between {low:.4f} and {high:.4f}')
     path = Path('out/fit/law.png')
-    pictures.draw_fit(path, runs, fitted, targets)
-    print(f'drawn: {path}')
+    if pictures.draw_fit(path, runs, fitted, targets):
+        print(f'drawn: {path}')
     return {'form': form, 'constants': constants, 'predictions': targets}
 
 

@@ -97,8 +97,7 @@ class Results:
                 else:
                     ax.margins(x=0.5)
                     ax.tick_params(axis='x', rotation=20)
-        return bool(panels) and draw(self.path.with_name('eval.png'), fill,
-                                     figsize=(4 * len(panels), 4), layout='constrained')
+        return bool(panels) and draw(self.path.with_name('eval.png'), fill, 4 * len(panels), 4)
 
 
 def number(x: float) -> str:

@@ -145,18 +145,18 @@ def plot_losses(run: Path) -> bool:
         losses.legend()
         for axes in (losses, rates):
             axes.grid(alpha=0.3)
-    return draw(run / 'loss.png', fill, figsize=(8, 6), layout='constrained')
+    return draw(run / 'loss.png', fill, 8, 6)
 
 
-def draw(path: Path, fill, **options) -> bool:
-    """Write the picture that fill(figure) draws; returns whether it was drawn. Any failure is a
-    warning, for the numbers matter more."""
+def draw(path: Path, fill, width: float, height: float) -> bool:
+    """Write the picture of width x height inches that fill(figure) draws; returns whether it was
+    drawn. Any failure is a warning, for the numbers matter more."""
     tmp = path.with_name(f'.{path.name}')
     try:
         if '~' in os.path.expanduser('~'):  # a user without a home, as in a container
             os.environ.setdefault('MPLCONFIGDIR', f'{tempfile.gettempdir()}/mpl-{os.getuid()}')
         from matplotlib.figure import Figure
-        figure = Figure(**options)
+        figure = Figure((width, height), layout='constrained')
         fill(figure)
         figure.savefig(tmp, dpi=120)
         os.replace(tmp, path)
