@@ -44,7 +44,7 @@ from core.run import begin, log, models
 from core.run.learner import Learner
 from core.settings import check_bounds, check_choice, configure, read_settings, stop
 from core.text import tokenizer as tokenizers
-from model import count_parameters, flops_per_token
+from model import GPTConfig, count_parameters, flops_per_token
 from train import train_step
 
 POSITIONAL = ('what', 'folders')
@@ -86,30 +86,33 @@ def our_config(preset, data: Path | None = None):
 def our_learner(preset, config, dev, seed: int) -> Learner:
     """Our model with all that trains it, as train.py puts it together."""
     model, ranks = build_model(config, seed, dev.name), Ranks()
+    model.recompute = preset.activation_checkpointing
     trained, _ = parallel.wrap(model, ranks, dev, 1, 1)
     return Learner(model, trained, begin.build_optimizers(preset, model, dev, ranks),
                    optim.LossScale(dev.dtype == 'float16'), dev, ranks, preset.grad_clip,
                    seed if preset.dropout else None)
 
 
-def rows_at_once(preset, config, dev) -> int:
+def rows_at_once(preset, learner: Learner) -> int:
     """Sequences in a micro-batch, as train.py chooses it."""
-    return preset.micro_batch_size or hardware.fit_micro_batch(
-        dev, preset.batch_size, config.block_size, config.n_layer, config.n_embd)
+    return parallel.rows_at_once(learner.model, learner.ranks, learner.device, preset.batch_size,
+                                 preset.block_size, preset.micro_batch_size)
 
 
-def random_batches(preset, config, known: int, dev) -> list[tuple]:
-    """Micro-batches (x, y, doc) of one step, as large as train.py makes them: random ids, which
-    cost as much as any."""
-    at_once = rows_at_once(preset, config, dev)
+def prepared(preset) -> tuple[GPTConfig, Learner, list[tuple]]:
+    """The preset's architecture; its model with all that trains it; and micro-batches (x, y, doc)
+    of one step, as large as train.py makes them: random ids, which cost as much as any."""
+    dev = choose_device(preset)
+    config, known = our_config(preset)
+    learner = our_learner(preset, config, dev, preset.seed)
     generator = torch.Generator().manual_seed(preset.seed)
     batches = []
-    for samples in share(0, preset.batch_size, 0, 1, at_once):
+    for samples in share(0, preset.batch_size, 0, 1, rows_at_once(preset, learner)):
         shape = len(samples), config.block_size
         x, y = (torch.randint(known, shape, generator=generator) for _ in range(2))
         # One document in each row is the most work.
         batches.append((x, y, torch.zeros_like(x) if preset.pack_documents else None))
-    return batches
+    return config, learner, batches
 
 
 def seconds_of(run, dev, *args) -> float:
@@ -183,10 +186,8 @@ def draw(name: str, panels: list[tuple[str, str, dict]]) -> None:
 
 def bench_train(preset) -> dict:
     """Tokens per second and MFU of training steps; of nanoGPT's too, and the ratio."""
-    dev = choose_device(preset)
-    config, known = our_config(preset)
-    batches = random_batches(preset, config, known, dev)
-    learner = our_learner(preset, config, dev, preset.seed)
+    config, learner, batches = prepared(preset)
+    dev = learner.device
     n_parameters = count_parameters(learner.model)
     flops: dict = {'ours': flops_per_token(learner.model)}
     sides: dict = {'ours': lambda n: [train_step(learner, batches, 0, 1.0) for _ in range(n)]}
@@ -258,10 +259,8 @@ def peak_memory(model, optimizers, step, dev) -> int:
 
 def bench_memory(preset) -> dict:
     """Peak memory of a training step; of nanoGPT's too, and the ratio."""
-    dev = choose_device(preset)
-    config, known = our_config(preset)
-    batches = random_batches(preset, config, known, dev)
-    learner = our_learner(preset, config, dev, preset.seed)
+    config, learner, batches = prepared(preset)
+    dev = learner.device
     n_parameters = count_parameters(learner.model)
     weights = tensor_bytes(learner.model.parameters())
     step = functools.partial(train_step, learner, batches, 0, 1.0)

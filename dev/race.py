@@ -106,7 +106,7 @@ def run_ours(preset, config, data: Path, windows: Windows, dev, seed: int, max_s
     max_steps = max_steps or preset.max_steps
     learner = bench.our_learner(preset, config, dev, seed)
     train_windows = load_split(data, 'train', preset.block_size, seed)
-    at_once = bench.rows_at_once(preset, config, dev)
+    at_once = bench.rows_at_once(preset, learner)
 
     def do_step(i):
         factor = optim.schedule(i, max_steps, preset.schedule, preset.warmup_steps,

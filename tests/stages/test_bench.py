@@ -112,6 +112,13 @@ def train_parameters(preset: dict) -> int:
     return sum(p.numel() for p in build_model(config, None, 'meta').parameters())
 
 
+def test_a_step_is_as_train_makes_it(run_bench):
+    """With what blocks recompute, and micro-batches no larger than the batch."""
+    more = {'activation_checkpointing': True, 'batch_size': 6, 'micro_batch_size': 64}
+    _, learner, batches = bench.prepared(SimpleNamespace(**run_bench.preset | more))
+    assert learner.model.recompute and [len(x) for x, _, _ in batches] == [6]
+
+
 def test_peak_memory_by_hand():
     """A step that holds two tensors of a mebibyte at once, beside weights of half a mebibyte."""
     model = torch.nn.Linear(256, 512, bias=False)
