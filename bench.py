@@ -87,7 +87,7 @@ def our_learner(preset, config, dev, seed: int) -> Learner:
     """Our model with all that trains it, as train.py puts it together."""
     model, ranks = build_model(config, seed, dev.name), Ranks()
     model.recompute = preset.activation_checkpointing
-    trained, _ = parallel.wrap(model, ranks, dev, 1, 1)
+    trained, _ = parallel.wrap(model, ranks, dev)
     return Learner(model, trained, begin.build_optimizers(preset, model, dev, ranks),
                    optim.LossScale(dev.dtype == 'float16'), dev, ranks, preset.grad_clip,
                    seed if preset.dropout else None)

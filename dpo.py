@@ -348,11 +348,11 @@ def main() -> dict:
     # What trains it
     n_steps = max_steps or math.ceil(epochs * len(train_pairs) / batch_size)
     between = eval_interval or math.ceil(n_steps / 5)
-    learner, n_micro = tuning_learner(settings, model, ranks, dev, rows)
+    learner = tuning_learner(settings, model, ranks, dev)
     learnt = learner.tell_sizes(n_steps, batch_size, 'pairs', len(train_pairs))
     rows = learner.fit_rows(train_step, train_pairs.batch, rows)
     batches_of = lambda i: [train_pairs.batch(samples) for samples in share(
-        i * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)]
+        i * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows)]
     learner.warm_up(train_step, batches_of)
     run.begin(learner, tokenizer, max_steps=n_steps, settings=settings, script=__file__,
               kept={'config': asdict(config), 'task': begun.get('task', 'chat'),

@@ -286,11 +286,11 @@ def main() -> dict:
     n_steps = max_steps or math.ceil(epochs * len(train_rows) / batch_size)
     between = eval_interval or math.ceil(n_steps / 5)
     rows = parallel.rows_at_once(model, ranks, dev, batch_size, size, micro_batch_size)
-    learner, n_micro = tuning_learner(settings, model, ranks, dev, rows)
+    learner = tuning_learner(settings, model, ranks, dev)
     learnt = learner.tell_sizes(n_steps, batch_size, 'rows', len(train_rows))
     rows = learner.fit_rows(train_step, train_rows.batch, rows)
     batches_of = lambda i: [train_rows.batch(samples) for samples in share(
-        i * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows, n_micro)]
+        i * batch_size, batch_size, ranks.dp_rank, ranks.dp, rows)]
     learner.warm_up(train_step, batches_of)
     run.begin(learner, tokenizer, max_steps=n_steps, settings=settings, script=__file__,
               kept={'config': asdict(model.config), 'task': 'chat', 'labels': [],

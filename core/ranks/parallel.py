@@ -146,7 +146,7 @@ def shard(part, ranks: Ranks) -> None:
     fully_shard(part, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
 
 
-def wrap(model, ranks: Ranks, device, per_rank: int, rows: int) -> tuple:
+def wrap(model, ranks: Ranks, device, per_rank: int = 1, rows: int = 1) -> tuple:
     """(what to call for a loss, the number of which the number of micro-batches must be a
     multiple). It is the model, compiled if so chosen, in DDP if each rank has a copy; or the
     Pipeline of such stages, for micro-batches of `rows` of the per_rank sequences.

@@ -1,7 +1,6 @@
 """What a run begins with: architecture, weights and optimizers, from the settings of train.py (or
 of bench.py and plan.py, which have the same names); and what trains a model in a later stage."""
 import importlib.util
-import math
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -135,12 +134,11 @@ def build_optimizers(settings: SimpleNamespace, model, device, ranks) -> list:
         torch.bfloat16 if half else torch.float32, parallel.spreader(ranks))
 
 
-def tuning_learner(settings: dict, model, ranks, device, rows: int) -> tuple[Learner, int]:
-    """What trains a model in a stage after pretraining, with AdamW; and the number of which the
-    number of micro-batches of `rows` samples must be a multiple."""
+def tuning_learner(settings: dict, model, ranks, device) -> Learner:
+    """What trains a model in a stage after pretraining, with AdamW."""
     s = SimpleNamespace(**settings)
-    trained, n_micro = parallel.wrap(model, ranks, device, math.ceil(s.batch_size / ranks.dp), rows)
+    trained, _ = parallel.wrap(model, ranks, device)
     optimizers = optim.make_optimizers(model, 'adamw', s.learning_rate, s.weight_decay, s.beta1,
                                        s.beta2)
     return Learner(model, trained, optimizers, optim.LossScale(device.dtype == 'float16'), device,
-                   ranks, s.grad_clip, s.seed if s.dropout or s.lora_dropout else None), n_micro
+                   ranks, s.grad_clip, s.seed if s.dropout or s.lora_dropout else None)
