@@ -21,17 +21,16 @@ import numpy as np
 
 from core.data import records
 from core.data.dataset import Rows, rows_of
-from core.device import fit_micro_batch
 from core.net import lora, optim
 from core.net.weights import build_model, copy_weights
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
 from core.run import metrics, models
-from core.run.begin import tuning_learner
+from core.run.begin import check_tuning, just_evaluating, tuning_learner
 from core.run.identity import identity, out_folder
 from core.run.learner import Learner, Step
 from core.run.run import Run
-from core.settings import check_bounds, check_choice, configure, settings_of, stop
+from core.settings import configure, settings_of, stop
 from core.source import source_hashes
 from core.text import clean
 
@@ -87,19 +86,6 @@ compile = False             # torch.compile; pays for long runs
 threads = 0                 # CPU threads; 0: torch's choice
 timeout_minutes = 10.0      # a rank that hears nothing from the others for so long gives up
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 slower
-
-
-def check_settings() -> None:
-    """Stop at the first setting that is out of range, or that contradicts another one."""
-    check_bounds(globals())
-    check_choice(globals(), schedule=optim.SCHEDULES, init_from=('', 'resume'))
-    if layers not in ('all', 'head') and not layers.isdigit():
-        stop(f'layers={layers}: must be all, head, or a number of blocks')
-    if lora_rank and layers != 'all':
-        stop(f'layers={layers} with lora_rank={lora_rank}: choose one of the two')
-    models.check_named(run_dir, 'classify.py {} --dataset=my_texts.tsv')
-    if not dataset:
-        stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,11 +230,6 @@ def shown(scores: dict) -> str:
 # A run
 
 
-def just_evaluating(model, device, ranks) -> Learner:
-    """What evaluates a model that does not learn."""
-    return Learner(model.to(device.name), model, [], optim.LossScale(False), device, ranks)
-
-
 def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> dict:
     """--eval_only: a classifier on the test part of the records that it was made with; writes
     nothing."""
@@ -256,9 +237,8 @@ def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> di
     if state['identity']['data'].get('test_sha256') != facts['test_sha256']:
         stop(f'dataset={dataset}: gives another test part than {run_dir} had, which may have '
              'learnt from it; give the dataset, seed and fractions of that run')
-    rows = micro_batch_size or fit_micro_batch(device, 64, size, 1, source.config.n_embd,
-                                               local_world=ranks.local_world)
-    scores = evaluate(just_evaluating(source, device, ranks), data, rows) or {}
+    learner, rows = just_evaluating(source, ranks, device, size, micro_batch_size)
+    scores = evaluate(learner, data, rows) or {}
     print0(f'{run_dir}, step {state["step"]}: {shown(scores)}')
     processes.finish()
     return scores
@@ -267,7 +247,7 @@ def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> di
 def main() -> dict:
     """Train a classifier; returns the run directory, the last step and the scores."""
     code = source_hashes(__file__)      # before anybody edits it
-    check_settings()
+    check_tuning(globals(), 'classify.py {} --dataset=my_texts.tsv', records.SETS)
     ranks, dev = processes.begin(device, dtype, compile, threads, timeout_minutes)
 
     # Model, data, run directory
@@ -318,15 +298,15 @@ def main() -> dict:
             if run.count(done, time.perf_counter() - began, log_interval):
                 run.log_step(done, learning_rate * factor)
         run.finish()
-    scores = {} if run.stopping else test(run, test_rows, names, rows, dev)
+    scores = {} if run.stopping else test(run, test_rows, names, rows)
     return run.end(f'  python sample.py {shlex.quote(str(run.folder))} --classify="some text"',
                    **{f'test_{name}': x for name, x in scores.items()}) | scores
 
 
-def test(run: Run, data: Rows, names: list[str], rows: int, device) -> dict:
+def test(run: Run, data: Rows, names: list[str], rows: int) -> dict:
     """The one look at the test part: the best step's scores, and a table of what it confuses."""
-    best, _, _ = models.load_run(str(run.folder), device=device.name, classifier=True)
-    scores = evaluate(just_evaluating(best, device, run.ranks), data, rows) or {}
+    best, _, _ = models.load_run(str(run.folder), device=run.device.name, classifier=True)
+    scores = evaluate(replace(run.learner, model=best), data, rows) or {}
     print0(f'on the test records: {shown(scores)}')
     width = max(map(len, names)) + 2
     print0('true \\ said'.ljust(width) + ''.join(name.rjust(width) for name in names))

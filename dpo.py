@@ -30,11 +30,11 @@ from core.net.weights import build_model, copy_weights
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
 from core.run import metrics, models
-from core.run.begin import tuning_learner
+from core.run.begin import check_tuning, tuning_learner
 from core.run.identity import identity, out_folder
 from core.run.learner import Learner, Step
 from core.run.run import Run
-from core.settings import check_bounds, check_choice, configure, settings_of, stop, warn
+from core.settings import check_choice, configure, settings_of, stop, warn
 from core.source import source_hashes
 
 POSITIONAL = ('run_dir',)
@@ -93,17 +93,11 @@ activation_checkpointing = False  # recompute blocks in the backward pass: less 
 
 
 def check_settings() -> None:
-    """Stop at the first setting that is out of range."""
-    check_bounds(globals())
-    check_choice(globals(), loss=('dpo', 'ipo'), schedule=optim.SCHEDULES,
-                 init_from=('', 'resume'))
+    """Stop at the first setting that is out of range, or that contradicts another one."""
+    check_tuning(globals(), 'dpo.py {} --dataset=preference', records.SETS)
+    check_choice(globals(), loss=('dpo', 'ipo'))
     if loss == 'ipo' and label_smoothing:
         stop(f'label_smoothing={label_smoothing}: is for loss=dpo')
-    if save_adapters and not lora_rank:
-        stop('save_adapters=True: needs a lora_rank')
-    models.check_named(run_dir, 'dpo.py {} --dataset=preference')
-    if not dataset:
-        stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from core.data import records
 from core.data.dataset import Rows, rows_of
-from core.device import fit_micro_batch
 from core.formats import hf
 from core.net import lora, optim
 from core.net.engine import generate
@@ -26,11 +25,11 @@ from core.net.weights import build_model, copy_weights, padded, spread_new_rows
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
 from core.run import metrics, models
-from core.run.begin import tuning_learner
+from core.run.begin import check_tuning, just_evaluating, tuning_learner
 from core.run.identity import identity, out_folder
 from core.run.learner import Learner, Step
 from core.run.run import Run
-from core.settings import check_bounds, check_choice, configure, settings_of, stop
+from core.settings import configure, settings_of, stop
 from core.source import source_hashes
 
 POSITIONAL = ('run_dir',)
@@ -90,23 +89,6 @@ compile = False             # torch.compile; pays for long runs
 threads = 0                 # CPU threads; 0: torch's choice
 timeout_minutes = 10.0      # a rank that hears nothing from the others for so long gives up
 activation_checkpointing = False  # recompute blocks in the backward pass: less memory, 1/3 slower
-
-
-def check_settings() -> None:
-    """Stop at the first setting that is out of range, or that contradicts another one."""
-    check_bounds(globals())
-    check_choice(globals(), schedule=optim.SCHEDULES, init_from=('', 'resume'))
-    if layers not in ('all', 'head') and not layers.isdigit():
-        stop(f'layers={layers}: must be all, head, or a number of blocks')
-    if lora_rank and layers != 'all':
-        stop(f'layers={layers} with lora_rank={lora_rank}: choose one of the two')
-    if save_adapters and not lora_rank:
-        stop('save_adapters=True: needs a lora_rank')
-    if against and not eval_only:
-        stop(f'against={against}: is for --eval_only')
-    models.check_named(run_dir, 'finetune.py {} --dataset=my_chats.jsonl')
-    if not dataset:
-        stop(f'no dataset given: a file, or one of {", ".join(records.SETS)}')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,9 +216,7 @@ def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> di
     """--eval_only: a run, and what it differs by from another one, on records that it has not
     learnt from; writes nothing."""
     data = chat_data(tokenizer, size)[1]
-    rows = micro_batch_size or fit_micro_batch(device, 64, size, 1, source.config.n_embd,
-                                               local_world=ranks.local_world)
-    learner = Learner(source.to(device.name), source, [], optim.LossScale(False), device, ranks)
+    learner, rows = just_evaluating(source, ranks, device, size, micro_batch_size)
     scores = evaluate(learner, data, rows) or {}
     print0(f'{run_dir}, step {state["step"]}: {shown(scores)}')
     if against:
@@ -254,7 +234,9 @@ def evaluate_run(source, tokenizer, state: dict, size: int, device, ranks) -> di
 def main() -> dict:
     """Fine-tune; returns the run directory, the last step and the scores."""
     code = source_hashes(__file__)      # before anybody edits it
-    check_settings()
+    check_tuning(globals(), 'finetune.py {} --dataset=my_chats.jsonl', records.SETS)
+    if against and not eval_only:
+        stop(f'against={against}: is for --eval_only')
     ranks, dev = processes.begin(device, dtype, compile, threads, timeout_minutes)
 
     # Model, data, run directory

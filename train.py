@@ -23,13 +23,11 @@ import torch
 from core.data import named
 from core.data.chosen import get_data
 from core.data.dataset import IGNORE, Ahead, load_split
-from core.device import fit_micro_batch
 from core.net import optim
 from core.net.engine import generate, refusal
 from core.ranks import parallel, processes
 from core.ranks.processes import print0, share
-from core.run import models
-from core.run.begin import build_optimizers, check_settings, first_model, tokenizer_wanted
+from core.run import begin, models
 from core.run.identity import identity, identity_of, out_folder
 from core.run.learner import Learner, Step, count_targets, to_device
 from core.run.run import Run
@@ -246,7 +244,7 @@ def run_folder(data: Path, fell_back: bool = False) -> Path:
 def evaluate_run(ranks, device) -> dict:
     """--eval_only: the best checkpoint of a run on the validation split; writes nothing."""
     settings = SimpleNamespace(**settings_of(globals()))
-    data = named.find(dataset, data_dir, tokenizer_wanted(settings), vocab_size)
+    data = named.find(dataset, data_dir, begin.tokenizer_wanted(settings), vocab_size)
     base = run_folder(data)
     model, known, state = models.load_run(str(base), device=device.name)
     if known.hash() != tokenizers.load(data / 'tokenizer.json').hash():
@@ -256,9 +254,7 @@ def evaluate_run(ranks, device) -> dict:
     packed = pack_documents or as_trained and 'pack_documents' not in GIVEN
     eos = known.eos if packed else None
     windows = load_split(data, 'val', config.block_size, shuffle=False, eos=eos)
-    rows = micro_batch_size or fit_micro_batch(
-        device, 64, config.block_size, 1, config.n_embd, local_world=ranks.local_world)
-    learner = Learner(model, model, [], optim.LossScale(False), device, ranks)
+    learner, rows = begin.just_evaluating(model, ranks, device, config.block_size, micro_batch_size)
     scores = evaluate(learner, windows, known, rows) or {}
     print0(f'{base}, step {state["step"]}, on {data}: {shown(scores)}'
            + ', documents kept apart' * packed)
@@ -269,7 +265,7 @@ def evaluate_run(ranks, device) -> dict:
 def main() -> dict:
     """Train; returns the run directory, the last step, losses and the seconds of training."""
     source = source_hashes(__file__)    # before anybody edits it
-    check_settings(globals())
+    begin.check_settings(globals())
     layout = dict(tp=tp, pp=pp, zero=zero, replicas=replicas, pp_schedule=pp_schedule,
                   sequence_parallel=sequence_parallel)
     ranks, dev = processes.begin(device, dtype, compile, threads, timeout_minutes,
@@ -286,7 +282,7 @@ def main() -> dict:
     tokenizer = tokenizers.load(data / 'tokenizer.json')
     base = run_folder(data, fell_back)
     begun = identity_of(base) if init_from == 'resume' else {}
-    model, weights, n_parameters, flops = first_model(settings, tokenizer, dev, ranks, begun)
+    model, weights, n_parameters, flops = begin.first_model(settings, tokenizer, dev, ranks, begun)
     config = model.config
     if meta['max_id'] >= config.vocab_size:
         stop(f'{data}: has token id {meta["max_id"]}, but the model only {config.vocab_size} ids')
@@ -308,7 +304,7 @@ def main() -> dict:
 
     # What trains it
     trained, n_micro = parallel.wrap(model, ranks, dev, math.ceil(batch_size / ranks.dp), rows)
-    learner = Learner(model, trained, build_optimizers(settings, model, dev, ranks),
+    learner = Learner(model, trained, begin.build_optimizers(settings, model, dev, ranks),
                       optim.LossScale(dev.dtype == 'float16'), dev, ranks, grad_clip,
                       seed if dropout else None)
     rows = learner.fit_rows(train_step, train_windows.batch, rows)

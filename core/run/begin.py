@@ -1,5 +1,5 @@
 """What a run begins with: architecture, weights and optimizers, from the settings of train.py (or
-of bench.py and plan.py, which have the same names); and what trains a model in a later stage."""
+of bench.py and plan.py, which have the same names); and the same of the stages after it."""
 import importlib.util
 from dataclasses import fields, replace
 from functools import partial
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
+from core.device import fit_micro_batch
 from core.net import optim
 from core.net.weights import allocate, build_model, copy_weights, padded
 from core.ranks import parallel
@@ -134,6 +135,28 @@ def build_optimizers(settings: SimpleNamespace, model, device, ranks) -> list:
         torch.bfloat16 if half else torch.float32, parallel.spreader(ranks))
 
 
+# ---------------------------------------------------------------------------------------------
+# The stages after pretraining
+
+
+def check_tuning(settings: dict, command: str, sets) -> None:
+    """Stop at the first setting of finetune, classify or dpo that is out of range, or contradicts
+    another one; without a model, which `command` takes; without a dataset, such as one of `sets`.
+    """
+    s = SimpleNamespace(**{'layers': 'all', 'save_adapters': False, **settings})
+    check_bounds(settings)
+    check_choice(settings, schedule=optim.SCHEDULES, init_from=('', 'resume'))
+    if s.layers not in ('all', 'head') and not s.layers.isdigit():
+        stop(f'layers={s.layers}: must be all, head, or a number of blocks')
+    if s.lora_rank and s.layers != 'all':
+        stop(f'layers={s.layers} with lora_rank={s.lora_rank}: choose one of the two')
+    if s.save_adapters and not s.lora_rank:
+        stop('save_adapters=True: needs a lora_rank')
+    models.check_named(s.run_dir, command)
+    if not s.dataset:
+        stop(f'no dataset given: a file, or one of {", ".join(sets)}')
+
+
 def tuning_learner(settings: dict, model, ranks, device) -> Learner:
     """What trains a model in a stage after pretraining, with AdamW."""
     s = SimpleNamespace(**settings)
@@ -142,3 +165,11 @@ def tuning_learner(settings: dict, model, ranks, device) -> Learner:
                                        s.beta2)
     return Learner(model, trained, optimizers, optim.LossScale(device.dtype == 'float16'), device,
                    ranks, s.grad_clip, s.seed if s.dropout or s.lora_dropout else None)
+
+
+def just_evaluating(model, ranks, device, block_size: int, wanted: int) -> tuple[Learner, int]:
+    """What evaluates a model that does not learn; and how many rows of block_size tokens at a time:
+    `wanted`, or if that is 0 as memory allows."""
+    rows = wanted or fit_micro_batch(device, 64, block_size, 1, model.config.n_embd,
+                                     local_world=ranks.local_world)
+    return Learner(model.to(device.name), model, [], optim.LossScale(False), device, ranks), rows

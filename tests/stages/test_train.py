@@ -582,7 +582,7 @@ def test_wandb(run_train, monkeypatch, capsys):
 def test_every_preset_builds(path, monkeypatch):
     for name, value in read_config(str(path), vars(train)).items():
         monkeypatch.setattr(train, name, value)
-    train.check_settings(vars(train))
+    train.begin.check_settings(vars(train))
     config = model_config(SimpleNamespace(**settings_of(vars(train))), 70)
     with torch.device('meta'):
         model = LSTM(config) if config.arch == 'lstm' else GPT(config)
