@@ -245,6 +245,7 @@ def plan(preset: SimpleNamespace | None, given: dict) -> dict:
         found = figures(preset)
         n_gpus = wishes.gpus_for(N, found['flops'])
     else:
+        check_settings(vars(preset))
         groups = [(f'as in {", ".join(CONFIGS)} and as you gave it', {
             k: v for k, v in given.items() if k not in LAYOUT})]
         n_gpus, found = gpus or 8, figures(preset)

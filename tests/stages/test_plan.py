@@ -216,6 +216,7 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     ('--params=7b --depth=3', 'depth=3: follows'), ('--params=7b --name=a/b', 'name=a/b: must be'),
     ('--params=1e17', 'params=1e17: must be a number from 1 to 1e+16'),
     ('--params=7b --optimizer=adam', 'optimizer=adam: must be one of'),
+    (f'{ROOT}/config/1b.py --gpus=8 --optimizer=adam', 'optimizer=adam: must be one of'),
     ('--params=10 --gpus=1', '10 parameters: too few for a vocabulary of'),
     ('--params=7b --gpus=8 --replicas=3 --zero=2', 'replicas=3: must divide the 8 data-parallel'),
     ('--params=7b --name=-x', 'name=-x: must be'),
