@@ -178,8 +178,9 @@ def configure(script: dict, argv: list[str], also: dict | None = None) -> None:
         elif not positional or takes_configs and not Path(word).exists() and any(
                 f'/{path.with_suffix("")}'.endswith(f'/{word}')
                 for path in Path('config').rglob('*.py')):
-            stop(f'{word}: unexpected word; {script_name(script)} takes config files (*.py) and '
-                 f'flags (--setting=value)' + (near_config(word) or '; --help lists the settings'))
+            stop(f'{word}: unexpected word; {Path(script["__file__"]).name} takes config files '
+                 '(*.py) and flags (--setting=value)' + (
+                     near_config(word) or '; --help lists the settings'))
         else:
             words.append(word)
     for i, name in enumerate(positional[:len(words)]):
@@ -241,10 +242,6 @@ def find_owner(known: dict[str, dict], name: str, word: str, more: str = '') -> 
         stop(f'{word}: no setting named {name!r}' + (
             f', did you mean {near[0]!r}?' if near else '; --help lists the settings') + more)
     return known[name]
-
-
-def script_name(script: dict) -> str:
-    return Path(script.get('__file__', 'this script')).name
 
 
 def near_config(word: str) -> str:
