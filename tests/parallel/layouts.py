@@ -86,12 +86,20 @@ def batch(samples, documents: bool):
     return x, y, doc if documents else None
 
 
+def clear_propagated() -> None:
+    """Forget which placements DTensor has found: they name the mesh of an earlier test, which is
+    equal to this one's but another object, and compiled code cannot hold it."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    _clear_sharding_prop_cache()
+
+
 class Trainer:
     """What train.main builds, on random numbers instead of a dataset."""
 
     def __init__(self, case: Case, ranks: Ranks):
         self.case, self.ranks = case, ranks
         torch.compiler.reset()      # a training process compiles for one layout only
+        clear_propagated()
         put_edit(case.edit)
         kernels.CHUNK_ELEMENTS = case.chunk or 1 << 24
         for name, value in {'optimizer': 'adamw', 'learning_rate': 3e-3, 'muon_learning_rate': 0.02,
