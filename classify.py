@@ -46,7 +46,7 @@ random_weights = False      # begin with random ones instead: what is pretrainin
 eval_only = False           # a classifier in run_dir, on its test part; writes nothing
 seed = 1337
 # data
-dataset = ''                # a named set (core/data/records.py), or a .jsonl, .json, .csv or .tsv
+dataset = ''                # a named set (core/data/records.py) or a JSON, CSV, TSV or Parquet file
 val_fraction = 0.1          # of the records, to validate on
 test_fraction = 0.2         # of the records, looked at once, at the end
 labels = ''                 # the classes with commas; '': those that occur

@@ -47,7 +47,7 @@ out_dir = ''                # run directory; '': out/<config name>
 init_from = ''              # resume: insist on going on with the run in out_dir
 seed = 1337
 # data
-dataset = ''                # a named set (core/data/records.py), or a .jsonl, .json, .csv or .tsv
+dataset = ''                # a named set (core/data/records.py) or a JSON, CSV, TSV or Parquet file
 validation = ''             # a file to validate on; '': a part of the dataset
 val_fraction = 0.1          # of the questions, to validate on
 max_records = 0             # only so many records; 0: all

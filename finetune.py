@@ -45,7 +45,7 @@ eval_only = False           # evaluate run_dir on the validation part; writes no
 against = ''                # with eval_only: another run on the same records, compared in pairs
 seed = 1337
 # data
-dataset = ''                # a named set (core/data/records.py), or a .jsonl, .json, .csv or .tsv
+dataset = ''                # a named set (core/data/records.py) or a JSON, CSV, TSV or Parquet file
 validation = ''             # a file to validate on; '': a part of the dataset
 val_fraction = 0.1          # of the records, to validate on
 max_records = 0             # only so many records; 0: all
