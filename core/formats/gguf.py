@@ -232,14 +232,17 @@ def scaled(header: Header, config: GPTConfig) -> GPTConfig:
     return stop(f'{header.path}: {ROPE_FACTORS} are not those of Llama 3.1 or 3.2')
 
 
-def swapped(name: str, p: torch.Tensor, kind: str, config: GPTConfig, back: bool) -> torch.Tensor:
-    """A parameter with its rows in the order that llama.cpp has, or `back`: of `llama` it rotates
-    neighbouring channels of a head, where Hugging Face and we pair channel i with i + D / 2."""
-    n_head = {'q_proj': config.n_head, 'k_proj': config.n_kv_head}.get(name.split('.')[-2])
-    if kind != 'llama' or not n_head:
-        return p
+def swapped(p: torch.Tensor, n_head: int, back: bool) -> torch.Tensor:
+    """Rows of a query or key matrix, as llama.cpp has them for `llama`: it rotates neighbouring
+    channels of a head, where Hugging Face and we pair channel i with i + D / 2."""
     parts = (n_head, -1, 2) if back else (n_head, 2, -1)
     return p.reshape(*parts, *p.shape[1:]).transpose(1, 2).reshape(p.shape)
+
+
+def heads(name: str, kind: str, config: GPTConfig) -> int:
+    """How many heads' rows are in another order in the file; 0: they are as ours."""
+    part = name.split('.')[-2] if kind == 'llama' else ''
+    return {'q_proj': config.n_head, 'k_proj': config.n_kv_head}.get(part, 0)
 
 
 @torch.no_grad()
@@ -269,7 +272,8 @@ def load(path, device: str = 'cpu') -> tuple[Model, Tokenizer, dict]:
     for name, p in model.named_parameters():
         tensor, part = header.tensor(gguf_name(name, kind)), hf.third(name, kind)
         tensor = tensor if part is None else tensor.chunk(3)[part]
-        p.copy_(swapped(name, tensor, kind, config, back=True))
+        n_head = heads(name, kind, config)
+        p.copy_(swapped(tensor, n_head, back=True) if n_head else tensor)
     source = header.fields.get('tokenizer.chat_template', '')
     names = {i: name for name, i in tokenizer.special.items()}
     tokens = {f'{key}_token': names[i] for key in ('bos', 'eos')
@@ -388,11 +392,12 @@ def to_gguf(model: GPT, dtype: str) -> dict[str, tuple[np.ndarray, str]]:
     """{name in the file: (fp32 values, dtype)}. Stops if a row cannot be quantized."""
     config, kind, found = model.config, hf.architecture(model.config), {}
     for name, p in hf.parameters_of(model, kind).items():
-        as_, key = kind_of(name, p, dtype), gguf_name(name, kind)
+        as_, key, n_head = kind_of(name, p, dtype), gguf_name(name, kind), heads(name, kind, config)
         if as_.startswith('q') and p.size(-1) % 32:
             stop(f'dtype={dtype}: {name} has rows of {p.size(-1)}, which are not whole blocks of '
                  '32 numbers; take --dtype=f16')
-        p = swapped(name, p.float().cpu(), kind, config, back=False)
+        p = p.float().cpu()
+        p = swapped(p, n_head, back=False) if n_head else p
         if key in found:    # q, k and v of GPT-2 come in this order
             p = torch.cat([torch.from_numpy(found[key][0]), p])
         found[key] = p.contiguous().numpy(), as_
