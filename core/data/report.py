@@ -109,6 +109,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem; padding: .5rem;
       background: #8882; border-radius: .3rem; font-size: 85%; }
 td { overflow-wrap: anywhere; white-space: pre-wrap; }
+td.n { overflow-wrap: normal; white-space: nowrap; }
 '''
 
 
