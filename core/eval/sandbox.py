@@ -25,6 +25,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from typing import Any
 
 SECONDS, MEMORY, ANSWER = 10.0, 512 << 20, 1 << 20     # of a program: time, bytes, bytes of a line
@@ -51,25 +52,24 @@ def run(program: str, test: str, name: str, prompt: str = '') -> str:
     """PASSED if the function `name` of a program passes check(function) of a test, or why not.
     What the prompt defines is known to the test, too."""
     to_program, to_checker = os.pipe(), os.pipe()
-    pipes = [to_program[0], to_checker[1], to_checker[0], to_program[1]]
+    ends = [subprocess.PIPE, subprocess.DEVNULL, subprocess.PIPE]
     command = [*UNSHARE, sys.executable, '-I', '-S', '-B', __file__]
-    processes = []
+    processes, pipes = [], [to_program[0], to_checker[1], to_checker[0], to_program[1]]
     try:
-        for role, fds, out in (('program', pipes[:2], subprocess.DEVNULL),
-                               ('checker', pipes[2:], subprocess.PIPE)):
+        for role, given, fds in (('program', [program, name], pipes[:2]),
+                                 ('checker', [prompt, test, name], pipes[2:])):
+            ends[2] = subprocess.DEVNULL if role == 'program' else subprocess.PIPE
             processes.append(subprocess.Popen(
-                [*command, role, *map(str, fds)], stdin=subprocess.PIPE, stdout=out, stderr=out,
+                [*command, role, *map(str, fds)], stdin=ends[0], stderr=ends[2],
+                stdout=subprocess.DEVNULL if role == 'program' else subprocess.PIPE,
                 pass_fds=fds, start_new_session=True))
             for fd in fds:
                 os.close(fd)
                 pipes.remove(fd)
-        written, checker = processes
-        with contextlib.suppress(BrokenPipeError):
-            written.stdin.write(json.dumps([program, name]).encode())
-            written.stdin.close()
-        said, error = checker.communicate(json.dumps([prompt, test, name]).encode(), SECONDS)
-    except subprocess.TimeoutExpired:
-        return f'more than {SECONDS:g} s'
+            with contextlib.suppress(BrokenPipeError):
+                processes[-1].stdin.write(json.dumps(given).encode())
+                processes[-1].stdin.close()
+        return verdict(processes[1])
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -81,9 +81,25 @@ def run(program: str, test: str, name: str, prompt: str = '') -> str:
             process.wait()
         for fd in pipes:
             os.close(fd)
+
+
+def verdict(checker) -> str:
+    """What the checker says, within the time."""
+    ends, said = time.monotonic() + SECONDS, b''
+    os.set_blocking(checker.stdout.fileno(), False)
+    while time.monotonic() < ends:
+        with contextlib.suppress(BlockingIOError):
+            said += os.read(checker.stdout.fileno(), 4096)
+        if checker.poll() is not None or len(said) > 4096:
+            break
+        time.sleep(0.005)
+    else:
+        return f'more than {SECONDS:g} s'
+    with contextlib.suppress(BlockingIOError):
+        said += os.read(checker.stdout.fileno(), 4096)
     if said.strip():
         return said.decode(errors='replace').strip()[:300]
-    why = error.decode(errors='replace')[:300].strip().split('\n')[-1]
+    why = checker.stderr.read(300).decode(errors='replace').strip().split('\n')[-1]
     return why or f'the checker ended with status {checker.returncode}'
 
 

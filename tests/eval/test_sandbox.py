@@ -162,6 +162,13 @@ def test_hostile_programs_fail(name, folder):
     assert not Path('/tmp/scratchgpt-made').exists()
 
 
+def test_a_checker_that_prints_on_and_on_is_cut_short():
+    """It ends once it has said too much, long before its time, and not in our memory."""
+    began = time.monotonic()
+    said = sandbox.run('def f(): return 1', 'def check(f):\n    while True: print("x" * 99)', 'f')
+    assert said == ('x' * 99 + '\n') * 3 and time.monotonic() - began < sandbox.SECONDS / 2
+
+
 def test_no_process_is_left():
     for name in ('leaves its group and outlives its parent', 'ignores signals',
                  'fork bomb, quiet', 'threads left behind', 'never ends'):
