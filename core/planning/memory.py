@@ -278,9 +278,10 @@ def step_memory(config: GPTConfig, layout: Layout, dtype: str, kind: str = 'cuda
 def rank_memory(config: GPTConfig, layout: Layout, pp_rank: int, dtype: str, *, kind: str = 'cuda',
                 optimizer: str = 'adamw') -> dict[str, int]:
     """`step_memory` of the ranks of one pipeline stage, the first of those that share a matrix."""
-    lies = key(config), replace(layout, rows=1, n_micro=1, recompute=False), pp_rank
-    whole = held(*lies)
-    mine = held(*lies, shard=0) if layout.zero else whole
+    # What a rank holds does not depend on its batches: `held` remembers one answer for all of them.
+    laid = key(config), replace(layout, rows=1, n_micro=1, recompute=False), pp_rank
+    whole = held(*laid)
+    mine = held(*laid, shard=0) if layout.zero else whole
     n_whole, n_mine = sum(whole.values()), sum(mine.values())
     n_root = sum(n for name, n in whole.items() if not name.startswith('h.'))
     n_blocks = len({name.split('.')[1] for name in whole if name.startswith('h.')})
