@@ -105,7 +105,7 @@ def pytest_terminal_summary(terminalreporter):
 def end_of_process() -> None:
     """What the end of a process does: a stopped run's checkpoint is written, its lock closed."""
     for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
+        if thread.name == 'save a checkpoint':
             thread.join()
     gc.collect()
 

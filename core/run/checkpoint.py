@@ -189,7 +189,8 @@ class Saver:
                 raise SystemExit(2)     # rank 0 says why
             stop(f'{bad[0]} is not finite at step {state["step"]}, which is not saved; '
                  f'{self.last_good()}')
-        self.thread = threading.Thread(target=self.write, args=(files, tokenizer, state, last))
+        self.thread = threading.Thread(target=self.write, name='save a checkpoint',
+                                       args=(files, tokenizer, state, last))
         self.thread.start()
 
     def copies(self, tensors: dict) -> dict[str, torch.Tensor]:

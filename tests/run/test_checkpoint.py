@@ -1,9 +1,12 @@
 """core/run/checkpoint.py: which steps stay, and files of several writers. What kills, full disks
 and damage leave is in tests/faults."""
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import end_of_process
 from safetensors.torch import load_file, save_file
 
 from core.net.weights import build_model
@@ -50,6 +53,22 @@ def test_a_step_that_was_to_be_replaced_comes_back(saver):
     saver.clean_up()
     assert [path.name for path in saver.run.glob('*step*')] == ['step-00000003']
     assert (final / 'state.json').read_bytes() == before['state.json']
+
+
+def test_what_the_next_run_of_a_process_waits_for(saver, monkeypatch):
+    """The thread that saves, and no other: the idle one of a pool never ends."""
+    written = threading.Event()
+    monkeypatch.setattr(saver, 'write', lambda *args: written.wait())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        saver.save(MODEL, [], ByteTokenizer(), {'step': 1})
+        waiting = threading.Thread(target=end_of_process)
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+        written.set()
+        waiting.join(20)
+        assert not waiting.is_alive()
 
 
 def test_files_of_several_writers_become_one(tmp_path):
