@@ -23,7 +23,7 @@ class Killed(BaseException):
 class Inline:
     """A thread that works at once, so that its end is the run's end."""
 
-    def __init__(self, target, args):
+    def __init__(self, target, name, args):
         self.start = lambda: target(*args)
         self.join = lambda: None
 
