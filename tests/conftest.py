@@ -102,11 +102,15 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f'| {fault} | {tries:,} | {outcome} |')
 
 
-def end_of_process() -> None:
-    """What the end of a process does: a stopped run's checkpoint is written, its lock closed."""
+def wait_for_saving() -> None:
     for thread in threading.enumerate():
         if thread.name == 'save a checkpoint':
             thread.join()
+
+
+def end_of_process() -> None:
+    """What the end of a process does: a stopped run's checkpoint is written, its lock closed."""
+    wait_for_saving()
     gc.collect()
 
 

@@ -4,12 +4,11 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, wait_for_saving
 from harness import ROOT, assert_clean, assert_same, last_step, limit_file_size, note
 
 import train
@@ -26,9 +25,8 @@ def between_steps(monkeypatch, first, last, break_it, mend_it) -> None:
     real = train.train_step
 
     def step(*args, **options):
-        while args[2] in (first, last) and any('(write)' in thread.name
-                                               for thread in threading.enumerate()):
-            time.sleep(0.001)
+        if args[2] in (first, last):
+            wait_for_saving()
         if args[2] == first:
             break_it()
         if args[2] == last:
