@@ -134,10 +134,11 @@ needs_tools = pytest.mark.skipif(not (importlib.util.find_spec('pypandoc') and
 
 
 @needs_tools
-def test_the_same_pdf_twice(tmp_path, monkeypatch):
+@pytest.mark.parametrize('names', ['a', pytest.param('ab', marks=pytest.mark.slow)])
+def test_the_same_pdf_each_time(tmp_path, monkeypatch, names):
     monkeypatch.setattr(guide, 'document', functools.cache(guide.document))
     hashes = set()
-    for name in 'ab':
+    for name in names:
         assert guide.build(tmp_path / name) > len(guide.chapters())
         hashes.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
     assert len(hashes) == 1

@@ -90,7 +90,7 @@ def contents(name: str, folder: Path) -> dict[str, bytes]:
             for path in made(name, folder) if not path.endswith(('.png', '.lock'))}
 
 
-@pytest.mark.parametrize('name', the_first('hf', 'gguf', 'evaluate', 'prepare'))
+@pytest.mark.parametrize('name', the_first('gguf', 'hf', 'evaluate', 'prepare'))
 def test_killed_at_any_change_of_a_file(tmp_path, settings, name):
     """What has its name is whole, and the same command makes the same."""
     if name == 'gguf':

@@ -179,8 +179,9 @@ def test_same_weights_from_the_same_seed(world, case):
 
 
 @pytest.mark.parametrize('world, case', named(
-    {2: [Case(dict(zero=2)), Case(dict(zero=3), GPT2), Case(SP), Case(dict(pp=2), TIED)],
-     4: [Case(dict(zero=3, pp=2, pp_schedule='interleaved')), Case(dict(zero=2, tp=2))]}))
+    {2: [Case(dict(zero=2)), Case(dict(zero=3), GPT2), Case(dict(pp=2), TIED)],
+     4: [Case(dict(zero=3, pp=2, pp_schedule='interleaved')), Case(dict(zero=2, tp=2))]})
+    + named({2: [Case(SP)]}, slow=True))
 def test_evaluation(world, case):
     """Between two steps; one that is cut short leaves everything as it was."""
     expected = evaluations(Ranks(), replace(case, layout={}))
@@ -190,8 +191,9 @@ def test_evaluation(world, case):
         assert scores == pytest.approx(expected[2], abs=1e-10)
 
 
-@pytest.mark.parametrize('layout', [dict(zero=3, tp=2), dict(tp=2, pp=2), dict(zero=2, pp=2)],
-                         ids=str)
+@pytest.mark.parametrize('layout', [
+    dict(tp=2, pp=2), dict(zero=2, pp=2),
+    pytest.param(dict(zero=3, tp=2), marks=pytest.mark.slow)], ids=str)
 def test_scale_is_the_same_on_all_ranks(layout):
     """fp16's: an overflow on one of them halves it on all, and none makes that step."""
     case = Case(layout)

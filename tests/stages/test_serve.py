@@ -3,13 +3,11 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
-import os
 import random
 import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 import torch
 import uvicorn
 from conftest import stopped
+from harness import Ranks
 from test_hf import randomize
 
 import serve
@@ -594,19 +593,18 @@ def test_a_port_that_is_taken(base, monkeypatch, capsys):
         assert 'is another server running?' in stopped(capsys, serve.main)
 
 
-def test_a_signal_lets_answers_end(base):
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_signal_lets_answers_end(base, tmp_path, compiled):
     """SIGTERM: an answer that is being written comes whole, then the process ends with status 0."""
-    command = [sys.executable, str(ROOT / 'serve.py'), base, '--port=0', '--device=cpu',
-               '--threads=1']
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                          env=os.environ | {'PYTHONUNBUFFERED': '1'}) as process:
-        line = next(line for line in process.stdout if line.startswith('http://'))
-        at = line.split()[0]
-        with httpx.stream('POST', at + 'v1/completions', timeout=60, json={
-                'prompt': 'a', 'max_tokens': 90, 'stream': True, 'temperature': 2}) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            rest = list(lines)
-        assert rest[-2] == 'data: [DONE]' or 'data: [DONE]' in rest
-        assert process.wait(30) == 0
+    ranks = Ranks(tmp_path, stage='serve', run_dir=base, port=0, device='cpu', threads=1,
+                  compile=compiled)
+    assert ranks.wait_for(lambda: '\nhttp://' in ranks.text()), ranks.text()
+    at = re.search(r'^http://\S+', ranks.text(), re.M)[0]
+    with httpx.stream('POST', at + 'v1/completions', timeout=60, json={
+            'prompt': 'a', 'max_tokens': 90, 'stream': True, 'temperature': 2}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        ranks.send(signal.SIGTERM)
+        rest = list(lines)
+    assert rest[-2] == 'data: [DONE]' or 'data: [DONE]' in rest
+    assert ranks.wait(30) == [0]

@@ -1,10 +1,8 @@
 """train.py: the loop, resuming, its files, its messages; DDP against one process."""
 import json
 import math
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -14,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from harness import finished
 
 import sample
 import train
@@ -589,13 +587,9 @@ def test_every_preset_builds(path, monkeypatch):
     assert flops_per_token(model) > 6e5
 
 
-def torchrun(tmp_path, n, name, **settings):
-    """train.py under torchrun with n processes; returns its step losses and evaluations."""
-    flags = [f'--{key}={value}' for key, value in {**TINY, **settings}.items()]
-    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}',
-               f'--master_port={29500 + os.getpid() % 400 + n}'] if n > 1 else [sys.executable]
-    subprocess.run([*command, ROOT / 'train.py', *flags, f'--out_dir=out/{name}'], cwd=tmp_path,
-                   check=True, capture_output=True, timeout=300)
+def trained(tmp_path, n, name, **settings):
+    """n processes of train.py to the end; the step losses and evaluations."""
+    finished(tmp_path, n, out_dir=f'out/{name}', **settings)
     run = tmp_path / 'out' / name
     return losses(run), [e['val_loss'] for e in read_log(run, 'eval')]
 
@@ -606,12 +600,12 @@ def torchrun(tmp_path, n, name, **settings):
 def test_ranks_compute_what_one_process_computes(tmp_path, text_file, optimizer, tolerance,
                                                  worlds):
     """20 steps; a batch of 8 on 3 ranks is 3 + 3 + 2, and micro-batches of 2 leave padding rows."""
-    settings = dict(dataset=text_file, batch_size=8, micro_batch_size=2, max_steps=20,
+    settings = dict(dataset=str(text_file), batch_size=8, micro_batch_size=2, max_steps=20,
                     eval_interval=10, optimizer=optimizer)
-    alone, alone_eval = torchrun(tmp_path, 1, 'one', **settings)
+    alone, alone_eval = trained(tmp_path, 1, 'one', **settings)
     assert len(alone) == 20 and alone[-1] < alone[0]
     for n in worlds:
-        found, found_eval = torchrun(tmp_path, n, f'ranks{n}', **settings)
+        found, found_eval = trained(tmp_path, n, f'ranks{n}', **settings)
         assert found == pytest.approx(alone, abs=tolerance)
         assert found_eval == pytest.approx(alone_eval, abs=tolerance)
 
