@@ -141,12 +141,16 @@ def stopped_at_last(capsys, run) -> str:
     return e.value.message
 
 
+def without_picture(run: Path) -> bool:
+    """plot_losses() with a file that is no picture."""
+    return bool((run / 'loss.png').write_bytes(b'\x89PNG'))
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """loss.png takes a third of a tiny run's time; the tests that are marked `pictures` draw it."""
     if not request.node.get_closest_marker('pictures'):
-        monkeypatch.setattr(run_module, 'plot_losses', lambda run: (run / 'loss.png').write_bytes(
-            b'\x89PNG'))
+        monkeypatch.setattr(run_module, 'plot_losses', without_picture)
 
 
 @pytest.fixture(scope='session')

@@ -16,17 +16,18 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import FAULTS, TINY
+from conftest import FAULTS, TINY, without_picture
 from safetensors.torch import load_file
 
 import train
 from core.run import checkpoint
+from core.run import run as run_module
 from core.run.log import events, read_log
 
 ROOT = Path(train.__file__).parent
 TIMES = ('seconds', 'tokens_per_second', 'mfu')     # what may differ between two equal runs
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['train', 'harness', 'torch._dynamo', 'matplotlib.figure'])
+PROCESSES.set_forkserver_preload(['train', 'harness', 'torch._dynamo'])
 train.source_hashes(train.__file__)     # which all processes that are forked know then
 
 
@@ -56,6 +57,7 @@ def child(folder, output, env, stage, settings, inject) -> None:
     for name, value in {**(TINY if stage == 'train' else {}), **settings}.items():
         setattr(script, name, value)
     script.CONFIG = 'tiny'
+    run_module.plot_losses = without_picture
     if inject:
         inject(script, int(env.get('RANK', 0)))
     try:
