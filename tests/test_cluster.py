@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY
+from forked import run_script
 
 from core.run.log import read_log
 
@@ -204,8 +205,8 @@ def planned(tmp_path):
             (place / path.name).symlink_to(path)
 
     def write(*wishes) -> tuple[Path, str]:
-        done = subprocess.run([sys.executable, 'plan.py', *wishes, '--write'], cwd=place, text=True,
-                              capture_output=True, check=True)
+        done = run_script(['plan.py', *wishes, '--write'], place)
+        assert done.returncode == 0, done.stderr[-2000:]
         written, = (line for line in done.stdout.splitlines() if line.startswith('written: '))
         return place, Path(written.split(', ')[1]).stem
     return write
@@ -213,7 +214,8 @@ def planned(tmp_path):
 
 def test_planned_kubernetes_file(planned):
     """The schema's, and consistent in itself, on 8 machines of 8 GPUs."""
-    place, name = planned('--params=7b', '--gpus=64', '--name=planned_seven')
+    place, name = planned('--params=7b', '--gpus=64', '--zero=3', '--tp=1', '--pp=1',
+                          '--name=planned_seven')
     text = (place / f'cluster/{name}.yaml').read_text()
     check_kubernetes(text)
     _, job = yaml.safe_load_all(text)

@@ -2,12 +2,12 @@
 import json
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import stopped
+from forked import run_script
 
 import plan
 import train
@@ -30,9 +30,7 @@ def test_all_presets_are_there():
 @pytest.fixture(scope='module')
 def printed():
     """What `python plan.py` prints, in a process of its own."""
-    done = subprocess.run([sys.executable, ROOT / 'plan.py'], cwd=ROOT, capture_output=True,
-                          text=True, check=True, timeout=120)
-    return done.stdout
+    return run_script([str(ROOT / 'plan.py')], ROOT).stdout
 
 
 @pytest.mark.parametrize('name', ['gpt2', *PRESETS])
@@ -186,8 +184,7 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     """Its vocabulary, its number of tokens; repeated, and refused where it is too small."""
     drawn, words = random.Random(0), text_file.read_text().split()
     (tmp_path / 'mine.txt').write_text(' '.join(drawn.choices(words, k=300_000)))
-    subprocess.run([sys.executable, ROOT / 'prepare.py', 'mine.txt', '--tokenizer=byte'],
-                   check=True, capture_output=True, cwd=tmp_path)
+    run_script([str(ROOT / 'prepare.py'), 'mine.txt', '--tokenizer=byte'], tmp_path)
     data, = (path.parent for path in tmp_path.glob('data/*/meta.json'))
     meta = json.loads((data / 'meta.json').read_text())
     found, said = run_plan(f'--data={data}', '--gpus=1')
