@@ -29,7 +29,8 @@ class KVCache:
     def part(self, first: int, lengths: list[int]) -> 'KVCache':
         """The rows from `first` on, which have these lengths, as a cache that shares the tensors.
         """
-        part = copy.copy(self)
+        part = object.__new__(KVCache)
+        vars(part).update(vars(self))
         part.first, part.longest = first, max(lengths)
         part.lengths = torch.tensor(lengths, device=self.device)
         part.even = min(lengths) == part.longest
@@ -75,8 +76,9 @@ class KVCache:
 
     def positions(self, T: int) -> torch.Tensor:
         """(B, T) the positions that the next T tokens of each row will have; (T,) if all agree."""
-        new = torch.arange(T, device=self.device)
-        return self.longest + new if self.even else self.lengths[:, None] + new
+        if self.even:
+            return torch.arange(self.longest, self.longest + T, device=self.device)
+        return self.lengths[:, None] + torch.arange(T, device=self.device)
 
     def mask(self, T: int, window: int) -> torch.Tensor | None:
         """Boolean mask of T new queries over the cached and new keys; None where all is seen."""
@@ -110,20 +112,18 @@ class Layer:
     serves all layers."""
 
     def __init__(self, cache: KVCache, layer: int):
-        self.k, self.v = cache.k[layer], cache.v[layer]
-        self.first, self.longest, self.even = cache.first, cache.longest, cache.even
-        self.lengths = cache.lengths
+        self.cache, self.k, self.v = cache, cache.k[layer], cache.v[layer]
 
     def update(self, layer: int, k, v):
         """KVCache.update, of this layer."""
-        T, last, end = k.size(2), self.first + k.size(0), self.longest + k.size(2)
-        k_all = self.k[self.first:last, :, :end]
-        v_all = self.v[self.first:last, :, :end]
+        cache, T = self.cache, k.size(2)
+        rows, end = slice(cache.first, cache.first + k.size(0)), cache.longest + T
+        k_all, v_all = self.k[rows, :, :end], self.v[rows, :, :end]
         for new, stored in ((k, k_all), (v, v_all)):
-            if self.even:
-                stored[:, :, self.longest:] = new
+            if cache.even:
+                stored[:, :, cache.longest:] = new
             else:
-                at = self.lengths[:, None] + torch.arange(T, device=k.device)
+                at = cache.lengths[:, None] + torch.arange(T, device=k.device)
                 stored.scatter_(2, at[:, None, :, None].expand_as(new), new)
         return k_all, v_all
 

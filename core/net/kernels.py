@@ -50,21 +50,21 @@ class Linear(nn.Linear):
         self.cores = torch.get_num_threads()    # which Dynamo would not trace
 
     def forward(self, x):
-        if type(x) is not torch.Tensor or x.device.type != 'cpu' \
-                or not x.dtype == self.weight.dtype == torch.float32 \
-                or torch.is_autocast_enabled('cpu'):
-            return super().forward(x)
-        rows = x.numel() // self.in_features
-        if torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and (n := self.cores) > 1 and rows % n == 0 \
-                    and rows // n >= min(self.weight.shape):
-                y = ProductByCore.apply(x.reshape(n, -1, self.in_features), self.weight)
-                y = y.view(*x.shape[:-1], -1)
-                return y if self.bias is None else y + self.bias
-        elif self.onednn and not torch.is_grad_enabled() and self.weight.numel() >= 1 << 19 \
-                and rows >= self.fewest_rows:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
-        return super().forward(x)
+        weight, bias = self.weight, self.bias
+        if type(x) is torch.Tensor and x.device.type == 'cpu' \
+                and x.dtype == weight.dtype == torch.float32 \
+                and not torch.is_autocast_enabled('cpu'):
+            rows = x.numel() // self.in_features
+            if torch.compiler.is_compiling():
+                if torch.is_grad_enabled() and (n := self.cores) > 1 and rows % n == 0 \
+                        and rows // n >= min(weight.shape):
+                    y = ProductByCore.apply(x.reshape(n, -1, self.in_features), weight)
+                    y = y.view(*x.shape[:-1], -1)
+                    return y if bias is None else y + bias
+            elif self.onednn and not torch.is_grad_enabled() and weight.numel() >= 1 << 19 \
+                    and rows >= self.fewest_rows:
+                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+        return F.linear(x, weight, bias)
 
 
 class ProductByCore(torch.autograd.Function):
@@ -309,6 +309,6 @@ def recomputed_losses(x, targets, lm_head, chunk: int) -> torch.Tensor:
 def tail(x, n: int, n_real=None) -> torch.Tensor:
     """The last n of the first n_real[b] positions of each row of x (B, T, C); n_real None: of T."""
     if n_real is None:
-        return x[:, -n:]
+        return x if n == x.size(1) else x[:, -n:]
     at = (n_real[:, None] - n + torch.arange(n, device=x.device)).clamp(min=0)
     return x.gather(1, at[..., None].expand(-1, -1, x.size(-1)))
