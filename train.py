@@ -160,7 +160,7 @@ def evaluate(learner: Learner, windows, tokenizer, rows: int, asked=lambda: Fals
     """Loss in nats per token and bits per byte over the windows of a split, each target once; None
     if asked() says, to all ranks alike, that the run is to stop."""
     ranks, device, byte_lengths = learner.ranks, learner.device, tokenizer.byte_lengths()
-    n = min(len(windows), math.ceil((eval_tokens or windows.n_targets) / windows.block_size))
+    n = min(len(windows), math.ceil(eval_tokens / windows.block_size) or len(windows))
     nats, targets, n_bytes = [], 0, 0
     at_once = learner.trained.n_micro if ranks.pp > 1 else 1
     shares = share(0, n, ranks.dp_rank, ranks.dp, rows, at_once)

@@ -343,6 +343,10 @@ def test_packed_rows_have_the_losses_of_their_documents_alone(corpus):
             expected += alone(ids[a:b], ids[a + 1:b + 1]) / 399
     assert step(micro_batches) == pytest.approx(expected, rel=1e-6)
     assert step(unseparated) != pytest.approx(expected, rel=1e-3)
+    assert len(windows) * 16 > windows.n_targets + 16       # more rows than without padding
+    known = SimpleNamespace(byte_lengths=lambda: torch.ones(model.config.vocab_size))
+    assert train.evaluate(learner, windows, known, 6)['val_loss'] == \
+        pytest.approx(expected, rel=1e-6)
 
 
 @torch.no_grad()
