@@ -4,8 +4,8 @@ Settings of GPTConfig give exact public architectures: GPT-2 (layernorm, learned
 bias, tied) and Llama, Qwen2, Qwen3 (rmsnorm, rope, swiglu, grouped queries; qkv_bias; qk_norm).
 
 Shapes: B rows, T positions, C = n_embd channels, H heads of D = head_dim channels, V = vocab_size.
-What is imported from core/net/kernels.py computes the same as plain PyTorch, only faster: Linear is
-nn.Linear, attend is F.scaled_dot_product_attention, gelu is F.gelu, lm_loss is F.cross_entropy.
+What core/net/kernels.py gives computes the same as plain PyTorch, only faster; a table there shows
+it: attend is F.scaled_dot_product_attention, causal without a mask, lm_loss is F.cross_entropy.
 For several GPUs core/ranks/parallel.py changes the finished model: a process may keep some heads or
 some blocks only, and then wte, ln_f, lm_head may be None. The code below allows for that.
 """
@@ -162,7 +162,7 @@ class GPT(nn.Module):
         targets    (B, T) next tokens, -100 where none counts; then returns the cross-entropy in
                    nats: a scalar ('mean' or 'sum') or (B, T) ('none')
         doc        (B, T) numbers of the documents packed in a row: attention stays inside one,
-                   positions restart; -1 marks padding, at the end of a row
+                   positions restart; -1 marks padding, at a row's end; with a cache only it counts
         cache      a KVCache: idx continues its rows; real tokens are stored, padding is not
         n_logits   only the logits of each row's last n_logits tokens, padding aside; 0: of all
         Without a head (a pipeline stage) it returns the hidden states (B, T, C).

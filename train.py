@@ -42,8 +42,8 @@ CONFIG, CONFIGS, FLAGS, GIVEN = '', (), (), ()
 
 # run
 out_dir = ''                    # run directory; '': out/<config name>
-init_from = 'scratch'           # scratch: new weights (an unfinished run goes on); resume: go on
-                                # though the code was edited; or a model, such as gpt2
+init_from = 'scratch'           # scratch: new weights, or the same unfinished run goes on; resume:
+                                # it does though the code was edited; or a model, such as gpt2
 eval_only = False               # evaluate the run in out_dir and stop; nothing is written
 seed = 1337
 # data
@@ -115,7 +115,7 @@ compile = True                  # torch.compile
 threads = 0                     # CPU threads; 0: torch's choice
 timeout_minutes = 10.0          # a rank that hears nothing from the others this long gives up
 tp = 1                          # tensor parallel: this many ranks share each matrix
-pp = 1                          # pipeline parallel: stages. The others are data parallel: dp ranks
+pp = 1                          # pipeline parallel: stages; dp = ranks / (tp * pp) share the data
 zero = 0                        # sharded over data-parallel ranks: 0 nothing, 2 optimizer state and
                                 # gradients, 3 weights as well
 replicas = 0                    # with zero: keep this many sharded copies (HSDP); 0: one
@@ -136,12 +136,12 @@ def train_step(learner: Learner, batches, step: int, factor: float, limit=math.i
                ) -> Step | None:
     """One optimizer step on this rank's micro-batches (x, y, doc), at `factor` times the learning
     rates. The gradient is that of the mean loss over the targets of all micro-batches of all ranks.
-    It is not applied if its norm is above `limit`; `request` may ask the run to end.
+    Not applied if its norm is above `limit`; `request` may ask the run to end. None in `warm_up`.
     """
     divisor, losses = learner.loss_divisor(count_targets(batches)), []
     if learner.ranks.pp > 1:
         learner.seed_dropout(step, 0)
-        losses.append(learner.trained.train(batches, divisor))      # forward and backward
+        losses.append(learner.trained.train(batches, divisor))      # all of what follows
     else:
         for x, y, doc in learner.micro_batches(batches, step):
             with learner.autocast():
