@@ -141,7 +141,7 @@ def train_step(learner: Learner, batches, step: int, factor: float, limit=math.i
     divisor, losses = learner.loss_divisor(count_targets(batches)), []
     if learner.ranks.pp > 1:
         learner.seed_dropout(step, 0)
-        losses.append(learner.trained.train(batches, divisor))      # all of what follows
+        losses.append(learner.trained.train(batches, divisor))      # forward, loss, backward
     else:
         for x, y, doc in learner.micro_batches(batches, step):
             with learner.autocast():

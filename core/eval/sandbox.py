@@ -52,16 +52,14 @@ def run(program: str, test: str, name: str, prompt: str = '') -> str:
     """PASSED if the function `name` of a program passes check(function) of a test, or why not.
     What the prompt defines is known to the test, too."""
     to_program, to_checker = os.pipe(), os.pipe()
-    ends = [subprocess.PIPE, subprocess.DEVNULL, subprocess.PIPE]
     command = [*UNSHARE, sys.executable, '-I', '-S', '-B', __file__]
     processes, pipes = [], [to_program[0], to_checker[1], to_checker[0], to_program[1]]
     try:
         for role, given, fds in (('program', [program, name], pipes[:2]),
                                  ('checker', [prompt, test, name], pipes[2:])):
-            ends[2] = subprocess.DEVNULL if role == 'program' else subprocess.PIPE
+            out = subprocess.DEVNULL if role == 'program' else subprocess.PIPE
             processes.append(subprocess.Popen(
-                [*command, role, *map(str, fds)], stdin=ends[0], stderr=ends[2],
-                stdout=subprocess.DEVNULL if role == 'program' else subprocess.PIPE,
+                [*command, role, *map(str, fds)], stdin=subprocess.PIPE, stdout=out, stderr=out,
                 pass_fds=fds, start_new_session=True))
             for fd in fds:
                 os.close(fd)

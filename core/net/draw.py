@@ -45,7 +45,7 @@ def draw(probs, u):
     sums = probs.cumsum(dim=-1).masked_fill(probs == 0, 0.0)
     total = sums.amax(dim=-1)
     ids = (sums > (u * total)[:, None]).byte().argmax(dim=-1)
-    return ids.masked_fill_(total.isnan(), -1)
+    return ids.masked_fill_(~(total > 0), -1)
 
 
 LEAST_TEMPERATURE = 1e-5

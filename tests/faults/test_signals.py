@@ -91,7 +91,7 @@ def signal_at_random(folder, tries, rng, **settings) -> list[float]:
 
 
 def check_signals(tmp_path, text, tries) -> None:
-    settings = dict(SETTINGS, dataset=str(text), max_steps=6 * tries)
+    settings = dict(SETTINGS, dataset=str(text), max_steps=8 + 6 * tries)
     delays = signal_at_random(tmp_path, tries, random.Random(0), **settings)
     finished(tmp_path, 2, out_dir='out/cut', **settings)
     finished(tmp_path, 2, out_dir='out/whole', inject=time_parts, **settings)

@@ -30,7 +30,9 @@ def test_all_presets_are_there():
 @pytest.fixture(scope='module')
 def printed():
     """What `python plan.py` prints, in a process of its own."""
-    return run_script([str(ROOT / 'plan.py')], ROOT).stdout
+    done = run_script([str(ROOT / 'plan.py')], ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize('name', ['gpt2', *PRESETS])
@@ -184,7 +186,8 @@ def test_a_corpus_of_its_own(run_plan, tmp_path, text_file, capsys):
     """Its vocabulary, its number of tokens; repeated, and refused where it is too small."""
     drawn, words = random.Random(0), text_file.read_text().split()
     (tmp_path / 'mine.txt').write_text(' '.join(drawn.choices(words, k=300_000)))
-    run_script([str(ROOT / 'prepare.py'), 'mine.txt', '--tokenizer=byte'], tmp_path)
+    done = run_script([str(ROOT / 'prepare.py'), 'mine.txt', '--tokenizer=byte'], tmp_path)
+    assert done.returncode == 0, done.stderr
     data, = (path.parent for path in tmp_path.glob('data/*/meta.json'))
     meta = json.loads((data / 'meta.json').read_text())
     found, said = run_plan(f'--data={data}', '--gpus=1')
